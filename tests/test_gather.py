@@ -1,0 +1,361 @@
+"""Gathered negatives in real gloo processes against one process on the concatenated batch."""
+import datetime
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from timm_vpl import PairOutput, VPLLoss
+
+TOTAL_SECONDS = 120
+GLOO_SECONDS = 20
+NUM_CLASSES = 3
+TERMS = ('ce_a_loss', 'ce_b_loss', 'contrastive_loss', 'kl_loss', 'loss')
+
+
+class Branch(nn.Module):
+    """A tiny branch that returns logits and embedding."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.body = nn.Linear(4, width)
+        self.fc = nn.Linear(width, NUM_CLASSES)
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        return self.fc(h), h
+
+
+def make_cases():
+    """Settings of every case: who learns, side of the affine layer, what is a negative, copies, images a process."""
+    cases = []
+    modes = itertools.product(('a', 'b', 'both'), ('none', 'a', 'b'), ('negative', 'ignore', 'positive'), (False, True))
+    for seed, (contrastive_to, affine, same_class, with_ids) in enumerate(modes):
+        cases.append({
+            'seed': seed,
+            'affine': affine,
+            'with_ids': with_ids,
+            'soft': seed % 4 > 1,
+            'local_size': 1 if seed % 9 == 4 else 4,
+            'criterion': {
+                'contrastive_to': contrastive_to,
+                'kl_to': ('a', 'b', 'both')[seed % 3],
+                'same_class': same_class,
+                'similarity': ('cosine', 'dot')[seed // 2 % 2],
+                'contrastive_weight': 0.7,
+            },
+        })
+    return cases
+
+
+def make_parts(case):
+    """Branch a, branch b and the affine layer (or None), the same in every process."""
+    torch.manual_seed(case['seed'])
+    width_a, width_b = {'none': (6, 6), 'a': (5, 6), 'b': (6, 5)}[case['affine']]
+    affine = None if case['affine'] == 'none' else nn.Linear(5, 6).double()
+    return Branch(width_a).double(), Branch(width_b).double(), affine
+
+
+def make_batch(case, world):
+    """The global batch: images, targets, and ids whose copies lie in different processes."""
+    num_images = case['local_size'] * world
+    generator = torch.Generator().manual_seed(case['seed'])
+    x = torch.randn(num_images, 4, generator=generator, dtype=torch.float64)
+    if case['soft']:
+        target = torch.rand(num_images, NUM_CLASSES, generator=generator, dtype=torch.float64).softmax(1)
+    else:
+        target = torch.randint(NUM_CLASSES, (num_images,), generator=generator)
+    ids = torch.randint(num_images // 2 + 1, (num_images,), generator=generator) if case['with_ids'] else None
+    return x, target, ids
+
+
+def make_criterion(gather=True, epoch=0, **kwargs):
+    criterion = VPLLoss(10, x=0, y=0, tau=0.3, rho=2., gather=gather, **kwargs)
+    criterion.set_epoch(epoch)
+    return criterion
+
+
+def forward(parts, x, ids, affine_side):
+    """PairOutput of one step, each part called once."""
+    branch_a, branch_b, affine = parts
+    logits_a, h_a = branch_a(x)
+    logits_b, h_b = branch_b(x)
+    if affine_side == 'none':
+        return PairOutput(logits_a, logits_b, h_a, h_b, sample_ids=ids)
+    h = h_a if affine_side == 'a' else h_b
+    embed, stopped = affine(torch.cat([h, h.detach()])).chunk(2)
+    if affine_side == 'a':
+        return PairOutput(logits_a, logits_b, embed, h_b, stopped_a=stopped, sample_ids=ids)
+    return PairOutput(logits_a, logits_b, h_a, embed, stopped_b=stopped, sample_ids=ids)
+
+
+def train_step(parts, case, batch):
+    """Terms and the gradients of the total, one step of one process."""
+    x, target, ids = batch
+    terms = make_criterion(**case['criterion']).terms(forward(parts, x, ids, case['affine']), target)
+    terms['loss'].backward()
+    gradients = [parameter.grad for part in parts if part is not None for parameter in part.parameters()]
+    return {name: term.detach() for name, term in terms.items()}, gradients
+
+
+def shard(values, rank, size):
+    return None if values is None else values[rank * size:(rank + 1) * size]
+
+
+def random_output(num_images, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    fields = [torch.randn(num_images, dim, generator=generator, dtype=torch.float64) for dim in (3, 3, 6, 6)]
+    return PairOutput(*(field.to(dtype).requires_grad_() for field in fields))
+
+
+def cut(output, rank, size):
+    return PairOutput(*(shard(field, rank, size) for field in output))
+
+
+# what runs in the processes
+
+def run_steps(rank, world):
+    """Every case under one DistributedDataParallel a part."""
+    from torch.nn.parallel import DistributedDataParallel
+    results = []
+    for case in make_cases():
+        parts = [part and DistributedDataParallel(part) for part in make_parts(case)]
+        batch = [shard(values, rank, case['local_size']) for values in make_batch(case, world)]
+        results.append(train_step(parts, case, batch))
+    half = cut(random_output(4 * world, dtype=torch.bfloat16), rank, 4)
+    terms = make_criterion().terms(half, torch.arange(4) % NUM_CLASSES)
+    terms['loss'].backward()
+    return {'cases': results, 'bfloat16': {name: term.detach() for name, term in terms.items()}}
+
+
+def caught(call):
+    """Type, message and duration of what call raises, or its value."""
+    start = time.perf_counter()
+    try:
+        value = call()
+    except Exception as error:
+        return type(error).__name__, str(error), time.perf_counter() - start
+    return 'returned', float(value.detach()), time.perf_counter() - start
+
+
+def run_guards(rank, world):
+    """What may not communicate, called on one rank only, and what must be refused, in one process group."""
+    target = torch.arange(8) % NUM_CLASSES
+    found = {}
+    output = cut(random_output(4 * world), rank, 4)
+    found['local'] = make_criterion(gather=False)(output, target[:4]).detach()
+    if rank == 0:
+        found['gather=False alone'] = caught(lambda: make_criterion(gather=False)(output, target[:4]))
+        found['eval alone'] = caught(lambda: make_criterion().eval()(output, target[:4]))
+        with torch.no_grad():
+            found['no_grad alone'] = caught(lambda: make_criterion()(output, target[:4]))
+
+    # The last rank has one image more at the first batch: every rank refuses.
+    criterion = make_criterion()
+    size = 4 + (rank == world - 1)
+    found['uneven'] = caught(lambda: criterion(random_output(size), target[:size]))
+
+    # An even epoch, in which evaluation of another size takes nothing from it.
+    criterion.set_epoch(1)
+    found['even'] = caught(lambda: criterion(output, target[:4]))
+    if rank == 0:
+        criterion.eval()
+        found['eval of another size'] = caught(lambda: criterion(random_output(7), target[:7]))
+        criterion.train()
+    found['even again'] = caught(lambda: criterion(output, target[:4]))
+
+    # Within the epoch, one rank's size changes: it refuses by itself, the others are not there.
+    if rank == 0:
+        found['changed'] = caught(lambda: criterion(random_output(3), target[:3]))
+    found['even after all'] = caught(lambda: criterion(output, target[:4]))
+
+    # The next epoch may have another size, so long as all agree; and the check is made anew.
+    criterion.set_epoch(2)
+    found['next epoch'] = caught(lambda: criterion(random_output(2), target[:2]))
+    criterion.set_epoch(3)
+    size = 2 + (rank == 0)
+    found['uneven later'] = caught(lambda: criterion(random_output(size), target[:size]))
+    return found
+
+
+SCENARIOS = [(2, run_steps), (3, run_steps), (3, run_guards)]
+
+
+def run_rank(scenario, rank, world, folder):
+    """Run a scenario as one rank and write its result."""
+    torch.distributed.init_process_group(
+        'gloo',
+        init_method=f'file://{folder}/rendezvous',
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=GLOO_SECONDS),
+    )
+    torch.save(scenario(rank, world), folder / f'{rank}.part')
+    os.replace(folder / f'{rank}.part', folder / f'{rank}.pt')
+    # Gloo now and then aborts at teardown, and a process that leaves early breaks the others' last call.
+    deadline = time.monotonic() + GLOO_SECONDS
+    while not all((folder / f'{other}.pt').exists() for other in range(world)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def main(folder):
+    """Run all scenarios one after the other, each in a process group of its own."""
+    torch.set_num_threads(1)
+    for world, scenario in SCENARIOS:
+        place = Path(folder) / f'{scenario.__name__}_{world}'
+        place.mkdir()
+        pids = []
+        # Forked, so that torch and timm are imported once.
+        for rank in range(world):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    run_rank(scenario, rank, world, place)
+                except BaseException:
+                    print(f'{scenario.__name__}, rank {rank} of {world}', file=sys.stderr)
+                    traceback.print_exc()
+                    sys.stderr.flush()
+                finally:
+                    os._exit(0)
+            pids.append(pid)
+        for pid in pids:
+            os.waitpid(pid, 0)
+
+
+# what looks at the results
+
+@pytest.fixture(scope='module')
+def results(tmp_path_factory):
+    """Function (scenario, world) -> results of all ranks; a hang or a crash fails with the processes' messages."""
+    folder = tmp_path_factory.mktemp('gather')
+    log = folder / 'log.txt'
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get('PYTHONPATH', '')]
+    environ = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(filter(None, paths))}
+    with open(log, 'wb') as stream:
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(folder)],
+            stdout=stream,
+            stderr=stream,
+            env=environ,
+            start_new_session=True,
+        )
+    try:
+        process.wait(TOTAL_SECONDS)
+        end = 'ended'
+    except subprocess.TimeoutExpired:
+        end = f'hung for {TOTAL_SECONDS} s'
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def load(scenario, world):
+        files = [folder / f'{scenario.__name__}_{world}' / f'{rank}.pt' for rank in range(world)]
+        if not all(file.exists() for file in files):
+            pytest.fail(f'no results of {scenario.__name__} on {world} processes, {end}:\n{log.read_text()[-5000:]}')
+        return [torch.load(file) for file in files]
+
+    return load
+
+
+@pytest.fixture(params=[2, 3])
+def steps(request, results):
+    return request.param, results(run_steps, request.param)
+
+
+@pytest.fixture
+def guards(results):
+    return results(run_guards, 3)
+
+
+def test_loss_and_gradients_equal_one_process(steps):
+    world, ranks = steps
+    failures = []
+    for k, case in enumerate(make_cases()):
+        want_terms, want_gradients = train_step(make_parts(case), case, make_batch(case, world))
+        assert set(want_terms) == set(TERMS)
+        pairs = []
+        for name in TERMS:
+            pairs.append((name, sum(rank['cases'][k][0][name] for rank in ranks) / world, want_terms[name]))
+        for rank in ranks:
+            for i, (got, want) in enumerate(zip(rank['cases'][k][1], want_gradients, strict=True)):
+                pairs.append((f'gradient {i}', got, want))
+        # Written so that a NaN counts as a failure.
+        off = [(what, got, want) for what, got, want in pairs if not (got - want).abs().max() <= 1e-10]
+        if off:
+            failures.append((case, off[0]))
+    assert not failures, f'{len(failures)} cases, first: {failures[0]}'
+
+
+def test_every_parameter_learns():
+    # Guards the comparison above: it would mean nothing where all gradients are zero.
+    for case in make_cases():
+        _, gradients = train_step(make_parts(case), case, make_batch(case, 3))
+        assert all(gradient is not None and gradient.abs().max() > 1e-6 for gradient in gradients), case
+
+
+def test_bfloat16_is_gathered_in_float32(steps):
+    world, ranks = steps
+    want = make_criterion().terms(random_output(4 * world, dtype=torch.bfloat16), torch.arange(4).repeat(world) % 3)
+    for name in TERMS:
+        values = [rank['bfloat16'][name] for rank in ranks]
+        assert all(value.dtype == torch.float32 for value in values)
+        assert float(sum(values) / world) == pytest.approx(float(want[name].detach()), rel=1e-5)
+
+
+def local_loss(world, rank):
+    return float(make_criterion()(cut(random_output(4 * world), rank, 4), torch.arange(4) % NUM_CLASSES).detach())
+
+
+def test_without_gather_each_process_has_its_own_loss(guards):
+    for rank, found in enumerate(guards):
+        assert float(found['local']) == pytest.approx(local_loss(3, rank), abs=1e-12)
+
+
+@pytest.mark.parametrize('call', ['gather=False alone', 'eval alone', 'no_grad alone'])
+def test_does_not_communicate(guards, call):
+    kind, value, seconds = guards[0][call]
+    assert kind == 'returned', value
+    assert value == pytest.approx(local_loss(3, 0), abs=1e-12)
+    assert seconds < GLOO_SECONDS / 2
+
+
+@pytest.mark.parametrize('call, sizes', [('uneven', '45'), ('uneven later', '23')])
+def test_uneven_batches_are_refused_on_every_rank(guards, call, sizes):
+    for found in guards:
+        kind, message, seconds = found[call]
+        assert kind in ('RuntimeError', 'ValueError'), (kind, message)
+        assert seconds < GLOO_SECONDS / 2, message  # not gloo's own timeout
+        assert 'batch' in message
+        for size in sizes:
+            assert re.search(rf'\b{size}\b', message), message
+
+
+def test_a_change_within_the_epoch_is_refused_alone(guards):
+    kind, message, seconds = guards[0]['changed']
+    assert kind in ('RuntimeError', 'ValueError'), (kind, message)
+    assert seconds < GLOO_SECONDS / 2, message
+    assert re.search(r'\b3\b', message) and re.search(r'\b4\b', message), message
+
+
+@pytest.mark.parametrize('call', ['even', 'even again', 'even after all', 'next epoch'])
+def test_even_batches_go_on(guards, call):
+    for found in guards:
+        assert found[call][0] == 'returned', found[call]
+
+
+def test_evaluation_of_another_size_goes_on(guards):
+    assert guards[0]['eval of another size'][0] == 'returned', guards[0]['eval of another size']
+
+
+if __name__ == '__main__':
+    main(sys.argv[1])

@@ -1,0 +1,599 @@
+"""VPLLoss against the loops of reference.py, and where the loops say nothing: precision, extremes, bad input."""
+import itertools
+import math
+import random
+import warnings
+
+import pytest
+import reference
+import torch
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
+
+from timm_vpl import PairOutput, VPLLoss
+
+TERMS = ('ce_a_loss', 'ce_b_loss', 'contrastive_loss', 'kl_loss')
+LEAVES = ('logits_a', 'logits_b', 'embed_a', 'embed_b', 'stopped_a', 'stopped_b')
+SIDES = ('a', 'b', 'both')
+ONE_STAGE = {'epochs': 10, 'x': 0, 'y': 0}
+
+
+def make_output(
+        num_images=4,
+        dim=6,
+        num_classes=5,
+        dtype=torch.float64,
+        seed=0,
+        stopped='',
+        ids=None,
+        scale=1.,
+):
+    """Random PairOutput of leaf tensors; stopped names the sides that carry a stopped embedding."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape):
+        values = scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return values.to(dtype).requires_grad_()
+
+    return PairOutput(
+        leaf(num_images, num_classes),
+        leaf(num_images, num_classes),
+        leaf(num_images, dim),
+        leaf(num_images, dim),
+        # Other values than embed_a/b, so that it shows which of the two is used.
+        stopped_a=leaf(num_images, dim) if 'a' in stopped else None,
+        stopped_b=leaf(num_images, dim) if 'b' in stopped else None,
+        sample_ids=ids,
+    )
+
+
+def make_target(num_images=4, num_classes=5, soft=False, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    if soft:
+        return torch.rand(num_images, num_classes, generator=generator, dtype=torch.float64).softmax(1).to(dtype)
+    return torch.randint(num_classes, (num_images,), generator=generator)
+
+
+def make_criterion(**kwargs):
+    kwargs = {**ONE_STAGE, 'tau': 0.2, **kwargs}
+    criterion = VPLLoss(**kwargs)
+    criterion.set_epoch(0)
+    return criterion
+
+
+def leaves_of(output):
+    return {name: getattr(output, name) for name in LEAVES if getattr(output, name) is not None}
+
+
+def gradients(term, leaves):
+    """Gradients by leaf name, None where the leaf takes no part."""
+    if not term.requires_grad:
+        return dict.fromkeys(leaves)
+    found = torch.autograd.grad(term, list(leaves.values()), allow_unused=True, retain_graph=True)
+    return dict(zip(leaves, found, strict=True))
+
+
+def assert_close(got, want, what):
+    want = torch.as_tensor(want, dtype=torch.float64)
+    assert got.dtype == torch.float64, what
+    assert got.shape == want.shape, what
+    tolerance = 1e-10 * max(1., float(want.detach().abs().max()))
+    difference = float((got.detach() - want.detach()).abs().max())
+    assert difference <= tolerance, f'{what}: off by {difference}'
+
+
+def assert_same_gradients(got, want, what):
+    for name in want:
+        if want[name] is None:
+            assert got[name] is None or not got[name].any(), f'{what} reaches {name}'
+        else:
+            got_leaf = torch.zeros_like(want[name]) if got[name] is None else got[name]
+            assert_close(got_leaf, want[name], f'gradient of {what} for {name}')
+
+
+def learners(term, output):
+    """Names of the leaves that get a gradient other than zero."""
+    found = gradients(term, leaves_of(output))
+    return {name for name, gradient in found.items() if gradient is not None and gradient.any()}
+
+
+def assert_finite(criterion, output, target):
+    terms = criterion.terms(output, target)
+    for name, term in terms.items():
+        assert torch.isfinite(term), name
+        for leaf, gradient in gradients(term, leaves_of(output)).items():
+            assert gradient is None or torch.isfinite(gradient).all(), f'gradient of {name} for {leaf}'
+    return terms
+
+
+# values and gradients against the loops
+
+@pytest.mark.parametrize('same_class', ['negative', 'ignore', 'positive'])
+@pytest.mark.parametrize('similarity', ['cosine', 'dot'])
+@pytest.mark.parametrize('kl_to', SIDES)
+@pytest.mark.parametrize('contrastive_to', SIDES)
+def test_terms_and_gradients_equal_reference(contrastive_to, kl_to, similarity, same_class):
+    rng = random.Random(f'{contrastive_to} {kl_to} {similarity} {same_class}')
+    for soft, with_ids, with_stopped in itertools.product((False, True), repeat=3):
+        stopped = rng.choice(['a', 'b', 'ab']) if with_stopped else ''
+        num_images, dim, num_classes = rng.randint(1, 9), rng.randint(1, 17), rng.randint(2, 12)
+        ids = torch.tensor([rng.randint(0, num_images // 2) for _ in range(num_images)]) if with_ids else None
+        seed = rng.randrange(10 ** 6)
+        output = make_output(num_images, dim, num_classes, seed=seed, stopped=stopped, ids=ids)
+        target = make_target(num_images, num_classes, soft, seed)
+        settings = {
+            'tau': rng.uniform(0.05, 2) if similarity == 'cosine' else rng.uniform(1, 50),
+            'rho': rng.uniform(0.5, 4),
+            'similarity': similarity,
+            'contrastive_to': contrastive_to,
+            'kl_to': kl_to,
+            'contrastive_weight': rng.uniform(0.1, 3),
+            'kl_weight': rng.uniform(0.1, 3),
+            'same_class': same_class,
+        }
+        criterion = make_criterion(**settings)
+        got = criterion.terms(output, target)
+        want = reference.pair_terms(output, target, **settings)
+        assert set(got) == set(want)
+        leaves = leaves_of(output)
+        for name in want:
+            what = f'{name} (N={num_images}, d={dim}, C={num_classes}, soft={soft}, ids={ids}, stopped={stopped!r})'
+            assert_close(got[name], want[name], what)
+            assert_same_gradients(gradients(got[name], leaves), gradients(want[name], leaves), what)
+        assert torch.equal(criterion(output, target), got['loss'])
+
+
+@pytest.mark.parametrize('seed', range(40))
+def test_many_images_of_few_classes_and_copies(seed):
+    rng = random.Random(seed)
+    num_images, num_classes = rng.randint(5, 9), rng.randint(2, 3)
+    ids = torch.tensor([rng.randint(0, 3) for _ in range(num_images)])
+    target = make_target(num_images, num_classes, soft=rng.random() < 0.5, seed=seed)
+    if seed % 2:  # copies of one class, as they are without mixup
+        target = target[ids]
+    output = make_output(num_images, rng.randint(1, 17), num_classes, seed=seed, stopped='ab', ids=ids)
+    settings = {
+        'tau': rng.uniform(0.05, 2),
+        'contrastive_to': rng.choice(SIDES),
+        'same_class': ('negative', 'ignore', 'positive')[seed % 3],
+    }
+    got = make_criterion(**settings).terms(output, target)['contrastive_loss']
+    want = reference.pair_contrastive(output, target, **settings)
+    assert_close(got, want, 'contrastive_loss')
+    assert_same_gradients(gradients(got, leaves_of(output)), gradients(want, leaves_of(output)), 'contrastive_loss')
+
+
+def test_contrastive_by_hand():
+    # Orthonormal embeddings, a = b: the partner has similarity 1, the two other images of 2 branches 0.
+    eye = torch.eye(2, dtype=torch.float64)
+    output = PairOutput(torch.zeros_like(eye), torch.zeros_like(eye), eye.clone(), 3 * eye)
+    target = torch.tensor([0, 1])
+    loss = make_criterion(tau=0.5).terms(output, target)['contrastive_loss']
+    assert float(loss) == pytest.approx(-math.log(math.exp(2) / (math.exp(2) + 2)), abs=1e-12)
+    loss = make_criterion(tau=0.5, similarity='dot').terms(output, target)['contrastive_loss']
+    assert float(loss) == pytest.approx(-math.log(math.exp(6) / (math.exp(6) + 2)), abs=1e-12)
+
+
+def test_contrastive_positives_by_hand():
+    # Two images of one class: each anchor has three candidates, all positives.
+    eye = torch.eye(2, dtype=torch.float64)
+    output = PairOutput(torch.zeros_like(eye), torch.zeros_like(eye), eye.clone(), eye.clone())
+    loss = make_criterion(tau=0.5, same_class='positive').terms(output, torch.tensor([1, 1]))['contrastive_loss']
+    z = math.exp(2) + 2
+    assert float(loss) == pytest.approx((math.log(z) - 2 + 2 * math.log(z)) / 3, abs=1e-12)
+
+
+def test_kl_by_hand():
+    p_b = torch.tensor([[0.5, 0.5], [0.9, 0.1]], dtype=torch.float64)
+    p_a = torch.tensor([[0.25, 0.75], [0.9, 0.1]], dtype=torch.float64)
+    embed = torch.ones(2, 3, dtype=torch.float64)
+    target = torch.tensor([0, 1])
+    # Logits of rho * log p: softmax(z / rho) gives p back, and no rho^2 factor may appear.
+    output = PairOutput(3 * p_a.log(), 3 * p_b.log(), embed, embed)
+    to_a = make_criterion(rho=3.).terms(output, target)['kl_loss']
+    assert float(to_a) == pytest.approx((0.5 * math.log(2) + 0.5 * math.log(2 / 3)) / 2, abs=1e-12)
+    to_b = make_criterion(rho=3., kl_to='b').terms(output, target)['kl_loss']
+    assert float(to_b) == pytest.approx((0.25 * math.log(0.5) + 0.75 * math.log(1.5)) / 2, abs=1e-12)
+
+
+def test_one_hot_targets_equal_class_indices():
+    output = make_output(7, 5, 4, stopped='a', ids=torch.tensor([0, 0, 1, 2, 2, 3, 4]))
+    target = make_target(7, 4)
+    one_hot = torch.nn.functional.one_hot(target, 4).double()
+    for same_class in ('negative', 'ignore', 'positive'):
+        criterion = make_criterion(same_class=same_class)
+        hard, soft = criterion.terms(output, target), criterion.terms(output, one_hot)
+        for name in hard:
+            assert_close(soft[name], hard[name], name)
+            leaves = leaves_of(output)
+            assert_same_gradients(gradients(soft[name], leaves), gradients(hard[name], leaves), name)
+
+
+def test_distinct_ids_and_no_ids_are_the_same():
+    target = make_target()
+    for same_class in ('negative', 'ignore', 'positive'):
+        criterion = make_criterion(same_class=same_class)
+        without = criterion(make_output(), target)
+        assert_close(criterion(make_output(ids=torch.tensor([7, -1, 3, 10 ** 12])), target), without, same_class)
+
+
+# who learns
+
+@pytest.mark.parametrize('stopped', ['', 'a', 'b'])
+@pytest.mark.parametrize('kl_to', SIDES)
+@pytest.mark.parametrize('contrastive_to', SIDES)
+def test_who_learns(contrastive_to, kl_to, stopped):
+    output = make_output(stopped=stopped)
+    terms = make_criterion(contrastive_to=contrastive_to, kl_to=kl_to).terms(output, make_target())
+    assert learners(terms['ce_a_loss'], output) == {'logits_a'}
+    assert learners(terms['ce_b_loss'], output) == {'logits_b'}
+    both = {'a', 'b'}
+    learning = both if kl_to == 'both' else {kl_to}
+    assert learners(terms['kl_loss'], output) == {f'logits_{side}' for side in learning}
+    learning = both if contrastive_to == 'both' else {contrastive_to}
+    want = {f'embed_{side}' for side in learning}
+    want |= {f'stopped_{side}' for side in both - learning if side in stopped}
+    assert learners(terms['contrastive_loss'], output) == want
+
+
+def test_default_directions():
+    output = make_output()
+    terms = make_criterion().terms(output, make_target())
+    assert learners(terms['contrastive_loss'], output) == {'embed_b'}
+    assert learners(terms['kl_loss'], output) == {'logits_a'}
+
+
+# the sum
+
+def test_weights_apply_to_the_total_only():
+    output, target = make_output(), make_target()
+    plain = make_criterion().terms(output, target)
+    weighted = make_criterion(contrastive_weight=0.3, kl_weight=2.5).terms(output, target)
+    for name in TERMS:
+        assert torch.equal(plain[name], weighted[name]), name
+    assert_close(plain['loss'], sum(plain[name] for name in TERMS), 'loss')
+    want = plain['ce_a_loss'] + plain['ce_b_loss'] + 0.3 * plain['contrastive_loss'] + 2.5 * plain['kl_loss']
+    assert_close(weighted['loss'], want, 'weighted loss')
+
+
+@pytest.mark.parametrize('off, weights', [
+    ({'contrastive_loss'}, {'contrastive_weight': 0}),
+    ({'kl_loss'}, {'kl_weight': 0.}),
+    ({'contrastive_loss', 'kl_loss'}, {'contrastive_weight': 0., 'kl_weight': 0.}),
+])
+def test_zero_weight_turns_a_term_off(off, weights):
+    output, target = make_output(), make_target()
+    terms = make_criterion(**weights).terms(output, target)
+    assert set(terms) == {*TERMS, 'loss'} - off
+    assert_close(terms['loss'], sum(terms[name] for name in set(TERMS) - off), 'loss')
+
+
+def test_total_is_a_scalar_with_the_gradient_of_its_parts():
+    output, target = make_output(), make_target()
+    criterion = make_criterion(contrastive_weight=0.5)
+    loss = criterion(output, target)
+    assert loss.shape == ()
+    loss.backward()
+    want = reference.pair_terms(output, target, 0.2, contrastive_weight=0.5)['loss']
+    got = {name: leaf.grad for name, leaf in leaves_of(output).items()}
+    assert_same_gradients(got, gradients(want, leaves_of(output)), 'loss')
+
+
+@pytest.mark.parametrize('name, base_loss, loop', [
+    ('smoothing', LabelSmoothingCrossEntropy(0.1), lambda z, y: reference.smoothed_ce(z, y, 0.1)),
+    ('bce', BinaryCrossEntropy(0.1), lambda z, y: reference.binary_ce(z, y, 0.1)),
+    ('bce soft', BinaryCrossEntropy(0.1), lambda z, y: reference.binary_ce(z, y, 0.1)),
+    ('function', lambda z, y: (z * z).mean(), lambda z, y: (z * z).sum() / z.numel()),
+])
+def test_base_loss_serves_both_branches(name, base_loss, loop):
+    output, target = make_output(), make_target(soft=name.endswith('soft'))
+    terms = make_criterion(base_loss=base_loss).terms(output, target)
+    leaves = leaves_of(output)
+    for side in 'ab':
+        want = loop(leaves[f'logits_{side}'], target)
+        assert_close(terms[f'ce_{side}_loss'], want, name)
+        got_gradients = gradients(terms[f'ce_{side}_loss'], leaves)
+        assert_same_gradients(got_gradients, gradients(want, leaves), name)
+    pair = reference.pair_terms(output, target, 0.2)
+    for term in ('contrastive_loss', 'kl_loss'):
+        assert_close(terms[term], pair[term], term)
+    assert_close(terms['loss'], sum(terms[term] for term in TERMS), 'loss')
+
+
+def test_pair_output_fields():
+    assert PairOutput._fields[:4] == ('logits_a', 'logits_b', 'embed_a', 'embed_b')
+    assert set(PairOutput._field_defaults) >= set(PairOutput._fields[4:])
+    assert all(default is None for default in PairOutput._field_defaults.values())
+    assert {'dist_logits_a', 'dist_logits_b', 'stopped_a', 'stopped_b', 'sample_ids'} <= set(PairOutput._fields)
+
+
+# stages
+
+@pytest.mark.parametrize('epochs, x, y, epoch, on', [
+    (10, 20, 20, 0, {'contrastive_loss'}),
+    (10, 20, 20, 1, {'contrastive_loss'}),
+    (10, 20, 20, 2, {'contrastive_loss', 'kl_loss'}),
+    (10, 20, 20, 7, {'contrastive_loss', 'kl_loss'}),
+    (10, 20, 20, 8, {'kl_loss'}),
+    (10, 20, 20, 9, {'kl_loss'}),
+    (10, 20, 20, 10, {'kl_loss'}),
+    (10, 20, 20, 1000, {'kl_loss'}),
+    (3, 33.4, 33.3, 1, {'contrastive_loss'}),
+    (3, 33.3, 33.4, 1, {'contrastive_loss', 'kl_loss'}),
+    (3, 33.3, 33.4, 2, {'kl_loss'}),
+    (3, 33.3, 33.3, 2, {'contrastive_loss', 'kl_loss'}),
+    (10, 50, 50, 4, {'contrastive_loss'}),
+    (10, 50, 50, 5, {'kl_loss'}),
+    (10, 0, 100, 0, {'kl_loss'}),
+    (10, 0, 0, 0, {'contrastive_loss', 'kl_loss'}),
+    (10, 0, 0, 9, {'contrastive_loss', 'kl_loss'}),
+    (10, 0, 0, 10, {'contrastive_loss', 'kl_loss'}),
+    (10, 100, 0, 10, {'contrastive_loss'}),
+])
+def test_terms_by_stage(epochs, x, y, epoch, on):
+    output, target = make_output(stopped='a'), make_target()
+    criterion = VPLLoss(epochs, x, y, tau=0.2)
+    criterion.set_epoch(epoch)
+    terms = criterion.terms(output, target)
+    assert set(terms) == {'ce_a_loss', 'ce_b_loss', 'loss', *on}
+    want = reference.pair_terms(output, target, 0.2)
+    assert_close(terms['loss'], sum(want[name] for name in terms if name != 'loss'), 'loss')
+    assert torch.equal(criterion(output, target), terms['loss'])
+
+
+def test_stages_change_back_and_forth():
+    criterion = VPLLoss(10, tau=0.2)
+    output, target = make_output(), make_target()
+    for epoch, on in ((9, {'kl_loss'}), (0, {'contrastive_loss'}), (5, {'contrastive_loss', 'kl_loss'})):
+        criterion.set_epoch(epoch)
+        assert set(criterion.terms(output, target)) == {'ce_a_loss', 'ce_b_loss', 'loss', *on}
+
+
+@pytest.mark.parametrize('value', [float('inf'), float('nan')])
+def test_what_a_stage_does_not_use_cannot_spoil_it(value):
+    output, target = make_output(stopped='a'), make_target()
+    spoiled = torch.full((4, 6), value, dtype=torch.float64)
+    output = output._replace(
+        embed_a=spoiled.clone().requires_grad_(),
+        embed_b=spoiled.clone().requires_grad_(),
+        stopped_a=spoiled.clone().requires_grad_(),
+    )
+    criterion = VPLLoss(10, 20, 20, tau=0.2)
+    criterion.set_epoch(9)
+    assert_finite(criterion, output, target)
+    assert_finite(make_criterion(contrastive_weight=0), output, target)
+
+
+def test_no_epoch_warns_once_and_counts_as_the_first():
+    output, target = make_output(), make_target()
+    criterion = VPLLoss(10, 20, 20, tau=0.2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        terms = criterion.terms(output, target)
+        criterion(output, target)
+        criterion.terms(output, target)
+    assert [warning.category for warning in caught] == [UserWarning]
+    assert 'epoch' in str(caught[0].message)
+    assert set(terms) == {'ce_a_loss', 'ce_b_loss', 'contrastive_loss', 'loss'}
+
+
+def test_no_warning_with_an_epoch():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        make_criterion()(make_output(), make_target())
+
+
+def test_eval_mode_and_no_grad_give_the_same_value():
+    output, target = make_output(), make_target()
+    criterion = make_criterion()
+    want = criterion(output, target).detach()
+    with torch.no_grad():
+        assert torch.equal(criterion(output, target), want)
+    assert torch.equal(criterion.eval()(output, target).detach(), want)
+
+
+# precision
+
+@pytest.mark.parametrize('soft', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
+def test_low_precision_gives_float32(dtype, soft):
+    output = make_output(6, 16, dtype=dtype, stopped='a')
+    target = make_target(6, soft=soft, dtype=torch.float32)
+    terms = make_criterion().terms(output, target)
+    exact = PairOutput(*(None if field is None else field.detach().double() for field in output))
+    want = make_criterion().terms(exact, target.double() if soft else target)
+    for name, term in terms.items():
+        assert term.dtype == torch.float32, name
+        # The inputs are rounded, the computation is not: float32's accuracy, not that of the inputs.
+        assert float(term.detach()) == pytest.approx(float(want[name]), rel=2e-5, abs=2e-6), name
+    for leaf, gradient in gradients(terms['loss'], leaves_of(output)).items():
+        assert gradient is None or gradient.dtype == dtype, leaf
+
+
+@pytest.mark.parametrize('similarity', ['cosine', 'dot'])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+def test_autocast_changes_nothing(dtype, similarity):
+    output, target = make_output(6, 64, dtype=dtype), make_target(6)
+    criterion = make_criterion(similarity=similarity)
+    want = criterion.terms(output, target)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        got = criterion.terms(output, target)
+        total = criterion(output, target)
+    assert total.dtype == torch.float32
+    for name in want:
+        assert got[name].dtype == torch.float32, name
+        assert torch.equal(got[name], want[name]), name
+    got_gradients = gradients(got['loss'], leaves_of(output))
+    for name, gradient in gradients(want['loss'], leaves_of(output)).items():
+        assert gradient is None or torch.equal(got_gradients[name], gradient), name
+
+
+@pytest.mark.parametrize('similarity', ['cosine', 'dot'])
+def test_float64_stays_float64_under_autocast(similarity):
+    output, target = make_output(), make_target()
+    criterion = make_criterion(similarity=similarity)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        got = criterion.terms(output, target)
+    want = reference.pair_terms(output, target, 0.2, similarity=similarity)
+    for name in want:
+        assert_close(got[name], want[name], name)
+
+
+# extremes
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+MODES = list(itertools.product(('cosine', 'dot'), ('negative', 'ignore', 'positive')))
+
+
+@pytest.mark.parametrize('similarity, same_class', MODES)
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_one_image(dtype, similarity, same_class):
+    output = make_output(1, dtype=dtype, ids=torch.tensor([3]))
+    criterion = make_criterion(similarity=similarity, same_class=same_class, contrastive_to='both')
+    terms = assert_finite(criterion, output, make_target(1))
+    assert float(terms['contrastive_loss'].detach()) == 0.
+    assert not learners(terms['contrastive_loss'], output)
+
+
+@pytest.mark.parametrize('similarity, same_class', MODES)
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_duplicated_images(dtype, similarity, same_class):
+    one = make_output(1, dtype=dtype)
+    output = PairOutput(*(field.detach().repeat(4, 1).requires_grad_() for field in one[:4]))
+    criterion = make_criterion(similarity=similarity, same_class=same_class, contrastive_to='both')
+    assert_finite(criterion, output, torch.tensor([0, 1, 1, 2]))
+    same = PairOutput(output[0], output[1], output[2], output[2])  # the branches agree as well
+    assert_finite(criterion, same, torch.tensor([0, 1, 1, 2]))
+
+
+@pytest.mark.parametrize('same_class', ['negative', 'ignore'])
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_nothing_but_copies(dtype, same_class):
+    output = make_output(dtype=dtype, ids=torch.full((4,), 5))
+    criterion = make_criterion(contrastive_to='both', same_class=same_class)
+    terms = assert_finite(criterion, output, torch.tensor([0, 1, 1, 2]))
+    assert float(terms['contrastive_loss'].detach()) == 0.
+    assert not learners(terms['contrastive_loss'], output)
+
+
+@pytest.mark.parametrize('same_class', ['ignore', 'positive'])
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_nothing_but_one_class(dtype, same_class):
+    output, target = make_output(dtype=dtype), torch.tensor([2, 2, 2, 2])
+    terms = assert_finite(make_criterion(same_class=same_class, contrastive_to='both'), output, target)
+    if same_class == 'ignore':
+        assert float(terms['contrastive_loss'].detach()) == 0.
+
+
+@pytest.mark.parametrize('similarity', ['cosine', 'dot'])
+@pytest.mark.parametrize('vanished', [('embed_a',), ('embed_b',), ('embed_a', 'embed_b')])
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_vanished_embedding(dtype, vanished, similarity):
+    output, target = make_output(dtype=dtype), make_target()
+    with torch.no_grad():
+        for name in vanished:
+            getattr(output, name)[1] = 0
+    for contrastive_to in SIDES:
+        settings = {'tau': 0.2, 'similarity': similarity, 'contrastive_to': contrastive_to}
+        terms = assert_finite(make_criterion(**settings), output, target)
+        if dtype == torch.float64:
+            want = reference.pair_contrastive(output, target, **settings)
+            assert_close(terms['contrastive_loss'], want, 'contrastive_loss')
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_all_embeddings_vanished(dtype):
+    output, target = make_output(dtype=dtype, num_images=3), make_target(3)
+    with torch.no_grad():
+        output.embed_a.zero_()
+        output.embed_b.zero_()
+    terms = assert_finite(make_criterion(contrastive_to='both'), output, target)
+    assert float(terms['contrastive_loss'].detach()) == pytest.approx(math.log(5), rel=1e-6)
+
+
+@pytest.mark.parametrize('tau', [1., 128.])
+@pytest.mark.parametrize('similarity', ['cosine', 'dot'])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
+def test_large_embeddings(dtype, similarity, tau):
+    # Each dot product is up to 200 * 200 * 768 = 3e7, each squared norm too: beyond float16.
+    signs = make_output(5, 768, dtype=torch.float32)
+    output = signs._replace(
+        embed_a=(200 * signs.embed_a.detach().sign()).to(dtype).requires_grad_(),
+        embed_b=torch.full((5, 768), 200., dtype=dtype).requires_grad_(),
+    )
+    for contrastive_to in SIDES:
+        criterion = make_criterion(similarity=similarity, tau=tau, contrastive_to=contrastive_to)
+        assert_finite(criterion, output, make_target(5))
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            assert_finite(criterion, output, make_target(5))
+
+
+@pytest.mark.parametrize('soft', [False, True])
+@pytest.mark.parametrize('kl_to', SIDES)
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_extreme_logits(dtype, kl_to, soft):
+    output = make_output(dtype=dtype)
+    with torch.no_grad():
+        output.logits_a.copy_(1e4 * output.logits_a.sign())
+        output.logits_b.fill_(-1e4)[:, 2] = 1e4
+    target = make_target(soft=soft, dtype=dtype if dtype == torch.float64 else torch.float32)
+    assert_finite(make_criterion(kl_to=kl_to), output, target)
+    assert_finite(make_criterion(kl_to=kl_to, rho=0.5), output, target)
+
+
+# bad input
+
+@pytest.mark.parametrize('name, value', [
+    ('tau', 0), ('tau', -0.1), ('tau', float('nan')),
+    ('rho', 0.), ('rho', -2), ('rho', float('nan')),
+    ('similarity', 'euclidean'),
+    ('contrastive_to', 'c'), ('contrastive_to', None),
+    ('kl_to', 'ab'),
+    ('same_class', 'drop'),
+    ('contrastive_weight', -1), ('contrastive_weight', float('nan')),
+    ('kl_weight', -0.5), ('kl_weight', float('nan')),
+    ('epochs', 0),
+    ('x', -1), ('y', 101), ('x', float('nan')),
+])
+def test_bad_arguments(name, value):
+    with pytest.raises(ValueError, match=rf'\b{name}\b.*{value}'):
+        VPLLoss(**{**ONE_STAGE, name: value})
+
+
+def test_percentages_over_100():
+    with pytest.raises(ValueError, match='60.*50'):
+        VPLLoss(10, x=60, y=50)
+
+
+def test_negative_epoch():
+    criterion = make_criterion()
+    with pytest.raises(ValueError, match='epoch.*-1'):
+        criterion.set_epoch(-1)
+        criterion(make_output(), make_target())
+
+
+def leaf(*shape):
+    return torch.ones(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize('changes, sizes', [
+    ({'embed_b': leaf(4, 7)}, '67'),
+    ({'embed_a': leaf(4, 1)}, '16'),
+    ({'embed_a': leaf(3, 6)}, '34'),
+    ({'embed_b': leaf(1, 6)}, '14'),
+    ({'logits_a': leaf(3, 5)}, '34'),
+    ({'logits_b': leaf(1, 5)}, '14'),
+    ({'sample_ids': torch.zeros(1, dtype=torch.int64)}, '14'),
+])
+def test_mismatched_output_shapes(changes, sizes):
+    with pytest.raises(ValueError) as error:
+        make_criterion()(make_output()._replace(**changes), make_target())
+    for size in sizes:
+        assert size in str(error.value)
+
+
+@pytest.mark.parametrize('soft', [False, True])
+@pytest.mark.parametrize('num_targets', [1, 3])
+def test_mismatched_target_shapes(num_targets, soft):
+    with pytest.raises(ValueError) as error:
+        make_criterion()(make_output(), make_target(num_targets, soft=soft))
+    assert '4' in str(error.value) and str(num_targets) in str(error.value)

@@ -1,0 +1,429 @@
+"""The parser: defaults, branches, recipes, refused options, and the one line that each mistake gets."""
+import logging
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from timm_vpl import options
+from timm_vpl.errors import RunError, UsageError
+from timm_vpl.options import parse_args, recipe_path, recipe_values, timm_model_names
+
+ROOT = Path(__file__).parents[1]
+PAIR = ['--model-a', 'resnet18', '--model-b', 'vit_tiny_patch16_224']
+DIGITS = ['--dataset', 'digits', *PAIR]
+
+
+def error_line(capsys, argv):
+    """Return what a wrong command line prints, without the `train_vpl.py: error: `."""
+    with pytest.raises(SystemExit) as caught:
+        parse_args(argv)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == '' and err.endswith('\n') and err.count('\n') == 1
+    prefix = 'train_vpl.py: error: '
+    assert err.startswith(prefix)
+    return err[len(prefix):-1]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Write a recipe and return its path."""
+    def write(text):
+        path = tmp_path / 'recipe.yaml'
+        path.write_text(text, encoding='utf-8')
+        return str(path)
+    return write
+
+
+def test_exit_statuses():
+    assert (UsageError.exit_status, RunError.exit_status) == (2, 1)
+
+
+def test_defaults_are_those_of_the_paper():
+    args = parse_args(DIGITS)
+    assert (args.method, args.x, args.y, args.rho, args.tau) == ('vpl', 20., 20., 1., options.DEFAULT_TAU)
+    assert (args.similarity, args.contrastive_to, args.kl_to, args.affine_side) == ('cosine', 'b', 'a', 'b')
+    assert (args.contrastive_weight, args.kl_weight, args.same_class, args.gather) == (1., 1., 'negative', True)
+    assert (args.opt, args.sched, args.aa, args.reprob, args.epochs, args.batch_size) == (
+        'adamw', 'cosine', 'v0', 0.25, 300, 128)
+    assert (args.model_ema, args.model_ema_warmup, args.model_ema_decay) == (True, True, 0.9998)
+    assert (args.lr_a, args.lr_b, args.lr_base_a, args.lr_base_b, args.lr_base_size) == (None, None, .005, .002, 1600)
+    assert (args.weight_decay, args.weight_decay_a, args.weight_decay_b) == (None, 0.05, 0.05)
+    assert (args.sides, args.prefetcher, args.device) == (('a', 'b'), True, None)
+
+
+def test_default_tau_is_that_of_the_loss():
+    source = (ROOT / 'timm_vpl' / 'criterion.py').read_text(encoding='utf-8')
+    for value in re.findall(r'^DEFAULT_TAU = (\S+)', source, re.MULTILINE):
+        assert float(value) == options.DEFAULT_TAU
+
+
+def test_branch_value_wins_over_shared_over_default():
+    args = parse_args([
+        *DIGITS, '--drop-path', '0.1', '--drop-path-b', '0.3', '--lr-base-a', '.001', '--clip-grad', '1'])
+    assert (args.drop_path, args.drop_path_a, args.drop_path_b) == (0.1, 0.1, 0.3)
+    assert (args.lr_base, args.lr_base_a, args.lr_base_b) == (None, 0.001, 0.002)
+    assert (args.clip_grad_a, args.clip_grad_b) == (1., 1.)
+
+
+def test_on_off_options_of_a_branch():
+    args = parse_args([*DIGITS, '--channels-last', '--no-channels-last-b', '--no-model-ema'])
+    assert (args.channels_last, args.channels_last_a, args.channels_last_b) == (True, True, False)
+    assert args.model_ema is False
+
+
+@pytest.mark.parametrize('given', [['a=1', 'b=x', 'c=[1, 2]'], ['a=1 b=x c=[1, 2]']])
+def test_key_value_options(given):
+    args = parse_args([*DIGITS, '--model-kwargs', *given, '--model-kwargs-b', "d='x e=2'"])
+    assert args.model_kwargs_a == {'a': 1, 'b': 'x', 'c': [1, 2]}
+    assert args.model_kwargs_b == {'d': 'x e=2'}
+    assert args.opt_kwargs == {}
+
+
+def test_branches_do_not_share_a_dict():
+    args = parse_args([*DIGITS, '--model-kwargs', 'a=1'])
+    args.model_kwargs_a['a'] = 2
+    assert args.model_kwargs_b == {'a': 1}
+
+
+def test_data_by_position_or_by_name(tmp_path):
+    assert parse_args([str(tmp_path), *PAIR]).data_dir == str(tmp_path)
+    assert parse_args([*PAIR, '--epochs', '3', str(tmp_path), '--no-aug']).data_dir == str(tmp_path)
+    assert parse_args([*PAIR, '--data-dir', str(tmp_path)]).data_dir == str(tmp_path)
+    assert parse_args([str(tmp_path), *PAIR, '--data-dir', str(tmp_path)]).data_dir == str(tmp_path)
+
+
+def test_tar_and_data_sets_without_a_folder(tmp_path):
+    tar = tmp_path / 'images.tar'
+    tar.touch()
+    assert parse_args([str(tar), *PAIR]).data_dir == str(tar)
+    for dataset in ('hfds/cifar10', 'HFIDS/a/b', 'tfds/mnist'):
+        assert parse_args([*PAIR, '--dataset', dataset]).data_dir is None
+    new = str(tmp_path / 'new')
+    assert parse_args([*PAIR, '--dataset', 'torch/cifar10', '--dataset-download', '--data-dir', new]).data_dir == new
+    assert parse_args([*PAIR, '--dataset', 'wds/x', '--data-dir', 'https://host/x']).data_dir == 'https://host/x'
+
+
+def test_solo_takes_one_model():
+    args = parse_args(['--dataset', 'digits', '--method', 'solo', '--model-b', 'vit_tiny_patch16_224'])
+    assert args.sides == ('b',)
+    assert parse_args([*DIGITS, '--method', 'solo', '--model-b', '']).sides == ('a',)
+
+
+@pytest.mark.parametrize('name', [
+    'vit_base_patch16_224.augreg_in21k', 'hf-hub:timm/resnet18', 'hf_hub:timm/resnet18', 'tf_efficientnet_b0_ns',
+])
+def test_model_names_that_timm_takes(name):
+    assert parse_args([*DIGITS, '--model-a', name]).model_a == name
+
+
+def test_local_dir_model_must_exist(tmp_path, capsys):
+    assert parse_args([*DIGITS, '--model-a', f'local-dir:{tmp_path}']).sides == ('a', 'b')
+    assert error_line(capsys, [*DIGITS, '--model-a', 'local-dir:/no/where']) == (
+        '--model-a local-dir:/no/where: no such folder')
+
+
+def test_model_names_are_those_that_timm_registers():
+    timm = pytest.importorskip('timm')
+    assert timm_model_names() == frozenset(timm.list_models())
+
+
+@pytest.mark.parametrize('argv, message', [
+    # models
+    (['--dataset', 'digits'], '--method vpl needs two models; missing: --model-a and --model-b'),
+    (['--dataset', 'digits', '--model-a', 'resnet18'], '--method vpl needs two models; missing: --model-b'),
+    ([*DIGITS, '--method', 'solo'], '--method solo needs one model, --model-a or --model-b; given: --model-a resnet18 '
+     "--model-b vit_tiny_patch16_224 (--model-b '' drops that of a recipe)"),
+    ([*DIGITS, '--model-a', 'resnet5O'], '--model-a resnet5O: timm has no model of this name, did you mean resnet50, '
+     'resnet51q or resnet50t?'),
+    ([*DIGITS, '--model-b', 'timm/resnet18'], '--model-b timm/resnet18 is not the name of a timm model '
+     '(hf-hub:timm/resnet18 or local-dir:timm/resnet18?)'),
+    ([*DIGITS, '--model-b', 'hub:x'], '--model-b hub:x is not the name of a timm model, hf-hub:ID or '
+     'local-dir:FOLDER'),
+    # data
+    (PAIR, 'no data: give a folder or .tar of images (DIR or --data-dir), or try --dataset digits'),
+    ([*PAIR, '--dataset', 'torch/cifar10'], 'no data: give where torch/cifar10 lies (DIR or --data-dir), or try '
+     '--dataset digits'),
+    (['/no/where', *PAIR], 'data folder /no/where does not exist'),
+    ([__file__, *PAIR], f'data {__file__} is not a folder or .tar'),
+    (['/tmp', *DIGITS], '--dataset digits comes with the package, but a folder is given: /tmp'),
+    (['/tmp', *PAIR, '--data-dir', '/'], 'DIR /tmp and --data-dir / differ, one is enough'),
+    ([*PAIR, '--dataset', 'cifar10'], '--dataset cifar10 is not one of digits, hfds/NAME, hfids/NAME, tfds/NAME, '
+     'torch/NAME, wds/NAME; leave it out for a folder or .tar'),
+    (['/tmp', 'more', *PAIR], "unexpected argument 'more' (see --help)"),
+    # files
+    ([*DIGITS, '--resume', 'no.pth'], '--resume no.pth: no such file'),
+    ([*DIGITS, '--initial-checkpoint', 'no.pth'], '--initial-checkpoint-a no.pth: no such file'),
+    ([*DIGITS, '--pretrained-path-b', 'no.pth'], '--pretrained-path-b no.pth: no such file'),
+    # values
+    ([*DIGITS, '--x', '70', '--y', '40'], '--x 70 and --y 40 add up to more than 100 percent of the epochs'),
+    ([*DIGITS, '--x', '-1'], "--x: '-1' is not a number >= 0"),
+    ([*DIGITS, '--y', 'nan'], "--y: 'nan' is not a number >= 0"),
+    ([*DIGITS, '--tau', '0'], "--tau: '0' is not a number > 0"),
+    ([*DIGITS, '--rho', 'inf'], "--rho: 'inf' is not a number > 0"),
+    ([*DIGITS, '--kl-weight', '-0.5'], "--kl-weight: '-0.5' is not a number >= 0"),
+    ([*DIGITS, '--batch-size', '0'], "-b/--batch-size: '0' is not a whole number >= 1"),
+    ([*DIGITS, '--epochs', '1.5'], "--epochs: '1.5' is not a whole number >= 1"),
+    ([*DIGITS, '-j', '-1'], "-j/--workers: '-1' is not a whole number >= 0"),
+    ([*DIGITS, '--lr-a', '0'], "--lr-a: '0' is not a number > 0"),
+    ([*DIGITS, '--smoothing', '1'], "--smoothing: '1' is not a number >= 0 and < 1"),
+    ([*DIGITS, '--drop-path-b', '1.2'], "--drop-path-b: '1.2' is not a number from 0 to 1"),
+    ([*DIGITS, '--model-ema-decay', '1'], "--model-ema-decay: '1' is not a number > 0 and < 1"),
+    ([*DIGITS, '--aug-repeats', '0.5'], "--aug-repeats: '0.5' is not 0 or a number >= 1"),
+    ([*DIGITS, '--opt-kwargs', 'foreach'], "--opt-kwargs: 'foreach' is not of the form key=value"),
+    ([*DIGITS, '--input-size', '3', '32'], '--input-size: expected 3 arguments'),
+    ([*DIGITS, '--amp=yes'], "--amp/--no-amp: takes no value, not 'yes'"),
+    # combinations
+    ([*DIGITS, '-b', '31', '--cutmix', '1'], '--batch-size 31 is odd, --mixup and --cutmix need an even one'),
+    ([*DIGITS, '--sched', 'plateau', '--sched-on-updates'], '--sched plateau follows the validation, it has no '
+     '--sched-on-updates'),
+    ([*DIGITS, '--in-chans', '1', '--mean', '0', '0', '0'], '--mean 0 0 0 has 3 values, the images have 1 channels'),
+    # options
+    ([*DIGITS, '--model_a', 'x'], 'unknown option --model_a, did you mean --model-a? (see --help)'),
+    ([*DIGITS, '--epoch', '3'], 'unknown option --epoch, did you mean --epochs, --stop-epoch or --start-epoch? '
+     '(see --help)'),
+    ([*DIGITS, '--zzzzzz'], 'unknown option --zzzzzz (see --help)'),
+    ([*DIGITS, '--model', 'resnet50'], '--model is not available: a pair has two models; use --model-a and --model-b'),
+    ([*DIGITS, '--kd-temperature=4'], '--kd-temperature is not available: there is no teacher beside a pair (--method '
+     'distill is planned); use the pair losses: --tau, --rho, --contrastive-weight, --kl-weight'),
+    # recipes
+    (['-c', '/no/where.yml'], '--config /no/where.yml is neither a file nor the name of a recipe; recipes: '
+     'first, second'),
+    (['-c', 'frist'], '--config frist is neither a file nor the name of a recipe; recipes: first'),
+    (['-c', 'elsewhere/first.yaml'], '--config elsewhere/first.yaml is neither a file nor the name of a recipe; '
+     'recipes: first'),
+])
+def test_mistakes_get_one_line(argv, message, capsys, monkeypatch):
+    monkeypatch.setattr(options, '_recipes', lambda: {'first': Path('first.yaml'), 'second': Path('second.yaml')})
+    assert error_line(capsys, argv) == message
+
+
+@pytest.mark.parametrize('flag', [
+    name for name in options.REFUSED if not name.endswith('*')] + ['--naflex-loader', '--train-size-probs'])
+def test_refused_options(flag, capsys, recipe):
+    assert error_line(capsys, [*DIGITS, flag, '1']).startswith(f'{flag} is not available: ')
+    key = flag[2:].replace('-', '_')
+    path = recipe(f'{key}: 1')
+    assert error_line(capsys, [*DIGITS, '-c', path]).startswith(f'{path}: {key} is not available: ')
+    assert parse_args([*DIGITS, '-c', recipe(f'{key}: null')])
+
+
+def test_no_option_is_also_refused():
+    for flag in options.build_parser()._option_string_actions:
+        options._check_not_refused(flag)
+
+
+def test_choices_are_named(capsys):
+    for flag, choice in (('--sched', 'rsqrt'), ('--amp-dtype', 'bfloat16'), ('--dist-bn', 'reduce'), ('--kl-to', 'a')):
+        message = error_line(capsys, [*DIGITS, flag, 'other'])
+        assert message.startswith(f"{flag}: invalid choice: 'other' (choose from ") and choice in message
+
+
+def test_decimals_that_add_up_to_100_are_taken():
+    assert parse_args([*DIGITS, '--x', '70.1', '--y', '29.9']).x == 70.1
+
+
+def test_message_stays_on_one_line(capsys):
+    assert error_line(capsys, ['a\nb', *PAIR]) == 'data folder a b does not exist'
+
+
+def test_other_processes_of_a_machine_say_nothing(capsys, monkeypatch):
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    with pytest.raises(SystemExit) as caught:
+        parse_args(['/no/where', *PAIR])
+    assert caught.value.code == 2
+    assert capsys.readouterr() == ('', '')
+
+
+# Recipes
+
+
+def test_recipe_gives_values_and_the_command_line_wins(recipe):
+    path = recipe("""
+        model-a: resnet18       # dashes or underscores
+        model_b: vit_tiny_patch16_224
+        dataset: digits
+        y: 10
+        lr_base: 1e-3           # text in YAML 1.1, a number to the parser
+        amp: true
+        model-ema: off
+        seed: null
+        mean: [0.5, -0.5, 1]
+        std: 0.5
+        experiment: 007
+        model_kwargs: {act_layer: gelu, depths: [1, 2], flag: true}
+        torchcompile: true
+        local_rank: 1
+    """)
+    args = parse_args(['--config', path, '--no-amp', '--y', '30'])
+    assert (args.model_a, args.model_b, args.y, args.amp, args.model_ema) == (
+        'resnet18', 'vit_tiny_patch16_224', 30., False, False)
+    assert (args.lr_base_a, args.lr_base_b, args.seed, args.mean, args.std) == (.001, .001, 42, [0.5, -0.5, 1.], [0.5])
+    assert (args.experiment, args.torchcompile) == ('007', 'inductor')
+    assert args.model_kwargs_b == {'act_layer': 'gelu', 'depths': [1, 2], 'flag': True}
+    assert parse_args(['-c', path]).amp is True
+
+
+def test_null_in_a_recipe_means_not_given_or_no_policy(recipe):
+    args = parse_args([*DIGITS, '-c', recipe('aa: null\nreprob: null')])
+    assert (args.aa, args.reprob) == ('', 0.25)
+
+
+def test_shared_option_on_the_command_line_wins_over_a_branch_in_the_recipe(recipe):
+    path = recipe('lr_a: 0.1\nlr_b: 0.2\ndrop_b: 0.3')
+    args = parse_args([*DIGITS, '-c', path, '--lr', '0.5'])
+    assert (args.lr_a, args.lr_b, args.drop_b) == (0.5, 0.5, 0.3)
+
+
+def test_folder_on_the_command_line_wins_over_the_recipe(recipe, tmp_path):
+    path = recipe('data_dir: /no/where')
+    assert parse_args([str(tmp_path), *PAIR, '-c', path]).data_dir == str(tmp_path)
+    assert parse_args([*PAIR, '-c', recipe(f'data: {tmp_path}')]).data_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize('text, message', [
+    ('', ' is empty'),
+    ('# nothing', ' is empty'),
+    ('- lr', ' is not a mapping of options to values (epochs: 100)'),
+    ('lr', ' is not a mapping of options to values (epochs: 100)'),
+    ('lr: [1', ", line 1 is not YAML: expected ',' or ']', but got '<stream end>'"),
+    ('a: 1\n\tb: 2', ", line 2 is not YAML: found character '\\t' that cannot start any token"),
+    ('lr: 1\nlr: 2', ', line 2: lr is given twice'),
+    ('lr-a: 1\nlr_a: 2', ': lr_a is given twice'),
+    ('model_kwargs: {a: 1, a: 2}', ', line 1: a is given twice'),
+    ('epoch: 3', ': epoch is not an option, did you mean epochs, stop_epoch or start_epoch?'),
+    ('config: other.yaml', ': config: a recipe can not name another recipe'),
+    ('help: true', ': help is not an option, did you mean hflip?'),
+    ('1: 2', ': 1 is not an option'),
+    ('true: 2', ', line 1: True is not the name of an option'),
+    ('lr: fast', ": lr: 'fast' is not a number > 0"),
+    ('lr: -1', ": lr: '-1' is not a number > 0"),
+    ('lr: .nan', ": lr: '.nan' is not a number > 0"),
+    ('lr: [1]', ': lr: [1] is not one value (text that YAML takes for something else needs quotes)'),
+    ('experiment: no', ': experiment: False is not one value (text that YAML takes for something else needs quotes)'),
+    ('wandb_tags: [x, --amp]', ": wandb_tags: '--amp' is not a list of values (text that YAML takes for something "
+     'else needs quotes)'),
+    ('input_size: [3, 32]', ': input_size: [3, 32] is not a list of 3 values'),
+    ('amp: 1', ": amp: '1' is not true or false"),
+    ('opt_kwargs: foreach', ": opt_kwargs: 'foreach' is not of the form key=value"),
+    ('kd_model_name: resnet50', ': kd_model_name is not available: there is no teacher beside a pair (--method distill '
+     'is planned); use the pair losses: --tau, --rho, --contrastive-weight, --kl-weight'),
+    ('opt: !!python/object/apply:os.system [id]', ', line 1: the tag tag:yaml.org,2002:python/object/apply:os.system '
+     'is not allowed'),
+    ('mean: &m [*m]', ' is nested too deeply'),
+])
+def test_mistakes_in_a_recipe_get_one_line(text, message, capsys, recipe):
+    path = recipe(text)
+    assert error_line(capsys, [*DIGITS, '-c', path]) == path + message
+
+
+def test_wrong_choice_in_a_recipe(capsys, recipe):
+    path = recipe('sched: cosin')
+    message = error_line(capsys, [*DIGITS, '-c', path])
+    assert message.startswith(f"{path}: sched: invalid choice: 'cosin' (choose from ") and 'cosine' in message
+
+
+def test_recipe_that_is_not_text(capsys, tmp_path):
+    path = tmp_path / 'recipe.yaml'
+    path.write_bytes(b'\xff\xfe\x00')
+    assert error_line(capsys, ['-c', str(path)]) == f'{path} is not a text file in UTF-8'
+    assert error_line(capsys, ['-c', str(tmp_path)]).startswith(f'--config {tmp_path} is a folder; recipes: ')
+
+
+def test_recipe_by_bare_name(monkeypatch, tmp_path):
+    for layout in ('clone', 'wheel'):  # hparams beside the package, or in it
+        package = tmp_path / layout / 'timm_vpl'
+        hparams = package.parent / 'hparams' if layout == 'clone' else package / 'hparams'
+        hparams.mkdir(parents=True)
+        package.mkdir(exist_ok=True)
+        (hparams / 'quick.yaml').write_text('epochs: 3')
+        monkeypatch.setattr(options, '__file__', str(package / 'options.py'))
+        assert recipe_path('quick') == recipe_path('quick.yaml') == hparams / 'quick.yaml'
+        assert recipe_path(str(hparams / 'quick.yaml')) == hparams / 'quick.yaml'
+
+
+def test_values_of_a_run_are_a_recipe_of_it(recipe):
+    args = parse_args([
+        *DIGITS, '--lr', '1e-3', '--lr-b', '0.5', '--model-kwargs-a', 'a=1', 'b=x y', '--no-aug', '--no-gather',
+        '--dist-bn', '', '--wandb-tags', 'one', 'two', '--crop-pct', '0.9', '--aa', '', '--input-size', '3', '32', '32',
+    ])
+    again = parse_args(['-c', recipe(yaml.safe_dump(recipe_values(args)))])
+    again.config = None
+    assert vars(again) == vars(args)
+
+
+# Warnings
+
+
+@pytest.mark.parametrize('argv, warnings', [
+    ([], []),
+    (['--tau', '0.1', '--rho', '2'], []),
+    (['--tau', '0.1', '--similarity', 'dot', '--contrastive-weight', '0'],
+     ['--tau, --similarity: no effect, the contrastive term is off (--contrastive-weight 0 or --y 100)']),
+    (['--tau', '0.2', '--contrastive-weight', '0'], []),  # the default
+    (['--rho', '2', '--x', '100', '--y', '0'],
+     ['--rho: no effect, the KL term is off (--kl-weight 0 or --x 100)']),
+    (['--amp-dtype', 'bfloat16'], ['--amp-dtype: no effect, --amp is off']),
+    (['--amp', '--amp-dtype', 'bfloat16'], []),
+    (['--lr-a', '0.1', '--lr-base', '0.2'], []),
+    (['--lr', '0.1', '--lr-base', '0.2'], ['--lr-base: no effect, the learning rates are given']),
+    (['--no-aug', '--hflip', '0'], ['--hflip: no effect, --no-aug turns off all augmentation']),
+    (['--method', 'solo', '--model-b', '', '--lr-b', '0.1', '--x', '30'],
+     ['--x: no effect, --method solo trains one model', '--lr-b: no effect, there is no --model-b']),
+])
+def test_warning_where_an_option_has_no_effect(argv, warnings, caplog):
+    with caplog.at_level(logging.WARNING, logger='timm_vpl'):
+        parse_args([*DIGITS, *argv])
+    assert [record.getMessage() for record in caplog.records] == warnings
+
+
+# Help and docs
+
+
+def test_help_shows_both_defaults_and_the_branches(capsys, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '1000')
+    with pytest.raises(SystemExit) as caught:
+        parse_args(['--help'], prog='timm-vpl train')
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith('usage: timm-vpl train ')
+    assert '(default: adamw; timm: sgd)' in text
+    assert '(default: 0.005 for a, 0.002 for b; timm: 0.1) (also --lr-base-a, --lr-base-b)' in text
+    assert 'percent of the epochs before the KL term starts (paper: 20) (default: 20)' in text
+    assert '(default: 300)' in text and '--local-rank' not in text
+
+
+def test_every_changed_default_is_in_the_docs():
+    assert [row[:3] for row in options.build_parser().changed] == [
+        ('--device', 'cuda, then mps, then cpu', 'cuda'),
+        ('--opt', 'adamw', 'sgd'),
+        ('--weight-decay', '0.05', '2e-05'),
+        ('--lr-base', '0.005 for a, 0.002 for b', '0.1'),
+        ('--lr-base-size', '1600', '256'),
+        ('--aa', 'v0', 'none'),
+        ('--reprob', '0.25', '0'),
+        ('--model-ema', 'on', 'off'),
+        ('--model-ema-warmup', 'on', 'off'),
+    ]
+    assert (ROOT / 'docs' / 'options.md').read_text(encoding='utf-8') == options.options_markdown()
+
+
+def test_a_mistake_imports_nothing_heavy():
+    script = (
+        'import sys\n'
+        'from timm_vpl.options import parse_args\n'
+        'try:\n'
+        "    parse_args(['--dataset', 'digits', '--model-a', 'resnet5O', '--model-b', 'x'])\n"
+        'finally:\n'
+        "    heavy = {'torch', 'torchvision', 'timm', 'numpy', 'PIL', 'yaml'}\n"
+        '    print(sorted(heavy.intersection(sys.modules)))\n'
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, '[]\n')
+    assert time.monotonic() - start < 5  # 0.2 s on an idle core

@@ -1,0 +1,181 @@
+"""StageSchedule against eq. 7 in whole numbers."""
+import math
+import random
+import re
+import warnings
+
+import pytest
+from reference import pair_terms_on
+
+from timm_vpl import StageSchedule
+
+
+def on(schedule, epoch):
+    return schedule.contrastive(epoch), schedule.kl(epoch)
+
+
+def beside(boundary, epochs):
+    """Epochs beside the place (in epochs, may be a fraction) where a term goes on or off."""
+    around = range(math.floor(boundary) - 1, math.ceil(boundary) + 2)
+    return [epoch for epoch in around if 0 <= epoch < epochs]
+
+
+def quiet_schedule(epochs, x, y):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return StageSchedule(epochs, x, y)
+
+
+@pytest.mark.parametrize('other', ['least', 'most'])
+def test_boundaries_every_length_and_percentage(other):
+    # Contrastive depends on y alone and KL on x alone, so each is walked with the least and the most of the other.
+    for epochs in range(1, 301):
+        for percent in range(101):
+            rest = 0 if other == 'least' else 100 - percent
+            schedule = StageSchedule(epochs, percent, rest)
+            for epoch in beside(percent * epochs / 100, epochs):
+                assert schedule.kl(epoch) == (100 * epoch >= percent * epochs), (epochs, percent, rest, epoch)
+            schedule = StageSchedule(epochs, rest, percent)
+            for epoch in beside((100 - percent) * epochs / 100, epochs):
+                want = 100 * epoch < (100 - percent) * epochs
+                assert schedule.contrastive(epoch) == want, (epochs, rest, percent, epoch)
+
+
+def test_boundaries_every_pair_of_percentages():
+    lengths = list(range(1, 301))
+    random.Random(0).shuffle(lengths)
+    pairs = [(x, y) for x in range(101) for y in range(101 - x)]
+    for k, (x, y) in enumerate(pairs):
+        for turn in range(2):
+            epochs = lengths[(k + 150 * turn) % 300]
+            schedule = StageSchedule(epochs, x, y)
+            epochs_to_see = {0, epochs - 1, epochs, epochs + 7}
+            epochs_to_see.update(beside(x * epochs / 100, epochs), beside((100 - y) * epochs / 100, epochs))
+            for epoch in epochs_to_see:
+                want = pair_terms_on(epoch, epochs, x, y)
+                assert on(schedule, epoch) == want, (epochs, x, y, epoch)
+                assert schedule.stage(epoch) == {(True, False): 1, (True, True): 2, (False, True): 3}[want]
+
+
+@pytest.mark.slow
+def test_boundaries_every_length_and_pair_of_percentages():
+    for epochs in range(1, 301):
+        for x in range(101):
+            for y in range(101 - x):
+                schedule = StageSchedule(epochs, x, y)
+                kl_start, contrastive_end = -(-x * epochs // 100), -(-(100 - y) * epochs // 100)
+                for epoch in {kl_start - 1, kl_start, contrastive_end - 1, contrastive_end}:
+                    if 0 <= epoch < epochs:
+                        want = 100 * epoch < (100 - y) * epochs, 100 * epoch >= x * epochs
+                        assert on(schedule, epoch) == want, (epochs, x, y, epoch)
+
+
+def test_boundaries_decimals():
+    rng = random.Random(0)
+    for _ in range(2000):
+        digits = rng.choice([1, 2, 3])
+        x = round(rng.uniform(1, 50), digits)
+        y = round(rng.uniform(1, 50), digits)
+        # Multiples of 1000 put boundaries of such decimals exactly on an epoch.
+        epochs = rng.choice([rng.randint(1, 300), 1000, 10_000, 100_000])
+        schedule = StageSchedule(epochs, x, y)
+        for epoch in beside(x * epochs / 100, epochs) + beside((100 - y) * epochs / 100, epochs):
+            assert on(schedule, epoch) == pair_terms_on(epoch, epochs, x, y), (epochs, x, y, epoch)
+
+
+def test_paper_default():
+    schedule = StageSchedule(300, 20, 20)
+    stages = [schedule.stage(epoch) for epoch in range(300)]
+    assert stages == [1] * 60 + [2] * 180 + [3] * 60
+
+
+def test_distillation_from_b():
+    schedule = StageSchedule(10, 0, 100)
+    assert [on(schedule, epoch) for epoch in range(12)] == [(False, True)] * 12
+
+
+def test_contrastive_only():
+    # The last epoch's stage holds past the end, where the bare inequality would turn KL on.
+    schedule = StageSchedule(10, 100, 0)
+    assert [on(schedule, epoch) for epoch in range(12)] == [(True, False)] * 12
+
+
+def test_one_stage():
+    schedule = StageSchedule(10, 0, 0)
+    assert [on(schedule, epoch) for epoch in range(12)] == [(True, True)] * 12
+
+
+@pytest.mark.parametrize('epochs', [1, 2, 5, 10, 11, 300])
+def test_hands_over_once(epochs):
+    schedule = StageSchedule(epochs, 50, 50)
+    half = (epochs + 1) // 2
+    assert [schedule.stage(epoch) for epoch in range(epochs)] == [1] * half + [3] * (epochs - half)
+
+
+@pytest.mark.parametrize('epochs, x, y, epoch, want', [
+    # As binary floats 0.1 is above and 33.3 below the decimal, which moves each of these by an epoch.
+    (1000, 0.1, 0, 0, (True, False)),
+    (1000, 0.1, 0, 1, (True, True)),
+    (1000, 0, 33.3, 666, (True, True)),
+    (1000, 0, 33.3, 667, (False, True)),
+    (1000, 33.3, 66.7, 332, (True, False)),
+    (1000, 33.3, 66.7, 333, (False, True)),
+    (1000, 1.1, 0, 10, (True, False)),
+    (1000, 1.1, 0, 11, (True, True)),
+    (10, 20.0, 20.0, 1, (True, False)),
+    (10, 20.0, 20.0, 2, (True, True)),
+    (10, 20.0, 20.0, 8, (False, True)),
+])
+def test_decimals_as_written(epochs, x, y, epoch, want):
+    assert on(quiet_schedule(epochs, x, y), epoch) == want
+
+
+@pytest.mark.parametrize('x, y', [(33.3, 66.7), (0.1, 99.9), (99.9, 0.1), (41.9, 58.1), (100, 0), (0, 100)])
+def test_sum_of_exactly_100_is_allowed(x, y):
+    quiet_schedule(10, x, y)
+
+
+@pytest.mark.parametrize('x, y', [(0.5, 20), (20, 0.2), (1e-3, 0), (0.999, 0)])
+def test_fraction_meant_as_percentage_warns(x, y):
+    with pytest.warns(UserWarning, match=str(x if x < 1 else y)):
+        StageSchedule(10, x, y)
+
+
+@pytest.mark.parametrize('x, y', [(0, 0), (1, 1), (20, 20), (1.5, 98.5), (0.0, 100.0)])
+def test_percentages_do_not_warn(x, y):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        StageSchedule(10, x, y)
+
+
+@pytest.mark.parametrize('x, y, named', [
+    (60, 50, ('60', '50')),
+    (100, 1, ('100', '1')),
+    (33.4, 66.7, ('33.4', '66.7')),
+    (101, 0, ('x', '101')),
+    (0, 100.5, ('y', '100.5')),
+    (-1, 20, ('x', '-1')),
+    (20, -0.5, ('y', '-0.5')),
+    (float('nan'), 20, ('x', 'nan')),
+    (20, float('nan'), ('y', 'nan')),
+    (float('inf'), 0, ('x', 'inf')),
+    (0, float('inf'), ('y', 'inf')),
+    (float('-inf'), 0, ('x', 'inf')),
+])
+def test_bad_percentages(x, y, named):
+    with pytest.raises(ValueError) as error:
+        StageSchedule(10, x, y)
+    for word in named:
+        assert re.search(rf'(?<![\w.]){re.escape(word)}(?![\w])', str(error.value)), str(error.value)
+
+
+@pytest.mark.parametrize('epochs', [0, -1])
+def test_bad_epochs(epochs):
+    with pytest.raises(ValueError, match=f'epochs.*{epochs}'):
+        StageSchedule(epochs, 20, 20)
+
+
+@pytest.mark.parametrize('method', ['contrastive', 'kl', 'stage'])
+def test_negative_epoch(method):
+    with pytest.raises(ValueError, match='epoch.*-1'):
+        getattr(StageSchedule(10, 20, 20), method)(-1)

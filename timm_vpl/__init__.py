@@ -1,0 +1,27 @@
+"""Vision Pair Learning for timm: train a CNN and a vision transformer together, keep two plain timm models."""
+import importlib
+
+__version__ = '0.1.0.dev0'
+
+# Imported on first use, so that `timm-vpl --help` does not wait for torch.
+_HOMES = {
+    'PairOutput': 'pair',
+    'PairWrapper': 'pair',
+    'StageSchedule': 'stages',
+    'StagedLoss': 'criterion',
+    'Term': 'criterion',
+    'VPLLoss': 'criterion',
+    'PairTask': 'task',
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(importlib.import_module(f'.{_HOMES[name]}', __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,250 @@
+"""From options to the parts of a run: models, pair, optimizer, criterion, task."""
+import logging
+from typing import Any, Dict, List, Optional
+
+import torch
+import torch.nn as nn
+from timm.data import resolve_data_config
+from timm.loss import create_classification_loss
+from timm.models import create_model, get_pretrained_cfg
+from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_layer_decay, param_groups_weight_decay
+
+from .criterion import StagedLoss
+from .data import mixup_active
+from .errors import UsageError
+from .methods import METHODS
+from .pair import PairWrapper
+from .seeding import seed_all
+
+_logger = logging.getLogger(__name__)
+
+
+def resolve_data(args) -> Dict[str, Any]:
+    """Return timm's data configuration that both branches share.
+
+    Statistics, interpolation and crop are those of the first pretrained branch; without one they are ImageNet's, so
+    that they do not depend on which models are paired.
+
+    Raises:
+        UsageError: The branches' sizes differ and none was given.
+    """
+    cfgs = {side: _pretrained_cfg(args, side) for side in args.sides}
+    configs = {side: resolve_data_config(vars(args), pretrained_cfg=cfg) for side, cfg in cfgs.items()}
+    sizes = {side: config['input_size'] for side, config in configs.items()}
+    if len(set(sizes.values())) > 1:
+        raise UsageError(
+            f"--img-size: needed, {args.model_a} is made for {sizes['a'][-1]} pixels and {args.model_b} for "
+            f"{sizes['b'][-1]}")
+    pretrained = [side for side in args.sides if _is_pretrained(args, side)]
+    if not pretrained:
+        return resolve_data_config(vars(args), pretrained_cfg={'input_size': sizes[args.sides[0]]})
+    config = configs[pretrained[0]]
+    for side in pretrained[1:]:
+        if any(configs[side][key] != config[key] for key in ('mean', 'std')):
+            _logger.warning(
+                f'--model-{side} was pretrained with mean {configs[side]["mean"]} and std {configs[side]["std"]}; both '
+                f'branches get mean {config["mean"]} and std {config["std"]} (--mean, --std choose)')
+    return config
+
+
+def _is_pretrained(args, side):
+    return bool(
+        getattr(args, f'pretrained_{side}')
+        or getattr(args, f'pretrained_path_{side}')
+        or getattr(args, f'initial_checkpoint_{side}'))
+
+
+def _pretrained_cfg(args, side) -> Dict[str, Any]:
+    name = getattr(args, f'model_{side}')
+    if ':' in name:  # a source such as hf-hub: or local-dir: brings its own configuration
+        with torch.device('meta'):
+            return _create(args, side, name).pretrained_cfg
+    cfg = get_pretrained_cfg(name)
+    return cfg.to_dict() if cfg else {}
+
+
+def _create(args, side, name, **kwargs) -> nn.Module:
+    try:
+        return create_model(name, **kwargs)
+    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
+        message = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UsageError(f'--model-{side} {name}: can not be built with {kwargs}: {message}') from e
+
+
+def create_branch(args, side: str, data_config: Dict[str, Any]) -> nn.Module:
+    """Create a branch's model with timm, its weights drawn from a stream of their own.
+
+    Raises:
+        UsageError: timm can't build the model with these options.
+    """
+    def option(name):
+        return getattr(args, f'{name}_{side}')
+
+    name = option('model')
+    in_chans, height, width = data_config['input_size']
+    kwargs = {
+        'pretrained': option('pretrained') or bool(option('pretrained_path')),
+        'in_chans': in_chans,
+        'num_classes': args.num_classes,
+        'drop_rate': option('drop'),
+        'drop_path_rate': option('drop_path') if option('drop_path') is not None else option('drop_connect'),
+        'drop_block_rate': option('drop_block'),
+        'global_pool': option('gp'),
+        'bn_momentum': option('bn_momentum'),
+        'bn_eps': option('bn_eps'),
+        'checkpoint_path': option('initial_checkpoint') or None,
+    }
+    if option('pretrained_path'):
+        # As in timm's script: a file's weights, whatever its number of classes.
+        kwargs['pretrained_cfg_overlay'] = {'file': option('pretrained_path'), 'num_classes': -1}
+    cfg = _pretrained_cfg(args, side)
+    if cfg.get('fixed_input_size') and tuple(cfg['input_size'][-2:]) != (height, width):
+        kwargs['img_size'] = height if height == width else (height, width)
+    kwargs.update(option('model_kwargs') or {})
+    seed_all(args.seed, 'init', side)
+    model = _create(args, side, name, **{key: value for key, value in kwargs.items() if value is not None})
+    _initialize_head(model, option('head_init_scale'), option('head_init_bias'))
+    if option('grad_checkpointing'):
+        model.set_grad_checkpointing(enable=True)
+    return model
+
+
+@torch.no_grad()
+def _initialize_head(model, scale, bias):
+    if scale is not None:
+        model.get_classifier().weight.mul_(scale)
+        model.get_classifier().bias.mul_(scale)
+    if bias is not None:
+        nn.init.constant_(model.get_classifier().bias, bias)
+
+
+def create_pair(args, data_config: Dict[str, Any], device: torch.device) -> PairWrapper:
+    """Create the pair on its device, ready to train.
+
+    Raises:
+        UsageError: A model can't be built or can't be a branch, or BatchNorm would see one image.
+    """
+    models = {side: create_branch(args, side, data_config) for side in args.sides}
+    for side, model in models.items():
+        batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+        if batch_norm and args.batch_size == 1 and not args.sync_bn:
+            raise UsageError(f'--batch-size 1: --model-{side} {getattr(args, f"model_{side}")} has BatchNorm, which '
+                             f'needs at least 2 images a process')
+    seed_all(args.seed, 'init', 'affine')
+    try:
+        pair = PairWrapper(models.get('a'), models.get('b'), affine_side=args.affine_side)
+    except ValueError as e:
+        raise UsageError(str(e)) from e
+    for side, model in models.items():
+        if getattr(args, f'channels_last_{side}'):
+            model.to(memory_format=torch.channels_last)
+            pair.parts[side].memory_format = torch.channels_last
+    pair.to(device)
+    if args.sync_bn and args.distributed:
+        if device.type != 'cuda':
+            raise UsageError(f'--sync-bn: torch has it on CUDA devices only, this is {device.type}')
+        for side in pair.sides:
+            nn.SyncBatchNorm.convert_sync_batchnorm(pair.branch(side))
+    if 'b' in models and 'a' in models and _is_transformer(models['a']) and not _is_transformer(models['b']):
+        _logger.warning(
+            f'--model-a {args.model_a} is a transformer and --model-b {args.model_b} is not: the paper has the CNN as '
+            f'a and the transformer as b, here their roles are swapped')
+    return pair
+
+
+def _is_transformer(model) -> bool:
+    """Return whether a model is built of attention blocks rather than convolutions."""
+    attention = sum('attention' in type(module).__name__.lower() or type(module).__name__ == 'Attention'
+                    for module in model.modules())
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    return attention > 0 and attention * 2 > convolutions
+
+
+def learning_rates(args) -> Dict[str, float]:
+    """Return each branch's learning rate: as given, or its base scaled to the global batch by timm's rule."""
+    global_batch = args.batch_size * args.world_size * args.grad_accum_steps
+    ratio = global_batch / args.lr_base_size
+    scale = args.lr_base_scale or ('sqrt' if any(name in args.opt.lower() for name in ('ada', 'lamb')) else 'linear')
+    if scale == 'sqrt':
+        ratio = ratio ** 0.5
+    return {
+        side: lr if (lr := getattr(args, f'lr_{side}')) is not None else getattr(args, f'lr_base_{side}') * ratio
+        for side in args.sides
+    }
+
+
+def param_groups(args, pair: PairWrapper, lrs: Dict[str, float]) -> List[Dict[str, Any]]:
+    """Return the optimizer's groups, named by branch, each branch's as timm makes them for the model alone.
+
+    The affine layer has branch b's learning rate and weight decay.
+    """
+    opt_kwargs = args.opt_kwargs or {}
+    fallback = {key: opt_kwargs[key] for key in ('fallback_list', 'fallback_no_weight_decay') if key in opt_kwargs}
+    groups = []
+    for side in pair.sides:
+        model = pair.branch(side)
+        kwargs = {
+            'weight_decay': getattr(args, f'weight_decay_{side}'),
+            'no_weight_decay_list': getattr(model, 'no_weight_decay', set)(),
+            **fallback,
+        }
+        layer_decay = getattr(args, f'layer_decay_{side}')
+        if layer_decay is None:
+            branch_groups = param_groups_weight_decay(model, **kwargs)
+        else:
+            branch_groups = param_groups_layer_decay(
+                model,
+                layer_decay=layer_decay,
+                min_scale=getattr(args, f'layer_decay_min_scale_{side}') or 0.,
+                no_opt_scale=getattr(args, f'layer_decay_no_opt_scale_{side}'),
+                **kwargs,
+            )
+        if side == 'b' and pair.affine is not None:
+            branch_groups += param_groups_weight_decay(pair.affine, weight_decay=kwargs['weight_decay'])
+        groups += [{**group, 'lr': lrs[side], 'name': f'{side}.{i}'} for i, group in enumerate(branch_groups)]
+    return groups
+
+
+def create_optimizer(args, pair: PairWrapper, lrs: Dict[str, float]) -> torch.optim.Optimizer:
+    """Create the one optimizer of both branches.
+
+    Raises:
+        UsageError: An optimizer that timm does not know, or options that it does not take.
+    """
+    kwargs = optimizer_kwargs(args)
+    for key in ('lr', 'weight_decay', 'layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale'):
+        kwargs.pop(key, None)
+    kwargs.update({
+        key: value for key, value in (args.opt_kwargs or {}).items() if not key.startswith('fallback_')})
+    try:
+        optimizer = create_optimizer_v2(param_groups(args, pair, lrs), lr=max(lrs.values()), **kwargs)
+    except (AssertionError, TypeError, ValueError) as e:
+        raise UsageError(f'--opt {args.opt}: {e}') from e
+    clips = [key for key in ('max_grad_norm', 'grad_clip_norm') if optimizer.defaults.get(key)]
+    if clips and len(pair.sides) > 1:
+        _logger.warning(
+            f'--opt {args.opt} clips gradients by one norm over both branches ({clips[0]}='
+            f'{optimizer.defaults[clips[0]]}), which couples them; --opt-kwargs {clips[0]}=None and --clip-grad clip '
+            f'each branch by its own norm')
+    return optimizer
+
+
+def create_criterion(args, epochs: int) -> StagedLoss:
+    """Create the criterion of --method, on timm's classification loss.
+
+    Args:
+        epochs: Number of epochs that the learning rate scheduler runs.
+    """
+    base_loss: Optional[nn.Module] = None
+    if args.bce_loss:
+        base_loss = create_classification_loss(
+            'bce',
+            smoothing=args.smoothing,
+            soft_targets=mixup_active(args),
+            bce_target_thresh=args.bce_target_thresh,
+            bce_sum=args.bce_sum,
+            pos_weight=args.bce_pos_weight,
+        )
+    elif args.smoothing and not mixup_active(args):
+        base_loss = create_classification_loss('ce', smoothing=args.smoothing)
+    return METHODS[args.method].criterion(args, epochs, base_loss)

@@ -1,0 +1,127 @@
+"""Checkpoints: timm's saver, made safe against interruption, with each branch's own best epoch; reading them back."""
+import argparse
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any, Dict
+
+import torch
+from timm.utils import CheckpointSaver
+
+from .errors import RunError
+
+
+class PairCheckpointSaver(CheckpointSaver):
+    """timm's CheckpointSaver for a PairTask.
+
+    Every file is written under another name, flushed to disk and renamed, so that an interruption leaves the previous
+    one. `best_a` and `best_b` hold each branch's own best epoch, as hard links where the file system has them.
+
+    Args:
+        task: The task to save.
+        optimizer: Its optimizer.
+        args: Options of the run, a plain dict.
+        sides: The branches of the pair.
+        **kwargs: timm's further arguments.
+    """
+
+    def __init__(self, task, optimizer, args: Dict[str, Any], sides, **kwargs):
+        super().__init__(task.get_trainable_module(), optimizer, task=task, **kwargs)
+        self.options = args
+        self.best_branches = {side: (None, None) for side in sides}  # (metric, epoch)
+
+    def save(self, epoch: int, metric=None, branch_metrics=None):
+        """Save an epoch, ranked by `metric`, and link each branch's best by `branch_metrics` ({side: value}).
+
+        Returns:
+            Tuple of (best_metric, best_epoch), both None until a ranked checkpoint has been saved.
+        """
+        improved = []
+        for side, value in (branch_metrics or {}).items():
+            if self.best_branches[side][0] is None or value > self.best_branches[side][0]:
+                self.best_branches[side] = (value, epoch)
+                improved.append(side)
+        best = self.save_checkpoint(epoch, metric)
+        for side in improved:
+            self._duplicate(self._path('last'), self._path(f'best_{side}'))
+        return best
+
+    def _path(self, name):
+        return os.path.join(self.checkpoint_dir, name + self.extension)
+
+    def _save(self, save_path, epoch, metric=None):
+        state = {
+            'epoch': epoch,
+            'arch': '+'.join(self.options[f'model_{side}'] for side in self.best_branches),
+            'args': self.options,
+            'optimizer': self.optimizer.state_dict(),
+            'version': 2,
+            **self.task.get_checkpoint_state(unwrap_fn=self.unwrap_fn),
+            **self.task.get_checkpoint_state(ema=True, unwrap_fn=self.unwrap_fn),
+            'saver': self.state_dict(epoch, metric),
+        }
+        if self.amp_scaler is not None:
+            state['amp_scaler'] = self.amp_scaler.state_dict()
+        if metric is not None:
+            state['metric'] = metric
+        with open(save_path, 'wb') as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _replace(self, src, dst):
+        os.replace(src, dst)
+
+    def _duplicate(self, src, dst):
+        temporary = f'{dst}.tmp'
+        Path(temporary).unlink(missing_ok=True)
+        try:
+            os.link(src, temporary)
+        except (OSError, NotImplementedError):
+            shutil.copy2(src, temporary)
+        os.replace(temporary, dst)
+
+    def state_dict(self, epoch=None, metric=None):
+        """Return timm's bookkeeping and the branches' best epochs."""
+        return {**super().state_dict(epoch, metric), 'best_branches': self.best_branches}
+
+    def load_state_dict(self, state_dict):
+        """Restore the bookkeeping, and a link that an interruption prevented."""
+        super().load_state_dict(state_dict)
+        for side, best in state_dict.get('best_branches', {}).items():
+            self.best_branches[side] = tuple(best)
+            if best[1] is not None and best[1] == state_dict['pending'][0] and os.path.exists(self._path('last')):
+                self._duplicate(self._path('last'), self._path(f'best_{side}'))
+
+
+def read_checkpoint(path: str) -> Dict[str, Any]:
+    """Read a checkpoint on the CPU, tensors and plain types only (and timm's argparse.Namespace).
+
+    Raises:
+        RunError: The file can't be read, or would need other classes.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise RunError(
+            f'{path}: refused, it is not a checkpoint of tensors and plain types ({_first_line(e)})') from e
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError) as e:
+        raise RunError(f'{path}: not a readable checkpoint ({_first_line(e)})') from e
+    if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
+        raise RunError(f"{path}: not a training checkpoint, it has no 'state_dict'")
+    return checkpoint
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def checkpoint_bytes(task, optimizer) -> int:
+    """Estimate the size of a checkpoint: weights, EMA and the optimizer's two moments."""
+    states = [task.get_checkpoint_state(), task.get_checkpoint_state(ema=True)]
+    weights = [
+        tensor for state in states for key in ('state_dict', 'state_dict_ema') for tensor in state.get(key, {}).values()]
+    trained = [parameter for group in optimizer.param_groups for parameter in group['params']]
+    return sum(tensor.nbytes for tensor in weights) + 2 * sum(parameter.nbytes for parameter in trained)

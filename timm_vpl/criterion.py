@@ -1,0 +1,256 @@
+"""The criterion: a staged, weighted sum of named terms, and VPL's as one of these."""
+import math
+import warnings
+from typing import Callable, Dict, NamedTuple, Optional, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from . import losses
+from .pair import SIDES, PairOutput
+from .stages import StageSchedule
+
+DEFAULT_TAU = 0.2
+
+
+class Term(NamedTuple):
+    """One term of a loss: `function(output, target)` -> scalar, its weight, and the epochs at which it is on."""
+    name: str  # ends in '_loss'
+    function: Callable[[PairOutput, torch.Tensor], torch.Tensor]
+    weight: float = 1.0
+    active: Callable[[int], bool] = lambda epoch: True
+
+
+class StagedLoss(nn.Module):
+    """Weighted sum of terms, each on at its own epochs.
+
+    `criterion(output, target)` is the scalar total for a PairOutput; `criterion.terms(output, target)` the dict of
+    its parts, unweighted, absent when off, and 'loss', the total. A weight of 0 switches a term off. All arithmetic
+    is in float32 at least, whatever autocast says.
+
+    Args:
+        terms: The terms in the order in which they are logged.
+
+    Raises:
+        ValueError: Two terms of one name, a name that doesn't end in '_loss', a negative or non-finite weight.
+    """
+
+    def __init__(self, terms: Sequence[Term]):
+        super().__init__()
+        names = [term.name for term in terms]
+        for term in terms:
+            if names.count(term.name) > 1 or not term.name.endswith('_loss') or term.name == 'loss':
+                raise ValueError(f"term {term.name!r}: names are unique and end in '_loss'")
+            if not math.isfinite(term.weight) or term.weight < 0:
+                raise ValueError(f'{term.name}: weight is {term.weight}, expected a finite number of at least 0')
+        self.all_terms = tuple(terms)
+        self._epoch = None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that decides which terms are on, 0 until `set_epoch` was called."""
+        return self._epoch or 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the terms of this epoch, counted from 0."""
+        self._epoch = epoch
+
+    def active_terms(self):
+        """Return the terms that are on at the present epoch."""
+        return [term for term in self.all_terms if term.weight and term.active(self.epoch)]
+
+    def describe(self) -> str:
+        """Return a line that names the terms that are on."""
+        return 'terms ' + ', '.join(f'{term.weight:g} x {term.name}' for term in self.active_terms())
+
+    def terms(self, output: PairOutput, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Return the unweighted terms that are on, and 'loss', their weighted sum."""
+        if self._epoch is None:
+            warnings.warn(
+                f'{type(self).__name__}.set_epoch() was never called: the terms of epoch 0 are used', stacklevel=2)
+            self._epoch = 0
+        logits = next(output[SIDES.index(side)] for side in SIDES if output[SIDES.index(side)] is not None)
+        if len(target) != len(logits):
+            raise ValueError(f'target has shape {tuple(target.shape)} for logits of shape {tuple(logits.shape)}')
+        with torch.autocast(logits.device.type, enabled=False):
+            output = PairOutput(*(_at_least_float32(field) for field in output))
+            values = {term.name: term.function(output, target) for term in self.active_terms()}
+            values['loss'] = sum(term.weight * values[term.name] for term in self.active_terms())
+        return values
+
+    def forward(self, output: PairOutput, target: torch.Tensor) -> torch.Tensor:
+        return self.terms(output, target)['loss']
+
+
+def base_term(side: str, base_loss: Optional[Callable] = None) -> Term:
+    """Return the term of one branch and the labels, 'ce_a_loss' or 'ce_b_loss' (VPL, eq. 1 and 2).
+
+    Args:
+        side: 'a' or 'b'.
+        base_loss: base_loss(logits, target) -> scalar, by default cross-entropy.
+    """
+    base_loss = base_loss or losses.cross_entropy
+    field = f'logits_{side}'
+    return Term(f'ce_{side}_loss', lambda output, target: base_loss(getattr(output, field), target))
+
+
+class VPLLoss(StagedLoss):
+    """The loss of Vision Pair Learning (VPL, eq. 1 to 7).
+
+    L = L_CE-a + L_CE-b + w_c L_CL [first (100 - y) % of the epochs] + w_k L_KL [last (100 - x) %]
+
+    The contrastive term moves only branch b (and the affine layer), the KL term only branch a, unless
+    `contrastive_to` and `kl_to` say otherwise: 'both' is the same expression without a stop-gradient, kl_to='b' is
+    KL(p_a || p_b). With 'gather' the negatives are those of all processes, in training only; with gradient
+    accumulation those of the micro-batch.
+
+    Args:
+        epochs: Number of epochs that the learning rate scheduler runs.
+        x: Percentage of epochs before the KL term starts.
+        y: Percentage of epochs after the contrastive term has ended.
+        tau: Temperature of the contrastive term (not given in the paper).
+        rho: Temperature of the KL term (not given in the paper).
+        similarity: 'cosine', the dot product of L2-normalised embeddings, or 'dot', the plain one.
+        contrastive_to: Who learns from the contrastive term: 'a', 'b' or 'both'.
+        kl_to: Who learns from the KL term: 'a', 'b' or 'both'.
+        contrastive_weight: w_c, 0 for off.
+        kl_weight: w_k, 0 for off.
+        same_class: What other images of an anchor's class are to it: 'negative' (the paper), 'ignore', 'positive'.
+        base_loss: base_loss(logits, target) for both branches, by default cross-entropy.
+        gather: Take negatives from all processes.
+
+    Raises:
+        ValueError: An argument outside its range; embeddings of different shape; batches of different size.
+        RuntimeError: Processes with batches of different sizes, seen at an epoch's first batch.
+    """
+
+    def __init__(
+            self,
+            epochs: int,
+            x: float = 20,
+            y: float = 20,
+            tau: float = DEFAULT_TAU,
+            rho: float = 1.0,
+            similarity: str = 'cosine',
+            contrastive_to: str = 'b',
+            kl_to: str = 'a',
+            contrastive_weight: float = 1.0,
+            kl_weight: float = 1.0,
+            same_class: str = 'negative',
+            base_loss: Optional[Callable] = None,
+            gather: bool = True,
+    ):
+        for name, value in (('tau', tau), ('rho', rho)):
+            if not math.isfinite(value) or value <= 0:
+                raise ValueError(f'{name} is {value}, expected a finite number above 0')
+        for name, value, choices in (
+                ('similarity', similarity, losses.SIMILARITIES),
+                ('contrastive_to', contrastive_to, (*SIDES, 'both')),
+                ('kl_to', kl_to, (*SIDES, 'both')),
+                ('same_class', same_class, losses.SAME_CLASS),
+        ):
+            if value not in choices:
+                raise ValueError(f'{name} is {value!r}, expected one of {choices}')
+        for name, value in (('contrastive_weight', contrastive_weight), ('kl_weight', kl_weight)):
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f'{name} is {value}, expected a finite number of at least 0')
+        schedule = StageSchedule(epochs, x, y)
+        super().__init__([
+            base_term('a', base_loss),
+            base_term('b', base_loss),
+            Term('contrastive_loss', self._contrastive, contrastive_weight, schedule.contrastive),
+            Term('kl_loss', self._kl, kl_weight, schedule.kl),
+        ])
+        self.schedule = schedule
+        self.tau = tau
+        self.rho = rho
+        self.similarity = similarity
+        self.contrastive_to = contrastive_to
+        self.kl_to = kl_to
+        self.same_class = same_class
+        self.gather = gather
+        self._gathered_rows = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the stage of this epoch, counted from 0; epochs past the last count as the last."""
+        super().set_epoch(epoch)
+        self._gathered_rows = None
+
+    def stage(self) -> int:
+        """Return the present stage: 1 contrastive term only, 2 both, 3 KL term only."""
+        return self.schedule.stage(self.epoch)
+
+    def describe(self) -> str:
+        """Return a line that names the stage and the terms that are on."""
+        return f'stage {self.stage()}, {super().describe()}'
+
+    @property
+    def uses_embeddings(self) -> bool:
+        """Whether a term that is on reads the embeddings."""
+        return any(term.name == 'contrastive_loss' for term in self.active_terms())
+
+    def terms(self, output: PairOutput, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Return the unweighted terms that are on, and 'loss', their weighted sum."""
+        values = super().terms(output, target)
+        if not self.uses_embeddings and self._communicates():
+            values['loss'] = losses.keep_in_graph(values['loss'], output.embed_a, output.embed_b)
+        return values
+
+    def _communicates(self) -> bool:
+        return self.training and torch.is_grad_enabled() and dist.is_initialized() and dist.get_world_size() > 1
+
+    def _contrastive(self, output, target):
+        embed_a, embed_b = (self._embed(output, side) for side in SIDES)
+        if embed_a.shape != embed_b.shape or len(embed_a) != len(output.logits_a):
+            raise ValueError(
+                f'embeddings have shapes {tuple(embed_a.shape)} (a) and {tuple(embed_b.shape)} (b) for logits of '
+                f'shape {tuple(output.logits_a.shape)}, expected (N, d) each')
+        gather = self.gather and self._communicates()
+        if gather:
+            self._check_rows(len(embed_a), embed_a.device)
+        return losses.contrastive(
+            embed_a,
+            embed_b,
+            tau=self.tau,
+            similarity=self.similarity,
+            same_class=self.same_class,
+            classes=target.argmax(dim=1) if target.ndim == 2 else target,
+            sample_ids=output.sample_ids,
+            gather=gather,
+        )
+
+    def _embed(self, output, side):
+        """Return a side's embedding with the gradient that it may have."""
+        embed, stopped = getattr(output, f'embed_{side}'), getattr(output, f'stopped_{side}')
+        if self.contrastive_to in (side, 'both'):
+            return embed
+        return embed.detach() if stopped is None else stopped
+
+    def _kl(self, output, target):
+        z_a, z_b = output.logits_a, output.logits_b
+        if self.kl_to == 'b':
+            return losses.kl_divergence(z_b, z_a.detach(), self.rho)
+        return losses.kl_divergence(z_a, z_b if self.kl_to == 'both' else z_b.detach(), self.rho)
+
+    def _check_rows(self, rows, device):
+        """Refuse batches of different sizes: among processes at an epoch's first batch, then each for itself."""
+        if self._gathered_rows is None:
+            sizes = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+            dist.all_gather(sizes, torch.tensor([rows], device=device))
+            sizes = torch.cat(sizes).tolist()
+            if len(set(sizes)) > 1:
+                raise RuntimeError(
+                    f'the processes have batches of different sizes, {sizes}: negatives can only be gathered from '
+                    f'equal batches (drop_last=True, or gather=False)')
+            self._gathered_rows = rows
+        elif rows != self._gathered_rows:
+            raise RuntimeError(
+                f'the batch size changed from {self._gathered_rows} to {rows} within an epoch: negatives can only be '
+                f'gathered from equal batches (drop_last=True, or gather=False)')
+
+
+def _at_least_float32(tensor):
+    if tensor is not None and tensor.is_floating_point() and tensor.itemsize < 4:
+        return tensor.float()
+    return tensor

@@ -1,0 +1,168 @@
+"""The terms of the pair losses as pure functions, each under its equation, and the gather of embeddings.
+
+All take float32 or float64 tensors. Stop-gradients are the caller's: a term moves what it is not given detached.
+"""
+from typing import Optional, Tuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+SIMILARITIES = ('cosine', 'dot')
+SAME_CLASS = ('negative', 'ignore', 'positive')
+
+# An embedding shorter than this has no direction: its similarity to all others is 0, without a gradient.
+_MIN_NORM = 1e-6
+
+
+def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy with class indices or soft targets (VPL, eq. 1 and 2).
+
+    L_CE = -1/N sum_i sum_j y_ij log softmax(z_i)_j
+
+    Args:
+        logits: z (N, C).
+        target: Class indices (N,) or distributions y (N, C).
+    """
+    return F.cross_entropy(logits, target.to(logits.dtype) if target.is_floating_point() else target)
+
+
+def kl_divergence(logits: torch.Tensor, reference: torch.Tensor, rho: float = 1.0) -> torch.Tensor:
+    """KL divergence of a branch's prediction from its partner's (VPL, eq. 6), without a factor rho^2.
+
+    L_KL = 1/N sum_i KL(softmax(r_i / rho) || softmax(z_i / rho))
+
+    Args:
+        logits: z (N, C), of the branch that follows.
+        reference: r (N, C), of the branch that leads.
+        rho: Temperature.
+    """
+    return F.kl_div(
+        F.log_softmax(logits / rho, dim=-1),
+        F.log_softmax(reference / rho, dim=-1),
+        reduction='batchmean',
+        log_target=True,
+    )
+
+
+def contrastive(
+        embed_a: torch.Tensor,
+        embed_b: torch.Tensor,
+        tau: float,
+        similarity: str = 'cosine',
+        same_class: str = 'negative',
+        classes: Optional[torch.Tensor] = None,
+        sample_ids: Optional[torch.Tensor] = None,
+        gather: bool = False,
+) -> torch.Tensor:
+    """Contrastive loss between the two branches' embeddings of the same images (VPL, eq. 3 to 5).
+
+    P(a_i, b_i) = exp(s(a_i, b_i) / tau) / [sum_j exp(s(a_i, b_j) / tau) + sum_{k != i} exp(s(a_i, a_k) / tau)]
+    L_CL = -1/2N sum_i [log P(a_i, b_i) + log P(b_i, a_i)]
+
+    Beyond the paper: other images of the anchor's class may be left out of the denominator (same_class 'ignore') or
+    count as further positives ('positive': the mean of -log P over the anchor's positives); copies of one image are
+    never each other's negatives.
+
+    Args:
+        embed_a: Embeddings (N, d) of branch a.
+        embed_b: Embeddings (N, d) of branch b.
+        tau: Temperature.
+        similarity: s: 'cosine', the dot product of L2-normalised embeddings, or 'dot', the plain one.
+        same_class: What other images of the anchor's class are: 'negative', 'ignore' or 'positive'.
+        classes: Class indices (N,), unless same_class is 'negative'.
+        sample_ids: (N,) int64, equal for copies of one image; None if there are none.
+        gather: Take the negatives of all processes. The mean over processes of the loss is then the loss of the
+            concatenated batch, and averaged gradients are its gradients. All processes give equal N.
+    """
+    if similarity == 'cosine':
+        embed_a, embed_b = _normalize(embed_a), _normalize(embed_b)
+    if same_class == 'negative':
+        classes = None
+    all_a, all_b, all_classes, all_ids, first = embed_a, embed_b, classes, sample_ids, 0
+    if gather:
+        all_a, all_b = _Gather.apply(embed_a, embed_b)
+        all_classes, all_ids = (x if x is None else _gather(x) for x in (classes, sample_ids))
+        first = dist.get_rank() * len(embed_a)
+
+    # own[i, j]: column j is anchor i itself; dropped: neither negative nor positive; positive: beside the partner
+    own = torch.arange(len(all_a), device=embed_a.device) == (
+        torch.arange(len(embed_a), device=embed_a.device) + first)[:, None]
+    dropped = positive = None
+    if classes is not None:
+        same = (classes[:, None] == all_classes) & ~own
+        positive, dropped = (same, None) if same_class == 'positive' else (None, same)
+    if sample_ids is not None:
+        copies = (sample_ids[:, None] == all_ids) & ~own
+        if positive is not None:
+            copies = copies & ~positive
+        dropped = copies if dropped is None else dropped | copies
+
+    def direction(anchor, partner, own_branch):
+        candidates = [
+            anchor @ partner.T if dropped is None else (anchor @ partner.T).masked_fill(dropped, -torch.inf),
+            (anchor @ own_branch.T).masked_fill(own if dropped is None else own | dropped, -torch.inf),
+        ]
+        scores = torch.cat(candidates, dim=1) / tau  # N x 2M, M images in all processes
+        if positive is None:
+            return F.cross_entropy(scores, torch.arange(first, first + len(anchor), device=anchor.device))
+        chosen = torch.cat([positive | own, positive], dim=1)
+        log_p = F.log_softmax(scores, dim=1).masked_fill(~chosen, 0.)
+        return -(log_p.sum(dim=1) / chosen.sum(dim=1)).mean()
+
+    return (direction(embed_a, all_b, all_a) + direction(embed_b, all_a, all_b)) / 2
+
+
+def _normalize(embed):
+    norm = torch.linalg.vector_norm(embed, dim=-1, keepdim=True)
+    return embed / torch.where(norm > _MIN_NORM, norm, torch.inf)
+
+
+def _gather(tensor):
+    """Concatenate the rows of all processes, without a gradient."""
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenate the rows of all processes; backward sums over processes what each owes this one's rows.
+
+    Two tensors (N, d) travel in one collective. With DDP's mean over processes this is the exact gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, a, b) -> Tuple[torch.Tensor, torch.Tensor]:
+        ctx.rows = slice(dist.get_rank() * len(a), (dist.get_rank() + 1) * len(a))
+        return _gather(torch.cat([a, b], dim=1)).tensor_split([a.shape[1]], dim=1)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        wanted = [i for i in range(2) if ctx.needs_input_grad[i]]
+        total = torch.cat([grads[i] for i in wanted], dim=1)
+        dist.all_reduce(total)
+        parts = iter(total[ctx.rows].chunk(len(wanted), dim=1))
+        return tuple(next(parts) if i in wanted else None for i in range(2))
+
+
+class _InGraph(torch.autograd.Function):
+    """Return the loss unchanged and give the other tensors a gradient of zeros.
+
+    For a single DistributedDataParallel around the whole pair, which needs every parameter in the graph of every
+    step. Unlike a product with 0, this can't turn an infinite embedding into a NaN loss.
+    """
+
+    @staticmethod
+    def forward(ctx, loss, *unused):
+        ctx.save_for_backward(*unused)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad, *(torch.zeros_like(tensor) for tensor in ctx.saved_tensors))
+
+
+def keep_in_graph(loss: torch.Tensor, *unused: Optional[torch.Tensor]) -> torch.Tensor:
+    """Return the loss with `unused` tensors in its graph, at a gradient of zeros."""
+    unused = [tensor for tensor in unused if tensor is not None and tensor.requires_grad]
+    return _InGraph.apply(loss, *unused) if unused else loss

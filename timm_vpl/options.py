@@ -1,0 +1,873 @@
+"""The options of a run: one parser with timm's names, recipes (YAML), and every check of user input that is cheap.
+
+The flow is `parse_args`: build the parser, parse the command line, parse the recipe that it names, let the command
+line win, resolve the options of each branch, check. Nothing heavy is imported here, so that `--help` and a mistake in
+the command line answer at once.
+
+`python -m timm_vpl.options` prints the page `docs/options.md`, which is made from the tables and the parser below.
+"""
+import argparse
+import ast
+import copy
+import functools
+import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError
+
+__all__ = ['build_parser', 'options_markdown', 'parse_args', 'recipe_path', 'recipe_values', 'timm_model_names']
+
+_logger = logging.getLogger('timm_vpl')
+
+SIDES = ('a', 'b')
+DEFAULT_TAU = 0.2  # not given in the paper
+
+# The number of models that each method trains.
+METHODS = {'vpl': 2, 'solo': 1}
+
+# timm's kinds of data set that are written KIND/NAME, and those of them that find their data without a folder.
+DATASET_KINDS = ('hfds', 'hfids', 'tfds', 'torch', 'wds')
+DATASET_KINDS_WITHOUT_FOLDER = ('hfds', 'hfids', 'tfds')
+
+SCHEDULERS = ('cosine', 'tanh', 'step', 'multistep', 'constant', 'poly', 'plateau', 'wsd', 'rsqrt', 'none')
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+
+# Options of timm's train script that have no meaning for a pair (`*` ends a prefix): the reason, the alternative.
+_KD = ('there is no teacher beside a pair (--method distill is planned)',
+       'use the pair losses: --tau, --rho, --contrastive-weight, --kl-weight')
+_SIZES = ('both branches train at one fixed resolution', 'use --img-size or --input-size')
+REFUSED = {
+    '--model': ('a pair has two models', 'use --model-a and --model-b'),
+    '--task': ('the task is set by the method', 'use --method'),
+    '--loss': ('the pair losses are set by the method', 'use --bce-loss to replace cross-entropy'),
+    '--kd-*': _KD,
+    '--distill-loss-weight': _KD,
+    '--task-loss-weight': _KD,
+    '--naflex-*': ('branches that share their images need images of one size', 'use --img-size or --input-size'),
+    '--train-img-sizes': _SIZES,
+    '--train-batch-sizes': _SIZES,
+    '--train-size-*': _SIZES,
+    '--variable-batch-loss-scale': _SIZES,
+    '--train-batches-per-epoch': ('an epoch is one pass over the data', 'use --epochs or --stop-epoch'),
+    '--train-steps-per-epoch': ('an epoch is one pass over the data', 'use --epochs or --stop-epoch'),
+    '--epoch-repeats': ('an epoch is one pass over the data', 'use more --epochs'),
+    '--aug-splits': ('the pair losses compare two branches, not two views', 'use --aa or --aug-repeats'),
+    '--jsd-loss': ('the pair losses compare two branches, not the splits of AugMix', 'use the pair losses'),
+    '--split-bn': ('it needs --aug-splits, which a pair does not have', 'leave it out'),
+    '--torchscript': ('a pair returns more than one tensor', 'use --torchcompile'),
+    '--fuser': ('it is for TorchScript', 'use --torchcompile'),
+    '--fast-norm': ('the branches keep the exact norm layers of timm', 'use --amp'),
+    '--model-dtype': ('the weights stay in float32', 'use --amp --amp-dtype bfloat16'),
+    '--device-modules': ('no extra module is loaded for a device', 'use --device'),
+    '--synchronize-step': ('the loop never waits for the device between log intervals', 'use --log-interval 1'),
+    '--worker-seeding': ('every sample is seeded by its position in the run, whatever the worker', 'use --seed'),
+    '--use-multi-epochs-loader': ('the workers live through all epochs anyway', 'leave it out'),
+    '--tta': ('each branch is validated on one view of an image', 'leave it out'),
+}
+
+_PAPER = 'the paper'
+_SAME = object()  # the default is timm's
+
+
+# Types of option values
+
+
+def number(kind: type, wanted: str, valid: Callable = lambda value: True) -> Callable[[str], Any]:
+    """Return the argparse type of a finite number for which `valid` holds; errors name what is `wanted`."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        # NaN fails the comparison, an integer of any size passes it.
+        if not (-math.inf < value < math.inf and valid(value)):
+            raise argparse.ArgumentTypeError(f'{text!r} is not {wanted}')
+        return value
+    parse.metavar = 'N' if kind is int else 'X'
+    return parse
+
+
+ANY_NUMBER = number(float, 'a finite number')
+POSITIVE = number(float, 'a number > 0', lambda value: value > 0)
+NON_NEGATIVE = number(float, 'a number >= 0', lambda value: value >= 0)
+PROBABILITY = number(float, 'a number from 0 to 1', lambda value: 0 <= value <= 1)
+BELOW_ONE = number(float, 'a number >= 0 and < 1', lambda value: 0 <= value < 1)
+INSIDE_0_1 = number(float, 'a number > 0 and < 1', lambda value: 0 < value < 1)
+REPEATS = number(float, '0 or a number >= 1', lambda value: value == 0 or value >= 1)
+COUNT = number(int, 'a whole number >= 1', lambda value: value >= 1)
+WHOLE = number(int, 'a whole number >= 0', lambda value: value >= 0)
+
+
+def _literal(text: str) -> Any:
+    """Return the Python value that `text` spells, or `text` itself if it spells none."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+class KeyValues(argparse.Action):
+    """Collect `key=value` pairs in a dict, as `timm.utils.ParseKwargs` does (which is slow to import).
+
+    Several pairs may also come as one quoted argument: `--model-kwargs 'a=1 b=x'`.
+    """
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        pairs = {}
+        for text in values:
+            spelled = text.partition('=')[2]
+            is_one_value = _literal(spelled) is not spelled
+            for pair in [text] if is_one_value else re.split(r'\s+(?=[^\W\d]\w*=)', text.strip()):
+                key, equals, value = pair.partition('=')
+                if not equals or not key.isidentifier():
+                    raise argparse.ArgumentError(self, f'{pair!r} is not of the form key=value')
+                pairs[key] = _literal(value)
+        setattr(namespace, self.dest, pairs)
+
+
+# The parser
+
+
+def _show(value: Any) -> str:
+    if value is None or value == '' or value == [] or value == {}:
+        return 'none'
+    if isinstance(value, bool):
+        return 'on' if value else 'off'
+    if isinstance(value, (list, tuple)):
+        return ' '.join(map(_show, value))
+    return f'{value:g}' if isinstance(value, float) else str(value)
+
+
+class OptionParser(argparse.ArgumentParser):
+    """A parser that knows more of each option: our default and timm's, and whether a branch can have its own.
+
+    It never fills in defaults itself: what it returns is what the user gave, so that a recipe and the command line can
+    be laid over each other.
+
+    Attributes:
+        presets: Default by dest.
+        changed: `(flag, our default, timm's, why)` of every option whose default differs from timm's.
+        branch_options: Dests of the options that each branch can override.
+        nulls: What `null` in a recipe means, by dest, where it does not mean 'not given'.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, exit_on_error=False, **kwargs)
+        self.presets: dict[str, Any] = {}
+        self.changed: list[tuple] = []
+        self.branch_options: list[str] = []
+        self.nulls: dict[str, str] = {}
+        self._section = self
+
+    def error(self, message):
+        raise UsageError(message)
+
+    def section(self, title: str) -> None:
+        """Begin the group that the options added from here on belong to."""
+        self._section = self.add_argument_group(title)
+
+    def option(
+            self, flags, default, help, *, shown=None, timm=_SAME, why='', note='', null=None, **kwargs,
+    ) -> argparse.Action:
+        """Add an option.
+
+        Args:
+            flags: All its spellings, separated by spaces.
+            default: Its default. A bool makes an on/off flag with a `--no-` form, unless it begins with `--no-` itself.
+            help: What it does; the defaults are added.
+            shown: How the default reads in the help, if not as its value.
+            timm: timm's default, where ours differs.
+            why: Why it differs.
+            note: Added to the end of the help.
+            null: What `null` in a recipe means, if not 'not given'.
+        """
+        names = flags.split()
+        if isinstance(default, bool):
+            kwargs['action'] = 'store_true' if names[0].startswith('--no-') else argparse.BooleanOptionalAction
+        elif hasattr(kwargs.get('type'), 'metavar'):
+            kwargs.setdefault('metavar', kwargs['type'].metavar)
+        action = self._section.add_argument(*names, default=argparse.SUPPRESS, **kwargs)
+        self.presets[action.dest] = default
+        if null is not None:
+            self.nulls[action.dest] = null
+        defaults = f'default: {shown or _show(default)}'
+        if timm is not _SAME:
+            self.changed.append((names[-1], shown or _show(default), _show(timm), why))
+            defaults += f'; timm: {_show(timm)}'
+        # Set here because BooleanOptionalAction adds its own idea of the default in some Python versions.
+        action.help = help if help is argparse.SUPPRESS else f'{help} ({defaults}){note}'.replace('%', '%%')
+        return action
+
+    def branch_option(self, flag, default, help, *, default_b=_SAME, **kwargs) -> None:
+        """Add an option that sets both branches, and its forms `-a` and `-b` that set one.
+
+        `default` is that of both branches, or of branch a where `default_b` is given.
+        """
+        if default_b is _SAME:
+            default_b = default
+        else:
+            kwargs['shown'] = f'{_show(default)} for a, {_show(default_b)} for b'
+        action = self.option(flag, default, help, note=f' (also {flag}-a, {flag}-b)', **kwargs)
+        self.branch_options.append(action.dest)
+        self.presets[action.dest] = None
+        for name in ('shown', 'timm', 'why'):
+            kwargs.pop(name, None)
+        self.option(f'{flag}-a', default, argparse.SUPPRESS, **kwargs)
+        self.option(f'{flag}-b', default_b, argparse.SUPPRESS, **kwargs)
+
+    def actions(self) -> dict[str, argparse.Action]:
+        """Return the action of every option by dest, `--help` aside."""
+        return {action.dest: action for action in self._actions if action.dest in self.presets}
+
+    def parse(self, tokens: Sequence[str], where: str = '') -> dict[str, Any]:
+        """Return the values that `tokens` give, by dest. Errors begin with `where`, or else with the flag."""
+        try:
+            given, unknown = self.parse_known_args(tokens)
+        except argparse.ArgumentError as error:
+            message = re.sub('^ignored explicit argument (.*)$', r'takes no value, not \1', error.message)
+            raise UsageError(f'{where or error.argument_name}: {message}') from None
+        for token in unknown:
+            if token.startswith('-') and token != '-':
+                flag = token.partition('=')[0]
+                near = _did_you_mean(flag, self._option_string_actions)
+                raise UsageError(f'unknown option {flag}{near} (see --help)')
+        if unknown:
+            raise UsageError(f'unexpected argument {unknown[0]!r} (see --help)')
+        return vars(given)
+
+
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return ', did you mean X or Y?' of the nearest names, or nothing if none is near."""
+    def plain(text):
+        return text.lstrip('-').replace('_', '-')
+
+    by_plain = {plain(other): other for other in sorted(names)}
+    found = [plain(name)] if plain(name) in by_plain else get_close_matches(plain(name), by_plain)
+    near = [by_plain[text] for text in found]
+    if not near:
+        return ''
+    return ', did you mean ' + ' or '.join([', '.join(near[:-1]), near[-1]] if near[1:] else near) + '?'
+
+
+def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
+    """Return the parser with all options, in timm's groups and order.
+
+    `add(flags, default, help)` adds an option, `add_branch` one that each branch can override.
+    """
+    parser = OptionParser(
+        prog=prog,
+        usage='%(prog)s [DIR] [-c FILE] --model-a MODEL --model-b MODEL [options]',
+        description='Train a CNN (branch a) and a vision transformer (branch b) together: Vision Pair Learning.',
+        epilog='An option whose help ends in "also --NAME-a, --NAME-b" sets both branches; these forms set one.',
+    )
+    add, add_branch = parser.option, parser.branch_option
+    add('-c --config', None, 'recipe: a YAML file of options, or the name of one that the package carries (the command '
+        'line wins over it)', metavar='FILE')
+
+    parser.section('Vision Pair Learning parameters')
+    add('--model-a', None, 'branch a, in the paper the CNN: a timm name, hf-hub:ID or local-dir:PATH', metavar='MODEL')
+    add('--model-b', None, 'branch b, in the paper the transformer', metavar='MODEL')
+    add('--method', 'vpl', 'how to train: a pair, or one model alone', choices=list(METHODS))
+    add('--x', 20., 'percent of the epochs before the KL term starts (paper: 20)', type=NON_NEGATIVE)
+    add('--y', 20., 'percent of the epochs after the contrastive term has ended (paper: 20)', type=NON_NEGATIVE)
+    add('--tau', DEFAULT_TAU, 'temperature of the contrastive term (not given in the paper)', type=POSITIVE)
+    add('--rho', 1., 'temperature of the KL term (not given in the paper)', type=POSITIVE)
+    add('--similarity', 'cosine', 'dot product of two embeddings with (cosine) or without (dot) L2 normalisation '
+        '(paper: dot product, normalisation not given)', choices=['cosine', 'dot'])
+    add('--contrastive-to', 'b', 'branch that learns from the contrastive term (paper: b; Table 7, Bi: both)',
+        choices=['a', 'b', 'both'])
+    add('--kl-to', 'a', 'branch that learns from the KL term (paper: a; Table 7, Bi: both)', choices=['a', 'b', 'both'])
+    add('--contrastive-weight', 1., 'weight of the contrastive term (paper: 1)', type=NON_NEGATIVE)
+    add('--kl-weight', 1., 'weight of the KL term (paper: 1)', type=NON_NEGATIVE)
+    add('--same-class', 'negative', "other images of the anchor's class in the contrastive term (paper: negative)",
+        choices=['negative', 'ignore', 'positive'])
+    add('--affine-side', 'b', 'branch whose embedding the affine layer maps to the width of the other (not given in '
+        'the paper)', choices=list(SIDES))
+    add('--gather', True, 'take the negatives of all processes, not the own ones only (not given in the paper)')
+
+    parser.section('Dataset parameters')
+    parser.add_argument('data', nargs='?', default=argparse.SUPPRESS, metavar='DIR', help='same as --data-dir')
+    parser.presets['data'] = None
+    add('--data-dir', None, 'folder or .tar of images; of a named data set, where it lies or is cached', metavar='DIR')
+    add('--dataset', '', 'KIND/NAME with KIND one of ' + ', '.join(DATASET_KINDS) + '; or digits, which comes with the '
+        'package', shown='a folder or .tar', metavar='NAME')
+    add('--train-split', 'train', 'split to train on', metavar='NAME')
+    add('--val-split', 'validation', 'split to validate on', metavar='NAME')
+    add('--train-num-samples', None, 'training samples, where the data set does not tell', type=COUNT)
+    add('--val-num-samples', None, 'validation samples, where the data set does not tell', type=COUNT)
+    add('--dataset-download', False, 'allow torch/, tfds/ and hfids/ data sets to be downloaded')
+    add('--class-map', '', 'file that maps class names to indices', metavar='FILENAME')
+    add('--input-img-mode', None, 'mode that images are converted to', shown='RGB', metavar='MODE')
+    add('--input-key', None, 'key of the images in a data set', metavar='KEY')
+    add('--target-key', None, 'key of the labels in a data set', metavar='KEY')
+    add('--dataset-trust-remote-code', False, 'allow a Hugging Face data set to run code of its own')
+
+    parser.section('Model parameters')
+    add_branch('--pretrained', False, 'start with the pretrained weights of the model')
+    add_branch('--pretrained-path', None, 'file to read the pretrained weights from, head adapted', metavar='PATH')
+    add_branch('--initial-checkpoint', '', 'file to read the initial weights from, head as it is', metavar='PATH')
+    add('--resume', '', 'continue the run of this checkpoint', metavar='PATH')
+    add('--no-resume-opt', False, 'do not resume the state of the optimizer')
+    add('--num-classes', None, 'number of classes', shown="the data set's", type=COUNT)
+    add_branch('--gp', None, 'global pooling: fast, avg, max, avgmax, ...', shown="the model's", metavar='POOL')
+    add('--img-size', None, 'height and width of the images', shown="the models'", type=COUNT)
+    add('--in-chans', None, 'channels of the images', shown='3', type=COUNT)
+    add('--input-size', None, 'channels, height, width of the images', shown="the models'", nargs=3, type=COUNT)
+    add('--crop-pct', None, 'centre crop of validation images', shown="the models'", type=POSITIVE)
+    add('--mean', None, 'mean of the pixels (1 or 1 a channel)', shown="the models'", nargs='+', type=ANY_NUMBER)
+    add('--std', None, 'deviation of the pixels (1 or 1 a channel)', shown="the models'", nargs='+', type=POSITIVE)
+    add('--interpolation', '', 'interpolation of validation images', shown="the models'",
+        choices=['', *INTERPOLATIONS], metavar='NAME')
+    add('-b --batch-size', 128, 'images a step, of each process', type=COUNT)
+    add('-vb --validation-batch-size', None, 'the same in validation', shown='--batch-size', type=COUNT)
+    add_branch('--channels-last', False, 'use the channels-last memory layout')
+    add('--grad-accum-steps', 1, 'batches whose gradients are added up for one update', type=COUNT)
+    add_branch('--grad-checkpointing', False, 'recompute activations in the backward pass to save memory')
+    add_branch('--model-kwargs', {}, 'further arguments of the model', nargs='*', action=KeyValues, metavar='KEY=VALUE')
+    add_branch('--head-init-scale', None, 'factor of the initial classifier', type=ANY_NUMBER)
+    add_branch('--head-init-bias', None, 'initial bias of the classifier', type=ANY_NUMBER)
+    add('--torchcompile', None, 'compile each branch (inductor)', nargs='?', const='inductor', metavar='BACKEND')
+    add('--torchcompile-mode', None, 'mode of torch.compile', metavar='MODE')
+
+    parser.section('Device parameters')
+    add('--device', None, 'device to train on', shown='cuda, then mps, then cpu', timm='cuda',
+        why='a machine without CUDA works without a flag', metavar='DEVICE')
+    add('--amp', False, 'train in mixed precision')
+    add('--amp-dtype', 'float16', 'the lower precision', choices=['float16', 'bfloat16'])
+    add('--no-ddp-bb', False, 'do not broadcast buffers in each step of a distributed run')
+    add('--local-rank --local_rank', 0, argparse.SUPPRESS, type=WHOLE)
+
+    parser.section('Optimizer parameters')
+    add('--opt', 'adamw', 'optimizer', timm='sgd', why=_PAPER, metavar='OPTIMIZER')
+    add('--opt-eps', None, 'its epsilon', shown="the optimizer's", type=NON_NEGATIVE)
+    add('--opt-betas', None, 'its betas', shown="the optimizer's", nargs='+', type=ANY_NUMBER)
+    add('--momentum', 0.9, 'its momentum, if it has one', type=NON_NEGATIVE)
+    add_branch('--weight-decay', 0.05, 'weight decay', timm=2e-5, why=_PAPER, type=NON_NEGATIVE)
+    add_branch('--clip-grad', None, "clip the branch's gradient, by its own norm", type=POSITIVE)
+    add('--clip-mode', 'norm', 'how to clip', choices=['norm', 'value', 'agc'])
+    add_branch('--layer-decay', None, 'factor of the LR from layer to layer, downwards', type=POSITIVE)
+    add_branch('--layer-decay-min-scale', 0., 'least factor of a layer', type=PROBABILITY)
+    add_branch('--layer-decay-no-opt-scale', None, 'factor below which a layer is not trained', type=PROBABILITY)
+    add('--opt-kwargs', {}, 'further arguments of the optimizer', nargs='*', action=KeyValues, metavar='KEY=VALUE')
+
+    parser.section('Learning rate schedule parameters')
+    add('--sched', 'cosine', 'schedule', choices=SCHEDULERS, metavar='SCHEDULER')
+    add('--sched-on-updates', False, 'step the schedule with each update, not each epoch')
+    add_branch('--lr', None, 'learning rate', shown='from --lr-base', type=POSITIVE)
+    add_branch('--lr-base', 0.005, 'learning rate for --lr-base-size images an update', default_b=0.002, timm=0.1,
+               why='the paper (0.005 for ResNet-50, 0.002 for ViT-Base); for AdamW', type=POSITIVE)
+    add('--lr-base-size', 1600, 'images an update that --lr-base is meant for', timm=256, why='the batch size of the '
+        'paper', type=COUNT)
+    add('--lr-base-scale', '', 'how the learning rate grows with the images an update', shown='sqrt for adaptive '
+        'optimizers, else linear', choices=['', 'linear', 'sqrt'], metavar='{linear,sqrt}')
+    add('--lr-noise', None, 'parts of the run where noise is on, off', nargs='+', type=NON_NEGATIVE)
+    add('--lr-noise-pct', 0.67, 'limit of the noise', type=NON_NEGATIVE)
+    add('--lr-noise-std', 1., 'standard deviation of the noise', type=NON_NEGATIVE)
+    add('--lr-cycle-mul', 1., 'factor of the length from cycle to cycle', type=POSITIVE)
+    add('--lr-cycle-decay', 0.5, 'factor of the learning rate from cycle to cycle', type=POSITIVE)
+    add('--lr-cycle-limit', 1, 'number of cycles', type=COUNT)
+    add('--lr-k-decay', 1., 'k-decay of cosine and poly', type=POSITIVE)
+    add('--warmup-lr', 1e-5, 'learning rate at the start of the warm-up', type=NON_NEGATIVE)
+    add('--min-lr', 0., 'lowest learning rate of the schedule', type=NON_NEGATIVE)
+    add('--epochs', 300, 'epochs to train', type=COUNT)
+    add('--stop-epoch', None, 'end after so many completed epochs, on the schedule of --epochs', type=COUNT)
+    add('--start-epoch', None, 'first epoch, for a restart by hand', type=WHOLE)
+    add('--decay-milestones', [90, 180, 270], 'epochs of the steps of multistep', nargs='+', type=WHOLE)
+    add('--decay-epochs', 90., 'epochs from step to step, or of the decay of wsd and rsqrt', type=POSITIVE)
+    add('--warmup-epochs', 5, 'epochs of warm-up', type=WHOLE)
+    add('--warmup-prefix', False, 'add the warm-up to the epochs, do not take it from them')
+    add('--cooldown-epochs', 0, 'epochs at the lowest learning rate after the schedule', type=WHOLE)
+    add('--patience-epochs', 10, 'epochs without progress before plateau takes a step', type=WHOLE)
+    add('--decay-rate --dr', 0.1, 'factor of a step', type=POSITIVE)
+
+    parser.section('Augmentation and regularization parameters')
+    add('--no-aug', False, 'no augmentation at all, whatever the other options say')
+    add('--train-crop-mode', None, 'random crop of the training images', shown='rrc', choices=['rrc', 'rkrc', 'rkrr'])
+    add('--scale', [0.08, 1.], 'area of the random crop', nargs=2, type=POSITIVE)
+    add('--ratio', [3 / 4, 4 / 3], 'aspect ratio of the random crop', nargs=2, type=POSITIVE)
+    add('--hflip', 0.5, 'probability of a horizontal flip', type=PROBABILITY)
+    add('--vflip', 0., 'probability of a vertical flip', type=PROBABILITY)
+    add('--color-jitter', 0.4, 'strength of colour jitter (off under AutoAugment)', type=NON_NEGATIVE)
+    add('--color-jitter-prob', None, 'probability of colour jitter', shown='always', type=PROBABILITY)
+    add('--grayscale-prob', None, 'probability of a grey image', type=PROBABILITY)
+    add('--gaussian-blur-prob', None, 'probability of a blurred image', type=PROBABILITY)
+    add('--aa', 'v0', "policy: v0, original, rand-m9-mstd0.5-inc1, ...; '' (in a recipe also null) for none",
+        timm=None, why='the paper (AutoAugment)', null='', metavar='NAME')
+    add('--aug-repeats', 0., 'copies of an image in a batch, each augmented anew', type=REPEATS)
+    add('--bce-loss', False, 'binary cross-entropy for both branches')
+    add('--bce-sum', False, 'sum the binary cross-entropy over the classes')
+    add('--bce-target-thresh', None, 'make soft targets binary at this threshold', type=PROBABILITY)
+    add('--bce-pos-weight', None, 'weight of the positive targets', type=POSITIVE)
+    add('--reprob', 0.25, 'probability of Random Erasing', timm=0., why='the paper (Random Erasing; the probability is '
+        'not given)', type=PROBABILITY)
+    add('--remode', 'pixel', 'what Random Erasing writes', choices=['pixel', 'rand', 'const'])
+    add('--recount', 1, 'rectangles that Random Erasing erases', type=COUNT)
+    add('--resplit', False, 'leave the first part of the batch unerased')
+    add('--mixup', 0., 'alpha of mixup, on if > 0', type=NON_NEGATIVE)
+    add('--cutmix', 0., 'alpha of cutmix, on if > 0', type=NON_NEGATIVE)
+    add('--cutmix-minmax', None, 'ratios of cutmix, in place of alpha', nargs=2, type=PROBABILITY)
+    add('--mixup-prob', 1., 'probability of mixup or cutmix', type=PROBABILITY)
+    add('--mixup-switch-prob', 0.5, 'probability of cutmix where both are on', type=PROBABILITY)
+    add('--mixup-mode', 'batch', 'one mix a batch, a pair of images or an image', choices=['batch', 'pair', 'elem'])
+    add('--mixup-off-epoch', 0, 'epoch from which mixup and cutmix are off', shown='never', type=WHOLE)
+    add('--smoothing', 0.1, 'label smoothing', type=BELOW_ONE)
+    add('--train-interpolation', 'random', 'interpolation of training images', choices=['random', *INTERPOLATIONS],
+        metavar='NAME')
+    add_branch('--drop', 0., 'dropout rate', type=PROBABILITY)
+    add_branch('--drop-connect', None, 'old name of --drop-path', type=PROBABILITY)
+    add_branch('--drop-path', None, 'stochastic depth rate', shown="the model's", type=PROBABILITY)
+    add_branch('--drop-block', None, 'drop-block rate', shown="the model's", type=PROBABILITY)
+
+    parser.section('Batch norm parameters')
+    add_branch('--bn-momentum', None, 'momentum of BatchNorm', shown="the model's", type=PROBABILITY)
+    add_branch('--bn-eps', None, 'epsilon of BatchNorm', shown="the model's", type=POSITIVE)
+    add('--sync-bn', False, 'synchronise BatchNorm over the processes (on a GPU only)')
+    add('--dist-bn', 'reduce', "what a distributed run does to BatchNorm's statistics after an epoch: broadcast, "
+        "reduce or ''", choices=['', 'broadcast', 'reduce'], metavar='MODE')
+
+    parser.section('Model exponential moving average parameters')
+    add('--model-ema', True, 'keep a moving average of the weights', timm=False, why=_PAPER)
+    add('--model-ema-force-cpu', False, 'keep it on the CPU')
+    add('--model-ema-decay', 0.9998, 'decay of the average', type=INSIDE_0_1)
+    add('--model-ema-warmup', True, 'let the decay grow with the updates', timm=False,
+        why='the paper (its decay changes with the iterations)')
+
+    parser.section('Miscellaneous parameters')
+    add('--seed', 42, 'random seed', type=WHOLE)
+    add('--log-interval', 50, 'batches between two log lines', type=COUNT)
+    add('--val-interval', 1, 'epochs between two validations', type=COUNT)
+    add('--recovery-interval', 0, 'batches between two recovery checkpoints', shown='none', type=WHOLE)
+    add('--checkpoint-hist', 10, 'checkpoints to keep', type=COUNT)
+    add('--save-epochs', None, 'completed epochs after which to keep a checkpoint', nargs='+', type=COUNT)
+    add('-j --workers', 4, 'processes that load data', type=WHOLE)
+    add('--save-images', False, 'save the first images of each log interval')
+    add('--pin-mem', False, 'pin the memory of the loader')
+    add('--no-prefetcher', False, 'do not use the prefetching loader')
+    add('--output', '', 'folder of all runs', shown='./output/train', metavar='PATH')
+    add('--experiment', '', "name of the run's folder", shown='from the time and the models', metavar='NAME')
+    add('--eval-metric', 'top1', 'what the best checkpoint is best in: top1 (mean of the branches) or a column of the '
+        'summary', metavar='METRIC')
+    add('--log-wandb', False, 'log to Weights & Biases')
+    add('--wandb-project', None, 'name of the project there', metavar='NAME')
+    add('--wandb-tags', [], 'tags of the run there', nargs='+', metavar='TAG')
+    add('--wandb-resume-id', '', 'run to continue there', metavar='ID')
+    return parser
+
+
+# Recipes
+
+
+def _recipes() -> dict[str, Path]:
+    """Return the recipes that the package carries, by name: in the package (wheel) or beside it (clone)."""
+    package = Path(__file__).resolve().parent
+    folder = package / 'hparams' if (package / 'hparams').is_dir() else package.parent / 'hparams'
+    return {path.stem: path for path in sorted(folder.glob('*.yaml'))}
+
+
+def recipe_path(name: str) -> Path:
+    """Return the file that `--config NAME` means: a path, or the name of a recipe that the package carries.
+
+    Raises:
+        UsageError: Neither a file nor a recipe.
+    """
+    if os.path.isfile(name):
+        return Path(name)
+    recipes = _recipes()
+    stem = os.path.basename(name)
+    stem = stem[:-len('.yaml')] if stem.endswith('.yaml') else stem
+    if os.path.basename(name) == name and stem in recipes:
+        return recipes[stem]
+    kind = 'a folder' if os.path.isdir(name) else 'neither a file nor the name of a recipe'
+    near = [stem] if stem in recipes else get_close_matches(stem, recipes, n=3, cutoff=0.4) or sorted(recipes)[:5]
+    raise UsageError(f"--config {name} is {kind}; recipes: {', '.join(near) or 'none'}")
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """Return what a recipe file holds: text as written, bools, None, and lists and dicts of these.
+
+    Only the nodes that PyYAML's safe loader composes are read, and no object is made of them: what a value means is
+    left to the parser, as on the command line.
+    """
+    import yaml
+    try:
+        root = yaml.compose(path.read_text(encoding='utf-8'), Loader=yaml.SafeLoader)
+        if root is None:
+            raise UsageError(f'{path} is empty')
+        if not isinstance(root, yaml.MappingNode):
+            raise UsageError(f'{path} is not a mapping of options to values (epochs: 100)')
+        return _node_value(root, path)
+    except OSError as error:
+        raise UsageError(f'{path} can not be read: {error.strerror}') from None
+    except UnicodeDecodeError:
+        raise UsageError(f'{path} is not a text file in UTF-8') from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, 'problem_mark', None)
+        line = f', line {mark.line + 1}' if mark else ''
+        raise UsageError(f"{path}{line} is not YAML: {getattr(error, 'problem', None) or error}") from None
+    except RecursionError:
+        raise UsageError(f'{path} is nested too deeply') from None
+
+
+def _node_value(node, path: Path) -> Any:
+    where = f'{path}, line {node.start_mark.line + 1}'
+    kind = node.tag.replace('tag:yaml.org,2002:', '')
+    if kind not in ('null', 'bool', 'int', 'float', 'str', 'timestamp', 'value', 'merge', 'seq', 'map'):
+        raise UsageError(f'{where}: the tag {node.tag} is not allowed')
+    if kind == 'seq':
+        return [_node_value(item, path) for item in node.value]
+    if kind == 'map':
+        values = {}
+        for key_node, value_node in node.value:
+            key = _node_value(key_node, path)
+            if not isinstance(key, str):
+                raise UsageError(f'{where}: {key!r} is not the name of an option')
+            if key in values:
+                raise UsageError(f'{path}, line {key_node.start_mark.line + 1}: {key} is given twice')
+            values[key] = _node_value(value_node, path)
+        return values
+    if kind == 'null':
+        return None
+    return node.value.lower() in ('true', 'yes', 'on') if kind == 'bool' else node.value
+
+
+def _spell(value: Any) -> str:
+    """Return the Python expression of a value of `model_kwargs` in a recipe."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_spell, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key!r}: {_spell(item)}' for key, item in value.items())}}}"
+    return repr(_literal(value) if isinstance(value, str) else value)
+
+
+def _tokens(action: argparse.Action, value: Any) -> list[str]:
+    """Return the command line that says what a recipe says of one option."""
+    flag = next((name for name in action.option_strings if name.startswith('--')), None)
+    if action.nargs == 0 or (action.nargs == '?' and flag and isinstance(value, bool)):
+        if not isinstance(value, bool):
+            raise UsageError(f'{value!r} is not true or false')
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return [flag if value else f'--no-{flag[2:]}']
+        return [flag] if value else []
+    if isinstance(action, KeyValues) and isinstance(value, dict):
+        return [flag, *(f'{key}={_spell(item)}' for key, item in value.items())]
+    many = action.nargs not in (None, '?')
+    values = value if isinstance(value, list) and many else [value]
+    for item in values:
+        # Text that looks like an option would be taken for one.
+        if not isinstance(item, str) or (many and re.match(r'-[^\d.]', item)):
+            wanted = 'a list of values' if many else 'one value'
+            raise UsageError(f'{_spell(item)} is not {wanted} (text that YAML takes for something else needs quotes)')
+    if isinstance(action.nargs, int) and len(values) != action.nargs:
+        raise UsageError(f'{_spell(values)} is not a list of {action.nargs} values')
+    if many:
+        return [flag, *values] if values else []
+    return [f'{flag}={values[0]}'] if flag else ['--', values[0]]
+
+
+def _load_recipe(parser: OptionParser, path: Path) -> dict[str, Any]:
+    """Return the options that a recipe file gives, by dest."""
+    actions = parser.actions()
+    given = {}
+    for key, value in _read_recipe(path).items():
+        dest = key.replace('-', '_')
+        where = f'{path}: {key}'
+        value = parser.nulls.get(dest) if value is None else value
+        if value is None:
+            continue
+        _check_not_refused('--' + key.replace('_', '-'), where)
+        if dest == 'config':
+            raise UsageError(f'{where}: a recipe can not name another recipe')
+        if dest not in actions:
+            raise UsageError(f'{where} is not an option{_did_you_mean(key, actions)}')
+        if dest in given:
+            raise UsageError(f'{where} is given twice')
+        try:
+            tokens = _tokens(actions[dest], value)
+        except UsageError as error:
+            raise UsageError(f'{where}: {error}') from None
+        given.update(parser.parse(tokens, where))
+    return given
+
+
+def recipe_values(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of a run as a flat dict that, dumped as YAML, is a recipe of the same run (`args.yaml`)."""
+    presets = build_parser().presets
+    return {
+        dest: value for dest, value in vars(args).items()
+        if dest in presets and dest not in ('config', 'data', 'local_rank') and value is not None
+    }
+
+
+# From what was given to what holds
+
+
+def parse_args(argv: Sequence[str] | None = None, prog: str = 'train_vpl.py') -> argparse.Namespace:
+    """Return the options of a run, checked.
+
+    The names are timm's. For every option that each branch can override, `OPT_a` and `OPT_b` hold what counts and `OPT`
+    what was given for both. `data_dir` holds the folder however it was named, `sides` the branches that there are.
+
+    Raises:
+        SystemExit: With status 2 after one line on stderr (a machine, not a process), where the input is wrong; with 0
+            after `--help`.
+    """
+    try:
+        parser = build_parser(prog)
+        argv = sys.argv[1:] if argv is None else list(argv)
+        for token in argv[:argv.index('--')] if '--' in argv else argv:
+            _check_not_refused(token.partition('=')[0])
+        command_line = _name_data_dir(parser.parse(argv))
+        config = command_line.get('config')
+        recipe = _name_data_dir(_load_recipe(parser, recipe_path(config))) if config else {}
+        for dest in parser.branch_options:
+            if dest in command_line:  # wins over a branch's own value in the recipe, too
+                recipe.pop(f'{dest}_a', None)
+                recipe.pop(f'{dest}_b', None)
+        args = _resolve(parser, {**recipe, **command_line})
+        _check(args)
+        if _speaks():
+            _warn_without_effect(parser, args, {**recipe, **command_line})
+        return args
+    except UsageError as error:
+        if _speaks():
+            print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(error.exit_status) from None
+
+
+def _speaks() -> bool:
+    """Return whether this is the first process on its machine: files may be missing on one machine only."""
+    return os.environ.get('LOCAL_RANK', '0') == '0'
+
+
+def _check_not_refused(flag: str, where: str = '') -> None:
+    for name, (reason, alternative) in REFUSED.items():
+        if flag == name or (name.endswith('*') and flag.startswith(name[:-1])):
+            raise UsageError(f'{where or flag} is not available: {reason}; {alternative}')
+
+
+def _name_data_dir(given: dict[str, Any]) -> dict[str, Any]:
+    """Move the positional argument DIR to `data_dir`."""
+    data = given.pop('data', None)
+    if data is None:
+        return given
+    if given.get('data_dir', data) != data:
+        raise UsageError(f"DIR {data} and --data-dir {given['data_dir']} differ, one is enough")
+    return {**given, 'data_dir': data}
+
+
+def _resolve(parser: OptionParser, given: dict[str, Any]) -> argparse.Namespace:
+    """Return all options: what was given, for a branch else what was given for both, else the default."""
+    args = argparse.Namespace(**{**parser.presets, **given})
+    for dest in parser.branch_options:
+        for own in (f'{dest}_{side}' for side in SIDES):
+            setattr(args, own, copy.copy(given.get(own, given.get(dest, parser.presets[own]))))
+    args.sides = tuple(side for side in SIDES if getattr(args, f'model_{side}'))
+    args.prefetcher = not args.no_prefetcher
+    return args
+
+
+# Checks
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise UsageError where options contradict each other or name something that is not there."""
+    _check_models(args)
+    _check_data(args)
+    for dest in ('resume', 'initial_checkpoint_a', 'initial_checkpoint_b', 'pretrained_path_a', 'pretrained_path_b'):
+        path = getattr(args, dest)
+        if path and not os.path.isfile(path):
+            raise UsageError(f'{_flag(dest)} {path}: no such file')
+    # The decimals as written: 33.4 + 66.6 is 100.
+    if Fraction(str(args.x)) + Fraction(str(args.y)) > 100:
+        raise UsageError(f'--x {args.x:g} and --y {args.y:g} add up to more than 100 percent of the epochs')
+    if _mixes(args) and args.batch_size % 2:
+        raise UsageError(f'--batch-size {args.batch_size} is odd, --mixup and --cutmix need an even one')
+    if args.sched == 'plateau' and args.sched_on_updates:
+        raise UsageError('--sched plateau follows the validation, it has no --sched-on-updates')
+    in_chans = args.input_size[0] if args.input_size else args.in_chans or 3
+    for dest in ('mean', 'std'):
+        values = getattr(args, dest)
+        if values and len(values) not in (1, in_chans):
+            raise UsageError(f'--{dest} {_show(values)} has {len(values)} values, the images have {in_chans} channels')
+
+
+def _check_models(args: argparse.Namespace) -> None:
+    if len(args.sides) != METHODS[args.method]:
+        if METHODS[args.method] == 2:
+            missing = ' and '.join(f'--model-{side}' for side in SIDES if side not in args.sides)
+            raise UsageError(f'--method {args.method} needs two models; missing: {missing}')
+        given = ' '.join(f"--model-{side} {getattr(args, f'model_{side}')}" for side in args.sides)
+        raise UsageError(
+            f"--method {args.method} needs one model, --model-a or --model-b; given: {given or 'none'}"
+            " (--model-b '' drops that of a recipe)")
+    for side in args.sides:
+        _check_model_name(f'--model-{side}', getattr(args, f'model_{side}'))
+
+
+def _check_model_name(flag: str, name: str) -> None:
+    source, colon, place = name.partition(':')
+    if colon:
+        source = source.lower().replace('_', '-')
+        if source not in ('hf-hub', 'local-dir') or not place:
+            raise UsageError(f'{flag} {name} is not the name of a timm model, hf-hub:ID or local-dir:FOLDER')
+        if source == 'local-dir' and not os.path.isdir(place):
+            raise UsageError(f'{flag} {name}: no such folder')
+    elif '/' in name or '\\' in name:
+        raise UsageError(f'{flag} {name} is not the name of a timm model (hf-hub:{name} or local-dir:{name}?)')
+    else:
+        arch = name.partition('.')[0]
+        names = timm_model_names()
+        if arch not in names and not _is_renamed(arch):
+            raise UsageError(f'{flag} {name}: timm has no model of this name{_did_you_mean(arch, names)}')
+
+
+def _timm_sources() -> Iterator[str]:
+    """Yield the text of timm's model files, without importing timm."""
+    from importlib.util import find_spec
+    spec = find_spec('timm')
+    if spec is None:
+        raise UsageError('timm is not installed (pip install timm)')
+    for path in sorted(Path(spec.submodule_search_locations[0], 'models').glob('*.py')):
+        yield path.read_text(encoding='utf-8')
+
+
+@functools.cache
+def timm_model_names() -> frozenset[str]:
+    """Return the names of the models that timm registers."""
+    pattern = re.compile(r'@register_model\ndef (\w+)\(')
+    return frozenset(name for text in _timm_sources() for name in pattern.findall(text))
+
+
+def _is_renamed(name: str) -> bool:
+    """Return whether timm still takes this as an old name of a model."""
+    return any(f"'{name}': '" in text.partition('register_model_deprecations(')[2] for text in _timm_sources())
+
+
+def _check_data(args: argparse.Namespace) -> None:
+    kind, slash, name = args.dataset.partition('/')
+    kind, place = kind.lower(), args.data_dir
+    if args.dataset == 'digits':
+        if place:
+            raise UsageError(f'--dataset digits comes with the package, but a folder is given: {place}')
+    elif args.dataset and not (kind in DATASET_KINDS and name):
+        kinds = ', '.join(f'{kind}/NAME' for kind in DATASET_KINDS)
+        raise UsageError(f'--dataset {args.dataset} is not one of digits, {kinds}; leave it out for a folder or .tar')
+    elif kind in DATASET_KINDS_WITHOUT_FOLDER:
+        return
+    elif not place:
+        wanted = f'where {args.dataset} lies' if args.dataset else 'a folder or .tar of images'
+        raise UsageError(f'no data: give {wanted} (DIR or --data-dir), or try --dataset digits')
+    elif (kind == 'torch' and args.dataset_download) or (kind == 'wds' and '://' in place):
+        return
+    elif not os.path.exists(place):
+        raise UsageError(f'data folder {place} does not exist')
+    elif not os.path.isdir(place) and not (not kind and place.endswith('.tar')):
+        raise UsageError(f"data {place} is not a folder{'' if kind else ' or .tar'}")
+
+
+def _mixes(args: argparse.Namespace) -> bool:
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def _flag(dest: str) -> str:
+    return '--' + dest.replace('_', '-')
+
+
+_CONTRASTIVE = ('tau', 'similarity', 'contrastive_to', 'same_class', 'affine_side', 'gather')
+_KL = ('rho', 'kl_to')
+_AUGMENTATION = (
+    'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob',
+    'gaussian_blur_prob', 'aa', 'reprob', 'remode', 'recount', 'resplit')
+
+# Options, the reason why they have no effect, and when.
+WITHOUT_EFFECT = (
+    (('x', 'y', 'contrastive_weight', 'kl_weight', *_CONTRASTIVE, *_KL), '--method solo trains one model',
+     lambda args: len(args.sides) == 1),
+    (_CONTRASTIVE, 'the contrastive term is off (--contrastive-weight 0 or --y 100)',
+     lambda args: args.contrastive_weight == 0 or args.y == 100),
+    (_KL, 'the KL term is off (--kl-weight 0 or --x 100)', lambda args: args.kl_weight == 0 or args.x == 100),
+    (('amp_dtype',), '--amp is off', lambda args: not args.amp),
+    (('torchcompile_mode',), '--torchcompile is off', lambda args: not args.torchcompile),
+    (('model_ema_force_cpu', 'model_ema_decay', 'model_ema_warmup'), '--model-ema is off',
+     lambda args: not args.model_ema),
+    (('lr_base_a',), '--lr or --lr-a is given', lambda args: args.lr_a is not None),
+    (('lr_base_b',), '--lr or --lr-b is given', lambda args: args.lr_b is not None),
+    (('lr_base', 'lr_base_size', 'lr_base_scale'), 'the learning rates are given',
+     lambda args: all(getattr(args, f'lr_{side}') is not None for side in args.sides)),
+    (('lr_noise_pct', 'lr_noise_std'), '--lr-noise is off', lambda args: not args.lr_noise),
+    (_AUGMENTATION, '--no-aug turns off all augmentation', lambda args: args.no_aug),
+    (('remode', 'recount', 'resplit'), '--reprob is 0', lambda args: args.reprob == 0),
+    (('mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch'), '--mixup and --cutmix are off',
+     lambda args: not _mixes(args)),
+    (('bce_sum', 'bce_target_thresh', 'bce_pos_weight'), '--bce-loss is off', lambda args: not args.bce_loss),
+    (('wandb_project', 'wandb_tags', 'wandb_resume_id'), '--log-wandb is off', lambda args: not args.log_wandb),
+)
+
+
+def _warn_without_effect(parser: OptionParser, args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Log a line for each reason why options that were given, with another value than the default, have no effect."""
+    given = {dest for dest, value in given.items() if value != parser.presets[dest]}
+    absent = [
+        (tuple(f'{dest}_{side}' for dest in parser.branch_options), f'there is no --model-{side}', lambda args: True)
+        for side in SIDES if side not in args.sides
+    ]
+    for dests, reason, applies in (*WITHOUT_EFFECT, *absent):
+        idle = [dest for dest in dests if dest in given]
+        if idle and applies(args):
+            _logger.warning(f"{', '.join(map(_flag, idle))}: no effect, {reason}")
+            given.difference_update(idle)
+
+
+# The page docs/options.md
+
+
+def _table(*rows: Sequence[str]) -> list[str]:
+    header, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return [header, f"|{'---|' * len(rows[0])}", *body]
+
+
+def options_markdown() -> str:
+    """Return the page of options for the docs: changed defaults, refused options, options of each branch."""
+    parser = build_parser()
+    lines = [
+        '# Options',
+        '',
+        "<!-- Made by `python -m timm_vpl.options > docs/options.md`; change `timm_vpl/options.py`, not this page. -->",
+        '',
+        "The options keep the names and the meaning of timm's train script; `python train_vpl.py --help` lists all.",
+        'A recipe (`--config FILE`) is a flat YAML file of the same names, with `_` or `-`; the command line wins.',
+        '',
+        "## Defaults that differ from timm's",
+        '',
+        *_table(
+            ('option', 'here', 'timm', 'why'),
+            *((f'`{flag}`', ours, timm, why) for flag, ours, timm, why in parser.changed),
+        ),
+        '',
+        '## Options of each branch',
+        '',
+        'Each of these sets both branches; with `-a` or `-b` at its end it sets one (`--lr-a 0.005`), and wins.',
+        'Given on the command line, the form for both also wins over what a recipe says of one branch.',
+        '',
+        *(f'- `{_flag(dest)}`' for dest in parser.branch_options),
+        '',
+        '## Options of timm that are refused',
+        '',
+        *_table(
+            ('option', 'reason', 'instead'),
+            *((f'`{name}`', reason, instead) for name, (reason, instead) in REFUSED.items()),
+        ),
+    ]
+    return '\n'.join(lines) + '\n'
+
+
+if __name__ == '__main__':
+    print(options_markdown(), end='')

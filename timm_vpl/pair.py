@@ -1,0 +1,244 @@
+"""Two networks as one module: each runs once on the same images and gives its logits and its embedding."""
+import types
+from typing import Callable, Dict, NamedTuple, Optional
+
+import torch
+import torch.nn as nn
+
+from timm.models import group_parameters
+from timm.optim import auto_group_layers
+
+SIDES = ('a', 'b')
+
+
+class PairOutput(NamedTuple):
+    """What a pair computes from one batch.
+
+    Shapes: logits (N, C), embeddings (N, d) with one d for both branches. A branch that is absent or an embedding
+    that was not asked for is None.
+    """
+    logits_a: Optional[torch.Tensor]
+    logits_b: Optional[torch.Tensor]
+    embed_a: Optional[torch.Tensor] = None
+    embed_b: Optional[torch.Tensor] = None
+    dist_logits_a: Optional[torch.Tensor] = None  # second head of a branch that has one, in distilled training
+    dist_logits_b: Optional[torch.Tensor] = None
+    stopped_a: Optional[torch.Tensor] = None  # embed_a as P(stop_gradient(h_a)), where the affine layer P is on side a
+    stopped_b: Optional[torch.Tensor] = None
+    sample_ids: Optional[torch.Tensor] = None  # (N,) int64, equal for copies of one image (repeated augmentation)
+
+
+class Branch(nn.Module):
+    """One network of a pair as a function of images: (logits, embedding, logits of a second head or None).
+
+    The embedding is 'the input feature of the last fully connected layer' (VPL, 'Two Branches'), (N, d), taken by a
+    forward pre-hook on the model's classifier: one forward, no second pass through the head. Not part of any
+    state_dict: it holds the model, the pair owns it.
+
+    Raises:
+        ValueError: The model has no classifier whose input could be the embedding.
+    """
+
+    def __init__(self, model: nn.Module, side: str):
+        super().__init__()
+        self.model = model
+        self.side = side
+        self.memory_format = None  # set to torch.channels_last to convert this branch's input
+        self._compiled = None
+        self._tapping = False
+        self._embed = None
+        self.tap_classifier()
+
+    def tap_classifier(self) -> None:
+        """Hook the model's classifier, at construction and again after a classifier was replaced."""
+        self.classifier = _classifier_of(self.model, self.side)
+        self.classifier.register_forward_pre_hook(self._tap)
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the embedding."""
+        width = getattr(self.classifier, 'in_features', None) or getattr(self.model, 'head_hidden_size', None)
+        if width is None:
+            raise ValueError(
+                f'model_{self.side} ({type(self.model).__name__}): the width of its embedding is not known, its '
+                f'classifier ({type(self.classifier).__name__}) has no in_features and the model no head_hidden_size')
+        return width
+
+    def _tap(self, module, args):
+        if self._tapping:
+            self._embed = args[0]
+
+    def _forward(self, input):
+        if self.memory_format is not None:
+            input = input.contiguous(memory_format=self.memory_format)
+        self._tapping = True
+        output = self.model(input)
+        embed, self._embed, self._tapping = self._embed, None, False
+        logits, dist_logits = output if isinstance(output, (tuple, list)) else (output, None)
+        if embed is None or embed.ndim != 2:
+            found = 'was not called' if embed is None else f'got an input of shape {tuple(embed.shape)}'
+            raise ValueError(
+                f'model_{self.side} ({type(self.model).__name__}): its classifier {found}; a branch needs one that is '
+                f'called on (N, d) embeddings')
+        return logits, embed, dist_logits
+
+    def forward(self, input):
+        return (self._forward if self._compiled is None else self._compiled)(input)
+
+    def compile(self, **kwargs) -> None:
+        """Compile this branch with torch.compile(**kwargs); a deep copy starts uncompiled."""
+        # Dynamo limits its cache entries per code object. A code object of its own for each branch keeps two branches
+        # with several shapes and modes each below that limit.
+        function = type(self)._forward
+        own = types.FunctionType(function.__code__.replace(co_name=f'forward_{self.side}'), function.__globals__)
+        self._compiled = torch.compile(types.MethodType(own, self), **kwargs)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), '_compiled': None}
+
+
+class PairWrapper(nn.Module):
+    """Two image classifiers as one module, by convention a CNN (a) and a vision transformer (b).
+
+    `pair(x)` maps images (N, C, H, W) to a `PairOutput`. A branch's logits are those of the bare model. Where the
+    embeddings' widths differ, one affine layer P on `affine_side` maps that side's to the other's width (VPL, 'Two
+    Branches'). One of the models may be None (training alone).
+
+    Args:
+        model_a: Model with `get_classifier()`, as timm's have it.
+        model_b: Likewise.
+        affine_side: Side of the affine layer, 'a' or 'b' (not given in the paper).
+
+    Raises:
+        ValueError: No model, different numbers of classes, or a model that has no embedding.
+    """
+
+    def __init__(self, model_a: Optional[nn.Module], model_b: Optional[nn.Module], affine_side: str = 'b'):
+        super().__init__()
+        if affine_side not in SIDES:
+            raise ValueError(f"affine_side is {affine_side!r}, expected 'a' or 'b'")
+        if model_a is None and model_b is None:
+            raise ValueError('a pair needs at least one model, model_a and model_b are both None')
+        self.model_a = model_a
+        self.model_b = model_b
+        self.affine_side = affine_side
+        self.affine = None
+        # Callables by name. Not submodules: the state_dict holds model_a, model_b and the affine layer, each once.
+        self.parts: Dict[str, nn.Module] = {
+            side: Branch(model, side) for side, model in (('a', model_a), ('b', model_b)) if model is not None}
+        if len(self.sides) == 2:
+            classes = [getattr(model, 'num_classes', None) for model in (model_a, model_b)]
+            if classes[0] != classes[1]:
+                raise ValueError(f'the branches classify {classes[0]} (a) and {classes[1]} (b) classes, expected equal')
+            widths = {side: self.parts[side].embed_dim for side in SIDES}
+            if widths['a'] != widths['b']:
+                other = 'a' if affine_side == 'b' else 'b'
+                self.affine = self.parts['affine'] = nn.Linear(widths[affine_side], widths[other])
+
+    @property
+    def sides(self):
+        """The branches that are present, ('a', 'b') or one of them."""
+        return tuple(side for side in SIDES if side in self.parts)
+
+    def branch(self, side: str) -> nn.Module:
+        """Return the model of a side."""
+        return self.parts[side].model
+
+    def run(self, name: str, input: torch.Tensor):
+        """Run one part ('a', 'b' or 'affine') on its input."""
+        return self.parts[name](input)
+
+    def forward(self, input: torch.Tensor, project: bool = True, run: Optional[Callable] = None) -> PairOutput:
+        """Run both branches on the same images.
+
+        Args:
+            input: Images (N, C, H, W).
+            project: Compute the affine side's embedding too (else None): not needed while no term uses it.
+            run: Replaces `self.run`, for instance to run each part in its DistributedDataParallel.
+        """
+        run = run or self.run
+        fields = {'logits_a': None, 'logits_b': None}
+        for side in self.sides:
+            fields[f'logits_{side}'], fields[f'embed_{side}'], fields[f'dist_logits_{side}'] = run(side, input)
+        if self.affine is not None:
+            side = self.affine_side
+            embed = fields.pop(f'embed_{side}')
+            if project:
+                # One call serves both: the rows with and those without a gradient into the branch.
+                both = run('affine', torch.cat([embed, embed.detach()]))
+                fields[f'embed_{side}'], fields[f'stopped_{side}'] = both.chunk(2)
+        return PairOutput(**fields)
+
+    def extra_repr(self):
+        return '' if self.affine is None else f'affine_side={self.affine_side!r}'
+
+    # What timm's tools ask of a model. Each answer gives every parameter what it would get in its branch alone.
+
+    @property
+    def num_classes(self) -> Optional[int]:
+        """Number of classes of the branches."""
+        return getattr(self.branch(self.sides[0]), 'num_classes', None)
+
+    @property
+    def pretrained_cfg(self) -> dict:
+        """Data configuration of the first branch, for timm.data.resolve_data_config."""
+        return getattr(self.branch(self.sides[0]), 'pretrained_cfg', {})
+
+    default_cfg = pretrained_cfg
+
+    def get_classifier(self):
+        """Return the branches' classifiers."""
+        return tuple(self.branch(side).get_classifier() for side in self.sides)
+
+    def reset_classifier(self, num_classes: int, *args, **kwargs) -> None:
+        """Replace the classifier of each branch."""
+        for side in self.sides:
+            self.branch(side).reset_classifier(num_classes, *args, **kwargs)
+            self.parts[side].tap_classifier()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Switch gradient checkpointing in both branches."""
+        for side in self.sides:
+            self.branch(side).set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set:
+        """Return the names (or patterns) of the parameters that the branches exempt from weight decay."""
+        return {
+            f'model_{side}.{name}'
+            for side in self.sides
+            for name in getattr(self.branch(side), 'no_weight_decay', set)()
+        }
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Return a function from parameter names to layer numbers, the branches aligned at their heads.
+
+        timm scales a layer's learning rate by layer_decay ** (distance from the last layer), so branches of different
+        depth keep their own scales only when their last layers have the same number.
+        """
+        layers = {side: _layers_of(self.branch(side), coarse) for side in self.sides}
+        last = max(max(layer_map.values()) for layer_map in layers.values())
+        numbers = {}
+        for side, layer_map in layers.items():
+            shift = last - max(layer_map.values())
+            numbers.update({f'model_{side}.{name}': shift + layer for name, layer in layer_map.items()})
+        return lambda name: numbers.get(name, last)
+
+
+def _classifier_of(model, side):
+    """Return the module whose input is the embedding, of several heads the first (the class token's)."""
+    name = f'model_{side} ({type(model).__name__})'
+    if not hasattr(model, 'get_classifier'):
+        raise ValueError(f'{name}: has no get_classifier(), a branch is a timm model or has its methods')
+    classifier = model.get_classifier()
+    if isinstance(classifier, (tuple, list, nn.ModuleList)):
+        classifier = classifier[0]
+    if not isinstance(classifier, nn.Module) or isinstance(classifier, nn.Identity):
+        raise ValueError(f'{name}: has no classifier (num_classes=0?), a branch needs one')
+    return classifier
+
+
+def _layers_of(model, coarse):
+    """Map a model's parameter names to layer numbers as timm's layer decay does."""
+    if hasattr(model, 'group_matcher'):
+        return group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+    return auto_group_layers(model)

@@ -1,0 +1,182 @@
+"""The pair as a timm training task: forward and loss, distribution, compilation, stages, state."""
+import contextlib
+import logging
+from typing import Any, Dict, List, Optional
+
+import torch
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+
+from timm.task import TrainingTask
+from timm.utils import dispatch_clip_grad, unwrap_model
+
+from .criterion import StagedLoss
+from .pair import PairOutput, PairWrapper
+from .seeding import BranchStreams
+from .stages import StageHook
+
+_logger = logging.getLogger(__name__)
+
+
+class PairTask(TrainingTask):
+    """Training of a pair, in the place of timm's ClassificationTask.
+
+    In a loop that knows nothing of pairs the stages follow from the steps passed to `update_ema` (optimizer updates);
+    that count is part of the checkpoint. A loop of ours calls `set_position` too.
+
+    Args:
+        pair: The pair to train.
+        criterion: VPLLoss or another StagedLoss.
+        updates_per_epoch: Optimizer updates in an epoch; None: the stages are the loop's to set (`set_epoch`).
+        streams: Seeds each branch's dropout and drop path for a batch; None leaves the generators alone.
+        device: Device for task tensors/buffers.
+        dtype: Dtype for task tensors/buffers.
+        verbose: Enable info logging.
+    """
+
+    def __init__(
+            self,
+            pair: PairWrapper,
+            criterion: StagedLoss,
+            updates_per_epoch: Optional[int] = None,
+            streams: Optional[BranchStreams] = None,
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
+            verbose: bool = True,
+    ):
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        self.trainable_module = pair
+        self.criterion = criterion.to(self.device)
+        self.streams = streams
+        self.num_updates = 0
+        self._stage_hook = None
+        # One DistributedDataParallel a part, outside the module tree: a part that a stage does not use is not called,
+        # so no step has unused parameters, and the keys of the state_dict stay the pair's.
+        self._ddp: Dict[str, DistributedDataParallel] = {}
+        if updates_per_epoch is not None:
+            self._stage_hook = StageHook(criterion, updates_per_epoch, verbose=verbose)
+            self._stage_hook(0)
+        if verbose:
+            _logger.info(f'{type(self).__name__}: criterion={type(criterion).__name__}, {criterion.describe()}')
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the terms of this epoch, in a loop that counts epochs itself."""
+        self.criterion.set_epoch(epoch)
+
+    def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs) -> 'PairTask':
+        """Wrap each part that has trainable parameters in DistributedDataParallel.
+
+        Args:
+            device_ids: List of device IDs for DDP, [local_rank] on a GPU.
+            **ddp_kwargs: Additional arguments of DistributedDataParallel.
+        """
+        for name, part in self.trainable_module.parts.items():
+            if any(parameter.requires_grad for parameter in part.parameters()):
+                self._ddp[name] = DistributedDataParallel(part, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def no_sync(self):
+        """Return a context in which gradients are accumulated without being reduced."""
+        stack = contextlib.ExitStack()
+        for part in self._ddp.values():
+            stack.enter_context(part.no_sync())
+        return stack
+
+    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
+        """Compile each branch, for training and evaluation, before the distributed wrapping."""
+        return self._compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+
+    def compile_ema(
+            self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> Optional[nn.Module]:
+        """Compile each branch of the EMA pair, if there is one."""
+        if not self.has_ema():
+            return None
+        return self._compile(self.get_trainable_module(ema=True).module, backend=backend, mode=mode, **compile_kwargs)
+
+    @staticmethod
+    def _compile(pair, **compile_kwargs):
+        for side in pair.sides:
+            pair.parts[side].compile(**compile_kwargs)
+        return pair
+
+    def update_ema(self, step: Optional[int] = None) -> None:
+        """Update the EMA, if there is one, and the stage.
+
+        Args:
+            step: Optimizer updates done so far, counted over the whole run; None counts the calls.
+        """
+        self.num_updates = self.num_updates + 1 if step is None else step
+        super().update_ema(step=step)
+        if self._stage_hook is not None:
+            self._stage_hook(self.num_updates)
+
+    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
+        """Return the number of optimizer updates done, which decides the stage."""
+        return {} if ema else {'num_updates': self.num_updates}
+
+    def load_task_state(
+            self,
+            state: Optional[Dict[str, Any]],
+            strict: bool = True,
+            module: Optional[nn.Module] = None,
+            ema: bool = False,
+    ) -> None:
+        """Restore the number of updates and with it the stage."""
+        if state and not ema:
+            self.num_updates = state['num_updates']
+            if self._stage_hook is not None:
+                self._stage_hook(self.num_updates)
+
+    def clip_groups(self, exclude_head: bool = False) -> Dict[str, List[nn.Parameter]]:
+        """Return the parameters that share a gradient norm, by branch; the affine layer belongs to branch b."""
+        pair = unwrap_model(self.trainable_module)
+        groups = {}
+        for side in pair.sides:
+            head = set(pair.parts[side].classifier.parameters()) if exclude_head else ()
+            groups[side] = [parameter for parameter in pair.branch(side).parameters() if parameter not in head]
+        if pair.affine is not None:
+            groups['b'] += pair.affine.parameters()
+        return groups
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
+        """Return all parameters to clip, for a loop that clips them by one norm."""
+        return [parameter for group in self.clip_groups(exclude_head).values() for parameter in group]
+
+    def clip_gradients(self, limits: Dict[str, Optional[float]], mode: str = 'norm') -> None:
+        """Clip each branch's gradients by that branch's own norm.
+
+        Args:
+            limits: Limit by side, None for no clipping.
+            mode: 'norm', 'value' or 'agc', as timm's --clip-mode.
+        """
+        for side, group in self.clip_groups(exclude_head='agc' in mode).items():
+            if limits.get(side) is not None:
+                dispatch_clip_grad(group, limits[side], mode=mode)
+
+    def _run(self, name, input):
+        if self.streams is not None and name in self.trainable_module.sides:
+            self.streams.enter(name)
+        return self._ddp.get(name, self.trainable_module.parts[name])(input)
+
+    def forward(
+            self,
+            input: torch.Tensor,
+            target: torch.Tensor,
+            sample_ids: Optional[torch.Tensor] = None,
+    ) -> Dict[str, Any]:
+        """Run the pair and its criterion.
+
+        Args:
+            input: Images (N, C, H, W).
+            target: Class indices (N,) or soft targets (N, num_classes).
+            sample_ids: (N,) int64, equal for copies of one image; None if there are none.
+
+        Returns:
+            Dictionary with 'loss', 'output' (a PairOutput, whose first element is branch a's logits) and each term
+            that is on, unweighted.
+        """
+        output: PairOutput = self.trainable_module(
+            input, project=getattr(self.criterion, 'uses_embeddings', True), run=self._run)
+        if sample_ids is not None:
+            output = output._replace(sample_ids=sample_ids)
+        return {**self.criterion.terms(output, target), 'output': output}

@@ -1,0 +1,434 @@
+"""Training: build the parts, then train and validate epoch by epoch, and save."""
+import contextlib
+import csv
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import Any, Callable, Dict, Optional
+
+import torch
+import torchvision
+import yaml
+from timm.models import safe_model_name
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import AverageMeter, distribute_bn, get_outdir, init_distributed_device, setup_default_logging
+from timm.utils.summary import trim_summary
+
+from . import build
+from .checkpoint import PairCheckpointSaver, checkpoint_bytes, read_checkpoint
+from .data import TrainLoader, create_eval_loader, create_split, create_train_loader, resolve_classes
+from .errors import RunError, UsageError
+from .seeding import BranchStreams
+from .task import PairTask
+from .validation import evaluate
+
+_logger = logging.getLogger('train')
+
+SUMMARY = 'summary.csv'
+
+
+@dataclass
+class Run:
+    """The parts of a training run."""
+    args: Any
+    device: torch.device
+    task: PairTask
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    num_epochs: int
+    scaler: torch.amp.GradScaler
+    autocast: Callable
+    loader_train: TrainLoader
+    loader_eval: Any
+    columns: list
+    saver: Optional[PairCheckpointSaver] = None
+    output_dir: Optional[str] = None
+
+    @property
+    def pair(self):
+        """The pair that is trained."""
+        return self.task.get_trainable_module()
+
+
+def train(args) -> None:
+    """Train as the options say; they come from `options.parse_args`."""
+    setup_default_logging()
+    device = init_device(args)
+    if args.rank:
+        logging.getLogger().setLevel(logging.ERROR)
+    try:
+        run = create_run(args, device)
+        start_epoch = resume(run) if args.resume else 0
+        fit(run, start_epoch)
+    finally:
+        if args.distributed:
+            torch.distributed.destroy_process_group()
+
+
+def init_device(args) -> torch.device:
+    """Choose the device (CUDA, then MPS, then CPU, unless named), join the other processes, set CPU threads."""
+    if args.device is None:
+        args.device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = init_distributed_device(args)
+    except (AssertionError, RuntimeError, ValueError) as e:
+        raise UsageError(f'--device {args.device}: {str(e).splitlines()[0]}') from e
+    if device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
+        # torch would take every core, and its threads and the loader's workers would wait for each other.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - args.workers))
+    elif device.type == 'cuda':
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    return device
+
+
+def create_run(args, device: torch.device) -> Run:
+    """Build everything that a run needs, from its options."""
+    dataset_train = create_split(args, args.train_split, is_training=True)
+    dataset_eval = create_split(args, args.val_split, is_training=False)
+    args.class_names = resolve_classes(args, dataset_train, dataset_eval)
+    args.num_classes = args.num_classes or 1000
+    data_config = build.resolve_data(args)
+
+    pair = build.create_pair(args, data_config, device)
+    lrs = build.learning_rates(args)
+    optimizer = build.create_optimizer(args, pair, lrs)
+    loader_train = create_train_loader(args, dataset_train, data_config, device)
+    loader_eval = create_eval_loader(args, dataset_eval, data_config, device)
+
+    updates_per_epoch = math.ceil(len(loader_train) / args.grad_accum_steps)
+    scheduler, num_epochs = create_scheduler_v2(
+        optimizer,
+        **scheduler_kwargs(args, decreasing_metric=args.eval_metric.split('_')[-2:-1] == ['loss']),
+        updates_per_epoch=updates_per_epoch,
+    )
+    criterion = build.create_criterion(args, num_epochs)
+    task = PairTask(
+        pair,
+        criterion,
+        updates_per_epoch=updates_per_epoch,
+        streams=BranchStreams(args.seed, args.rank, device),
+        device=device,
+        verbose=args.rank == 0,
+    )
+    if args.model_ema:
+        task.setup_ema(
+            decay=args.model_ema_decay,
+            use_warmup=args.model_ema_warmup,
+            device=torch.device('cpu') if args.model_ema_force_cpu else None,
+        )
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+    if args.distributed:
+        task.prepare_distributed(
+            device_ids=[args.local_rank] if device.type == 'cuda' else None,
+            broadcast_buffers=not args.no_ddp_bb,
+        )
+
+    amp_dtype = torch.float16 if args.amp_dtype == 'float16' else torch.bfloat16
+    run = Run(
+        args=args,
+        device=device,
+        task=task,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        num_epochs=num_epochs,
+        scaler=torch.amp.GradScaler(device.type, enabled=args.amp and amp_dtype == torch.float16),
+        autocast=partial(torch.autocast, device.type, dtype=amp_dtype) if args.amp else contextlib.nullcontext,
+        loader_train=loader_train,
+        loader_eval=loader_eval,
+        columns=_eval_columns(pair.sides, ema=args.model_ema and not args.model_ema_force_cpu),
+    )
+    if args.eval_metric not in run.columns:
+        raise UsageError(f'--eval-metric {args.eval_metric}: expected one of {", ".join(run.columns)}')
+    if args.rank == 0:
+        run.output_dir = _create_output_dir(args, data_config)
+        run.saver = PairCheckpointSaver(
+            task,
+            optimizer,
+            {**_plain(args), 'data_config': data_config},
+            pair.sides,
+            amp_scaler=run.scaler if run.scaler.is_enabled() else None,
+            checkpoint_dir=run.output_dir,
+            recovery_dir=run.output_dir,
+            decreasing='loss' in args.eval_metric,
+            max_history=args.checkpoint_hist,
+        )
+        _log_plan(run, data_config, lrs, updates_per_epoch)
+    return run
+
+
+def _eval_columns(sides, ema) -> list:
+    """Return the names of the evaluation metrics, as columns and for --eval-metric."""
+    names = [*sides, 'ens'] if len(sides) > 1 else list(sides)
+    columns = [f'{metric}_{name}' for name in names for metric in ('loss', 'top1', 'top5')]
+    return ['top1', *columns, *(f'ema_{column}' for column in columns if ema)]
+
+
+def _plain(args) -> Dict[str, Any]:
+    """Return the options as plain types, as checkpoints hold them."""
+    return json.loads(json.dumps(vars(args), default=str))
+
+
+def _create_output_dir(args, data_config) -> str:
+    name = args.experiment or '-'.join([
+        datetime.now().strftime('%Y%m%d-%H%M%S'),
+        args.method,
+        *(safe_model_name(getattr(args, f'model_{side}')) for side in args.sides),
+        str(data_config['input_size'][-1]),
+    ])
+    output = args.output or './output/train'
+    try:
+        # A run of the same name is continued with --resume, never written over.
+        output_dir = get_outdir(output, name, inc=not args.resume)
+        with open(os.path.join(output_dir, 'args.yaml'), 'w') as f:
+            yaml.safe_dump(_plain(args), f, default_flow_style=False)
+    except (AssertionError, OSError) as e:
+        raise UsageError(f'--output {output}: {e}') from e
+    return output_dir
+
+
+def _log_plan(run, data_config, lrs, updates_per_epoch):
+    args, criterion = run.args, run.task.criterion
+    for side in run.pair.sides:
+        count = sum(parameter.numel() for parameter in run.pair.branch(side).parameters())
+        _logger.info(
+            f'Branch {side}: {getattr(args, f"model_{side}")}, {count / 1e6:.2f} M parameters, LR {lrs[side]:.3g}')
+    if run.pair.affine is not None:
+        _logger.info(
+            f'Affine layer on side {run.pair.affine_side}: {run.pair.affine.in_features} -> '
+            f'{run.pair.affine.out_features}')
+    _logger.info(
+        f'Input {data_config["input_size"]}, {args.num_classes} classes, {updates_per_epoch} updates an epoch, '
+        f'{run.num_epochs} epochs, device {run.device}, {args.world_size} process(es), '
+        f'{torch.get_num_threads()} CPU thread(s)')
+    negatives = args.batch_size * (args.world_size if getattr(criterion, 'gather', False) else 1)
+    if hasattr(criterion, 'gather') and args.grad_accum_steps > 1:
+        _logger.info(
+            f'Gradient accumulation: the contrastive term sees the {negatives} images of a micro-batch, not the '
+            f'{negatives * args.grad_accum_steps} of an update')
+    each = checkpoint_bytes(run.task, run.optimizer)
+    files = args.checkpoint_hist + 2 + len(run.pair.sides)  # history, last, model_best, a best for each branch
+    _logger.info(
+        f'Checkpoints: about {each / 2**20:.0f} MiB each, at most {files} of them, {files * each / 2**30:.2f} GiB in '
+        f'{run.output_dir} ({shutil.disk_usage(run.output_dir).free / 2**30:.0f} GiB free)')
+
+
+def resume(run: Run) -> int:
+    """Restore a run from the checkpoint of --resume and return the epoch to start with.
+
+    Raises:
+        RunError: The checkpoint can't be read, or is one of other models.
+    """
+    args, task = run.args, run.task
+    checkpoint = read_checkpoint(args.resume)
+    try:
+        task.load_checkpoint_state(checkpoint['state_dict'], task_state=checkpoint.get('task_state'))
+        if task.has_ema():
+            task.load_checkpoint_state(checkpoint.get('state_dict_ema', checkpoint['state_dict']), ema=True)
+        if not args.no_resume_opt:
+            run.optimizer.load_state_dict(checkpoint['optimizer'])
+            if run.scaler.is_enabled() and 'amp_scaler' in checkpoint:
+                run.scaler.load_state_dict(checkpoint['amp_scaler'])
+    except (KeyError, RuntimeError, ValueError) as e:
+        raise RunError(f'--resume {args.resume}: does not fit this pair ({str(e).splitlines()[0]})') from e
+    start_epoch = checkpoint['epoch'] + 1 if args.start_epoch is None else args.start_epoch
+    _logger.info(f'Resumed {args.resume}, epoch {start_epoch} comes next')
+    if run.saver is not None:
+        if os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(run.output_dir):
+            run.saver.load_state_dict(checkpoint['saver'])
+        trim_summary(os.path.join(run.output_dir, SUMMARY), start_epoch)
+    return start_epoch
+
+
+def fit(run: Run, start_epoch: int = 0) -> None:
+    """Train and validate from `start_epoch` to the end, saving each epoch."""
+    args, task, saver = run.args, run.task, run.saver
+    if args.start_epoch is not None:
+        start_epoch = args.start_epoch
+    updates_per_epoch = math.ceil(len(run.loader_train) / args.grad_accum_steps)
+    if run.scheduler is not None and start_epoch > 0:
+        run.scheduler.step(start_epoch)
+        run.scheduler.step_update(start_epoch * updates_per_epoch)
+    best_metric = best_epoch = None
+    metrics: Dict[str, float] = {}
+    started = time.time()
+    for epoch in range(start_epoch, min(run.num_epochs, args.stop_epoch or run.num_epochs)):
+        task.set_epoch(epoch)
+        train_metrics = train_one_epoch(run, epoch)
+        if args.distributed and args.dist_bn in ('broadcast', 'reduce'):
+            distribute_bn(run.pair, args.world_size, args.dist_bn == 'reduce')
+        last_epoch = epoch + 1 == run.num_epochs
+        evaluated = last_epoch or (epoch + 1) % args.val_interval == 0
+        eval_metrics = validate(run) if evaluated else {}
+        if run.scheduler is not None:
+            run.scheduler.step(epoch + 1, eval_metrics.get(args.eval_metric))
+        if saver is None:
+            continue
+        row = OrderedDict(epoch=epoch, **{f'train_{key}': value for key, value in train_metrics.pop('terms').items()})
+        row.update((f'eval_{name}', eval_metrics.get(name, '')) for name in run.columns)
+        row.update(train_metrics)
+        _append_row(os.path.join(run.output_dir, SUMMARY), row)
+        metrics = eval_metrics or metrics
+        best_metric, best_epoch = saver.save(
+            epoch, metric=eval_metrics.get(args.eval_metric), branch_metrics=_branch_metrics(run, eval_metrics))
+        if args.save_epochs and epoch + 1 in args.save_epochs:
+            saver.save_milestone(epoch + 1)
+    if saver is not None:
+        _log_result(run, metrics, best_metric, best_epoch, time.time() - started)
+
+
+def train_one_epoch(run: Run, epoch: int) -> Dict[str, Any]:
+    """Train one epoch.
+
+    Returns:
+        Dictionary with 'terms' (mean of each loss term over the epoch and the processes, '' where off), the learning
+        rates, the stage, 'seconds' and 'images_per_second'.
+    """
+    args, task, optimizer, loader = run.args, run.task, run.optimizer, run.loader_train
+    task.train()
+    second_order = getattr(optimizer, 'is_second_order', False)
+    clip_limits = {side: getattr(args, f'clip_grad_{side}') for side in run.pair.sides}
+    accum_steps = args.grad_accum_steps
+    num_batches = len(loader)
+    tail = num_batches % accum_steps or accum_steps  # batches in the last update
+    num_updates = epoch * math.ceil(num_batches / accum_steps)
+    lrs = _learning_rates(optimizer)
+    sums: Dict[str, torch.Tensor] = {}
+    data_time, batch_time = AverageMeter(), AverageMeter()
+    started = end = time.time()
+    optimizer.zero_grad()
+    for batch, input, target, sample_ids in loader.epoch(epoch):
+        last_batch = batch + 1 == num_batches
+        need_update = last_batch or (batch + 1) % accum_steps == 0
+        in_update = tail if batch >= num_batches - tail else accum_steps
+        data_time.update(time.time() - end)
+        task.streams.set_position(epoch, batch)
+        with contextlib.nullcontext() if need_update else task.no_sync():
+            with run.autocast():
+                result = task(input, target, sample_ids)
+            run.scaler.scale(result['loss'] / in_update).backward(create_graph=second_order)
+        # Sums stay on the device: reading a value back would make the host wait for it.
+        for name, value in result.items():
+            if name.endswith('loss'):
+                sums[name] = sums.get(name, 0) + value.detach()
+        if need_update:
+            run.scaler.unscale_(optimizer)
+            task.clip_gradients(clip_limits, args.clip_mode)
+            run.scaler.step(optimizer)
+            run.scaler.update()
+            optimizer.zero_grad()
+            num_updates += 1
+            task.update_ema(step=num_updates)
+            if run.scheduler is not None:
+                run.scheduler.step_update(num_updates=num_updates)
+        batch_time.update(time.time() - end)
+        end = time.time()
+        if run.saver is not None:
+            if last_batch or batch % args.log_interval == 0:
+                _log_batch(run, epoch, batch, result, lrs, batch_time, data_time)
+                if args.save_images:
+                    torchvision.utils.save_image(
+                        input, os.path.join(run.output_dir, f'train-batch-{batch}.jpg'), padding=0, normalize=True)
+            if args.recovery_interval and (last_batch or (batch + 1) % args.recovery_interval == 0):
+                run.saver.save_recovery(epoch, batch_idx=batch)
+    if hasattr(optimizer, 'sync_lookahead'):
+        optimizer.sync_lookahead()
+    if not sums:
+        raise RunError('data: the training loader gave no batch')
+
+    seconds = time.time() - started
+    means = torch.stack([total / num_batches for total in sums.values()])
+    if args.distributed:
+        torch.distributed.all_reduce(means)
+        means /= args.world_size
+    terms = dict.fromkeys(['loss', *(term.name for term in task.criterion.all_terms)], '')
+    terms.update(zip(sums, means.tolist(), strict=True))
+    row = {'terms': terms, **{f'lr_{side}': lr for side, lr in lrs.items()}}
+    if hasattr(task.criterion, 'stage'):
+        row['stage'] = task.criterion.schedule.stage(epoch)
+    images = num_batches * args.batch_size * args.world_size
+    return {**row, 'seconds': round(seconds, 3), 'images_per_second': round(images / seconds, 2)}
+
+
+def _learning_rates(optimizer) -> Dict[str, float]:
+    """Return each branch's present learning rate, that of its head where layers have their own."""
+    lrs: Dict[str, float] = {}
+    for group in optimizer.param_groups:
+        side = group['name'][0]
+        lrs[side] = max(group['lr'], lrs.get(side, group['lr']))
+    return lrs
+
+
+def _log_batch(run, epoch, batch, result, lrs, batch_time, data_time):
+    names = [name for name in result if name.endswith('loss')]
+    values = torch.stack([result[name].detach() for name in names]).tolist()
+    losses = '  '.join(f'{name.removesuffix("_loss")} {value:#.4g}' for name, value in zip(names, values, strict=True))
+    rate = run.args.batch_size * run.args.world_size / batch_time.avg
+    _logger.info(
+        f'Train: {epoch} [{batch:>4d}/{len(run.loader_train)} ({100 * (batch + 1) / len(run.loader_train):>3.0f}%)]  '
+        f'{losses}  Time: {batch_time.avg:.3f}s, {rate:>7.2f}/s  '
+        f'LR: {" ".join(f"{side} {lr:.3e}" for side, lr in lrs.items())}  Data: {data_time.avg:.3f}s')
+
+
+def validate(run: Run) -> Dict[str, float]:
+    """Evaluate the pair, and its EMA, each in one pass over the data.
+
+    Returns:
+        Metrics by column name; 'top1' is the mean of the branches, of their EMA where there is one.
+    """
+    args, task = run.args, run.task
+    kwargs = {
+        'sides': run.pair.sides, 'device': run.device, 'autocast': run.autocast, 'distributed': args.distributed}
+    metrics = evaluate(task.get_eval_model(), run.loader_eval, **kwargs)
+    if task.has_ema() and not args.model_ema_force_cpu:
+        if args.distributed and args.dist_bn in ('broadcast', 'reduce'):
+            distribute_bn(task.get_eval_model(ema=True), args.world_size, args.dist_bn == 'reduce')
+        ema = evaluate(task.get_eval_model(ema=True), run.loader_eval, **kwargs)
+        metrics.update((f'ema_{name}', value) for name, value in ema.items())
+    branches = _branch_metrics(run, metrics)
+    metrics['top1'] = sum(branches.values()) / len(branches)
+    if args.rank == 0:
+        names = [name for name in run.columns if 'top1' in name and name != 'top1']
+        _logger.info('Test: ' + '  '.join(f'{name} {metrics[name]:.3f}' for name in names))
+    return metrics
+
+
+def _branch_metrics(run, metrics) -> Dict[str, float]:
+    """Return each branch's top-1, of its EMA where there is one."""
+    prefix = 'ema_' if 'ema_top1_' + run.pair.sides[0] in run.columns else ''
+    return {side: metrics[f'{prefix}top1_{side}'] for side in run.pair.sides} if metrics else {}
+
+
+def _append_row(path, row):
+    """Append a row to a CSV file, with a header if it is new."""
+    new = not os.path.exists(path) or os.path.getsize(path) == 0
+    with open(path, 'a', newline='') as f:
+        writer = csv.DictWriter(f, fieldnames=row.keys())
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _log_result(run, metrics, best_metric, best_epoch, seconds):
+    _logger.info(f'Trained in {seconds:.0f} s.')
+    for side in run.pair.sides:
+        best, epoch = run.saver.best_branches[side]
+        if best is None:
+            continue
+        ema = f', EMA {metrics[f"ema_top1_{side}"]:.2f} %' if f'ema_top1_{side}' in metrics else ''
+        _logger.info(
+            f'Branch {side} ({getattr(run.args, f"model_{side}")}): top-1 {metrics[f"top1_{side}"]:.2f} %{ema}; best '
+            f'{best:.2f} % at epoch {epoch}: {os.path.join(run.output_dir, f"best_{side}.pth.tar")}')
+    if best_metric is not None:
+        _logger.info(f'*** Best metric: {best_metric} (epoch {best_epoch})')
+    _logger.info(f'Checkpoints, {SUMMARY} and args.yaml: {run.output_dir}')
