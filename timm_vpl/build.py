@@ -1,6 +1,6 @@
 """From options to the parts of a run: models, pair, optimizer, criterion, task."""
 import logging
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -19,7 +19,7 @@ from .seeding import seed_all
 _logger = logging.getLogger(__name__)
 
 
-def resolve_data(args) -> Dict[str, Any]:
+def resolve_data(args) -> dict[str, Any]:
     """Return timm's data configuration that both branches share.
 
     Statistics, interpolation and crop are those of the first pretrained branch; without one they are ImageNet's, so
@@ -54,7 +54,7 @@ def _is_pretrained(args, side):
         or getattr(args, f'initial_checkpoint_{side}'))
 
 
-def _pretrained_cfg(args, side) -> Dict[str, Any]:
+def _pretrained_cfg(args, side) -> dict[str, Any]:
     name = getattr(args, f'model_{side}')
     if ':' in name:  # a source such as hf-hub: or local-dir: brings its own configuration
         with torch.device('meta'):
@@ -71,7 +71,7 @@ def _create(args, side, name, **kwargs) -> nn.Module:
         raise UsageError(f'--model-{side} {name}: can not be built with {kwargs}: {message}') from e
 
 
-def create_branch(args, side: str, data_config: Dict[str, Any]) -> nn.Module:
+def create_branch(args, side: str, data_config: dict[str, Any]) -> nn.Module:
     """Create a branch's model with timm, its weights drawn from a stream of their own.
 
     Raises:
@@ -118,7 +118,7 @@ def _initialize_head(model, scale, bias):
         nn.init.constant_(model.get_classifier().bias, bias)
 
 
-def create_pair(args, data_config: Dict[str, Any], device: torch.device) -> PairWrapper:
+def create_pair(args, data_config: dict[str, Any], device: torch.device) -> PairWrapper:
     """Create the pair on its device, ready to train.
 
     Raises:
@@ -160,7 +160,7 @@ def _is_transformer(model) -> bool:
     return attention > 0 and attention * 2 > convolutions
 
 
-def learning_rates(args) -> Dict[str, float]:
+def learning_rates(args) -> dict[str, float]:
     """Return each branch's learning rate: as given, or its base scaled to the global batch by timm's rule."""
     global_batch = args.batch_size * args.world_size * args.grad_accum_steps
     ratio = global_batch / args.lr_base_size
@@ -173,7 +173,7 @@ def learning_rates(args) -> Dict[str, float]:
     }
 
 
-def param_groups(args, pair: PairWrapper, lrs: Dict[str, float]) -> List[Dict[str, Any]]:
+def param_groups(args, pair: PairWrapper, lrs: dict[str, float]) -> list[dict[str, Any]]:
     """Return the optimizer's groups, named by branch, each branch's as timm makes them for the model alone.
 
     The affine layer has branch b's learning rate and weight decay.
@@ -205,7 +205,7 @@ def param_groups(args, pair: PairWrapper, lrs: Dict[str, float]) -> List[Dict[st
     return groups
 
 
-def create_optimizer(args, pair: PairWrapper, lrs: Dict[str, float]) -> torch.optim.Optimizer:
+def create_optimizer(args, pair: PairWrapper, lrs: dict[str, float]) -> torch.optim.Optimizer:
     """Create the one optimizer of both branches.
 
     Raises:
@@ -235,7 +235,7 @@ def create_criterion(args, epochs: int) -> StagedLoss:
     Args:
         epochs: Number of epochs that the learning rate scheduler runs.
     """
-    base_loss: Optional[nn.Module] = None
+    base_loss: nn.Module | None = None
     if args.bce_loss:
         base_loss = create_classification_loss(
             'bce',

@@ -4,7 +4,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 import torch
 from timm.utils import CheckpointSaver
@@ -26,7 +26,7 @@ class PairCheckpointSaver(CheckpointSaver):
         **kwargs: timm's further arguments.
     """
 
-    def __init__(self, task, optimizer, args: Dict[str, Any], sides, **kwargs):
+    def __init__(self, task, optimizer, args: dict[str, Any], sides, **kwargs):
         super().__init__(task.get_trainable_module(), optimizer, task=task, **kwargs)
         self.options = args
         self.best_branches = {side: (None, None) for side in sides}  # (metric, epoch)
@@ -95,7 +95,7 @@ class PairCheckpointSaver(CheckpointSaver):
                 self._duplicate(self._path('last'), self._path(f'best_{side}'))
 
 
-def read_checkpoint(path: str) -> Dict[str, Any]:
+def read_checkpoint(path: str) -> dict[str, Any]:
     """Read a checkpoint on the CPU, tensors and plain types only (and timm's argparse.Namespace).
 
     Raises:
@@ -120,8 +120,9 @@ def _first_line(error):
 
 def checkpoint_bytes(task, optimizer) -> int:
     """Estimate the size of a checkpoint: weights, EMA and the optimizer's two moments."""
-    states = [task.get_checkpoint_state(), task.get_checkpoint_state(ema=True)]
     weights = [
-        tensor for state in states for key in ('state_dict', 'state_dict_ema') for tensor in state.get(key, {}).values()]
+        *task.get_checkpoint_state()['state_dict'].values(),
+        *task.get_checkpoint_state(ema=True).get('state_dict_ema', {}).values(),
+    ]
     trained = [parameter for group in optimizer.param_groups for parameter in group['params']]
     return sum(tensor.nbytes for tensor in weights) + 2 * sum(parameter.nbytes for parameter in trained)

@@ -1,7 +1,6 @@
 """The command line: `timm-vpl SUBCOMMAND`, `python -m timm_vpl SUBCOMMAND`, and train_vpl.py."""
 import os
 import sys
-from typing import List, Optional
 
 from . import __version__
 from .errors import RunError, UsageError
@@ -16,7 +15,7 @@ options:
 """
 
 
-def train(argv: Optional[List[str]] = None, prog: str = 'train_vpl.py') -> int:
+def train(argv: list[str] | None = None, prog: str = 'train_vpl.py') -> int:
     """Train a pair; return the exit status: 0, 1 for a failure, 2 for a usage error, 130 for an interrupt."""
     from .options import parse_args
     args = parse_args(argv, prog)
@@ -36,7 +35,7 @@ def train(argv: Optional[List[str]] = None, prog: str = 'train_vpl.py') -> int:
 COMMANDS = {'train': train}
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run a subcommand and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ('-h', '--help'):

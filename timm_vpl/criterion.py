@@ -1,17 +1,17 @@
 """The criterion: a staged, weighted sum of named terms, and VPL's as one of these."""
 import math
 import warnings
-from typing import Callable, Dict, NamedTuple, Optional, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
 from . import losses
+from .options import DEFAULT_TAU
 from .pair import SIDES, PairOutput
 from .stages import StageSchedule
-
-DEFAULT_TAU = 0.2
 
 
 class Term(NamedTuple):
@@ -54,6 +54,8 @@ class StagedLoss(nn.Module):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the terms of this epoch, counted from 0."""
+        if epoch < 0:
+            raise ValueError(f'epoch is {epoch}, expected 0 or more')
         self._epoch = epoch
 
     def active_terms(self):
@@ -64,7 +66,7 @@ class StagedLoss(nn.Module):
         """Return a line that names the terms that are on."""
         return 'terms ' + ', '.join(f'{term.weight:g} x {term.name}' for term in self.active_terms())
 
-    def terms(self, output: PairOutput, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def terms(self, output: PairOutput, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the unweighted terms that are on, and 'loss', their weighted sum."""
         if self._epoch is None:
             warnings.warn(
@@ -83,7 +85,7 @@ class StagedLoss(nn.Module):
         return self.terms(output, target)['loss']
 
 
-def base_term(side: str, base_loss: Optional[Callable] = None) -> Term:
+def base_term(side: str, base_loss: Callable | None = None) -> Term:
     """Return the term of one branch and the labels, 'ce_a_loss' or 'ce_b_loss' (VPL, eq. 1 and 2).
 
     Args:
@@ -138,7 +140,7 @@ class VPLLoss(StagedLoss):
             contrastive_weight: float = 1.0,
             kl_weight: float = 1.0,
             same_class: str = 'negative',
-            base_loss: Optional[Callable] = None,
+            base_loss: Callable | None = None,
             gather: bool = True,
     ):
         for name, value in (('tau', tau), ('rho', rho)):
@@ -190,7 +192,7 @@ class VPLLoss(StagedLoss):
         """Whether a term that is on reads the embeddings."""
         return any(term.name == 'contrastive_loss' for term in self.active_terms())
 
-    def terms(self, output: PairOutput, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def terms(self, output: PairOutput, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the unweighted terms that are on, and 'loss', their weighted sum."""
         values = super().terms(output, target)
         if not self.uses_embeddings and self._communicates():
@@ -206,6 +208,9 @@ class VPLLoss(StagedLoss):
             raise ValueError(
                 f'embeddings have shapes {tuple(embed_a.shape)} (a) and {tuple(embed_b.shape)} (b) for logits of '
                 f'shape {tuple(output.logits_a.shape)}, expected (N, d) each')
+        if output.sample_ids is not None and output.sample_ids.shape != embed_a.shape[:1]:
+            raise ValueError(
+                f'sample_ids has shape {tuple(output.sample_ids.shape)}, expected ({len(embed_a)},), one an image')
         gather = self.gather and self._communicates()
         if gather:
             self._check_rows(len(embed_a), embed_a.device)
@@ -229,6 +234,8 @@ class VPLLoss(StagedLoss):
 
     def _kl(self, output, target):
         z_a, z_b = output.logits_a, output.logits_b
+        if z_a.shape != z_b.shape:
+            raise ValueError(f'logits have shapes {tuple(z_a.shape)} (a) and {tuple(z_b.shape)} (b), expected equal')
         if self.kl_to == 'b':
             return losses.kl_divergence(z_b, z_a.detach(), self.rho)
         return losses.kl_divergence(z_a, z_b if self.kl_to == 'both' else z_b.detach(), self.rho)

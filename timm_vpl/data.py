@@ -2,8 +2,9 @@
 import io
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import timm.data.auto_augment
@@ -99,13 +100,13 @@ def _check_folder(reader, root, data_dir, split, is_training):
                     f'--data-dir: class folder {entry} holds no image; remove it from every split or fill it')
 
 
-def class_names(dataset) -> Optional[List[str]]:
+def class_names(dataset) -> list[str] | None:
     """Return the names of a data set's classes in the order of their indices, None where it has no names."""
     class_to_idx = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
     return [str(name) for name, _ in sorted(class_to_idx.items(), key=lambda item: item[1])] if class_to_idx else None
 
 
-def resolve_classes(args, dataset_train, dataset_eval) -> Optional[List[str]]:
+def resolve_classes(args, dataset_train, dataset_eval) -> list[str] | None:
     """Set args.num_classes from the data where it was not given, and return the classes' names if they are known.
 
     Raises:
@@ -312,7 +313,7 @@ def mixup_active(args) -> bool:
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
-def create_train_loader(args, dataset, data_config: Dict, device: torch.device) -> TrainLoader:
+def create_train_loader(args, dataset, data_config: dict, device: torch.device) -> TrainLoader:
     """Create the training loader from timm's options.
 
     Raises:
@@ -378,7 +379,7 @@ def create_train_loader(args, dataset, data_config: Dict, device: torch.device) 
     return loader
 
 
-def create_eval_loader(args, dataset, data_config: Dict, device: torch.device):
+def create_eval_loader(args, dataset, data_config: dict, device: torch.device):
     """Create timm's validation loader: each image once, in order, dealt to the processes in turn."""
     return create_loader(
         dataset,

@@ -2,7 +2,6 @@
 
 All take float32 or float64 tensors. Stop-gradients are the caller's: a term moves what it is not given detached.
 """
-from typing import Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -12,7 +11,7 @@ SIMILARITIES = ('cosine', 'dot')
 SAME_CLASS = ('negative', 'ignore', 'positive')
 
 # An embedding shorter than this has no direction: its similarity to all others is 0, without a gradient.
-_MIN_NORM = 1e-6
+_MIN_NORM = 1e-4
 
 
 def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -51,8 +50,8 @@ def contrastive(
         tau: float,
         similarity: str = 'cosine',
         same_class: str = 'negative',
-        classes: Optional[torch.Tensor] = None,
-        sample_ids: Optional[torch.Tensor] = None,
+        classes: torch.Tensor | None = None,
+        sample_ids: torch.Tensor | None = None,
         gather: bool = False,
 ) -> torch.Tensor:
     """Contrastive loss between the two branches' embeddings of the same images (VPL, eq. 3 to 5).
@@ -132,7 +131,7 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, a, b) -> Tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx, a, b) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.rows = slice(dist.get_rank() * len(a), (dist.get_rank() + 1) * len(a))
         return _gather(torch.cat([a, b], dim=1)).tensor_split([a.shape[1]], dim=1)
 
@@ -162,7 +161,7 @@ class _InGraph(torch.autograd.Function):
         return (grad, *(torch.zeros_like(tensor) for tensor in ctx.saved_tensors))
 
 
-def keep_in_graph(loss: torch.Tensor, *unused: Optional[torch.Tensor]) -> torch.Tensor:
+def keep_in_graph(loss: torch.Tensor, *unused: torch.Tensor | None) -> torch.Tensor:
     """Return the loss with `unused` tensors in its graph, at a gradient of zeros."""
     unused = [tensor for tensor in unused if tensor is not None and tensor.requires_grad]
     return _InGraph.apply(loss, *unused) if unused else loss

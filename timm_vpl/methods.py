@@ -1,5 +1,6 @@
 """The methods: what each computes for a batch, as data that the build reads once. The training loop knows none."""
-from typing import Callable, Dict, NamedTuple, Optional
+from collections.abc import Callable
+from typing import NamedTuple
 
 from .criterion import StagedLoss, VPLLoss, base_term
 
@@ -7,7 +8,7 @@ from .criterion import StagedLoss, VPLLoss, base_term
 class Method(NamedTuple):
     """One way to train: `criterion(args, epochs, base_loss)` -> StagedLoss."""
     description: str
-    criterion: Callable[[object, int, Optional[Callable]], StagedLoss]
+    criterion: Callable[[object, int, Callable | None], StagedLoss]
 
 
 def _vpl(args, epochs, base_loss):
@@ -32,7 +33,7 @@ def _solo(args, epochs, base_loss):
     return StagedLoss([base_term(side, base_loss) for side in args.sides])
 
 
-METHODS: Dict[str, Method] = {
+METHODS: dict[str, Method] = {
     'vpl': Method('Vision Pair Learning, AAAI 2022', _vpl),
     'solo': Method('one model alone, on the same pipeline', _solo),
 }

@@ -1,10 +1,10 @@
 """Two networks as one module: each runs once on the same images and gives its logits and its embedding."""
 import types
-from typing import Callable, Dict, NamedTuple, Optional
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-
 from timm.models import group_parameters
 from timm.optim import auto_group_layers
 
@@ -17,15 +17,15 @@ class PairOutput(NamedTuple):
     Shapes: logits (N, C), embeddings (N, d) with one d for both branches. A branch that is absent or an embedding
     that was not asked for is None.
     """
-    logits_a: Optional[torch.Tensor]
-    logits_b: Optional[torch.Tensor]
-    embed_a: Optional[torch.Tensor] = None
-    embed_b: Optional[torch.Tensor] = None
-    dist_logits_a: Optional[torch.Tensor] = None  # second head of a branch that has one, in distilled training
-    dist_logits_b: Optional[torch.Tensor] = None
-    stopped_a: Optional[torch.Tensor] = None  # embed_a as P(stop_gradient(h_a)), where the affine layer P is on side a
-    stopped_b: Optional[torch.Tensor] = None
-    sample_ids: Optional[torch.Tensor] = None  # (N,) int64, equal for copies of one image (repeated augmentation)
+    logits_a: torch.Tensor | None
+    logits_b: torch.Tensor | None
+    embed_a: torch.Tensor | None = None
+    embed_b: torch.Tensor | None = None
+    dist_logits_a: torch.Tensor | None = None  # second head of a branch that has one, in distilled training
+    dist_logits_b: torch.Tensor | None = None
+    stopped_a: torch.Tensor | None = None  # embed_a as P(stop_gradient(h_a)), where the affine layer P is on side a
+    stopped_b: torch.Tensor | None = None
+    sample_ids: torch.Tensor | None = None  # (N,) int64, equal for copies of one image (repeated augmentation)
 
 
 class Branch(nn.Module):
@@ -113,7 +113,7 @@ class PairWrapper(nn.Module):
         ValueError: No model, different numbers of classes, or a model that has no embedding.
     """
 
-    def __init__(self, model_a: Optional[nn.Module], model_b: Optional[nn.Module], affine_side: str = 'b'):
+    def __init__(self, model_a: nn.Module | None, model_b: nn.Module | None, affine_side: str = 'b'):
         super().__init__()
         if affine_side not in SIDES:
             raise ValueError(f"affine_side is {affine_side!r}, expected 'a' or 'b'")
@@ -124,7 +124,7 @@ class PairWrapper(nn.Module):
         self.affine_side = affine_side
         self.affine = None
         # Callables by name. Not submodules: the state_dict holds model_a, model_b and the affine layer, each once.
-        self.parts: Dict[str, nn.Module] = {
+        self.parts: dict[str, nn.Module] = {
             side: Branch(model, side) for side, model in (('a', model_a), ('b', model_b)) if model is not None}
         if len(self.sides) == 2:
             classes = [getattr(model, 'num_classes', None) for model in (model_a, model_b)]
@@ -148,7 +148,7 @@ class PairWrapper(nn.Module):
         """Run one part ('a', 'b' or 'affine') on its input."""
         return self.parts[name](input)
 
-    def forward(self, input: torch.Tensor, project: bool = True, run: Optional[Callable] = None) -> PairOutput:
+    def forward(self, input: torch.Tensor, project: bool = True, run: Callable | None = None) -> PairOutput:
         """Run both branches on the same images.
 
         Args:
@@ -175,7 +175,7 @@ class PairWrapper(nn.Module):
     # What timm's tools ask of a model. Each answer gives every parameter what it would get in its branch alone.
 
     @property
-    def num_classes(self) -> Optional[int]:
+    def num_classes(self) -> int | None:
         """Number of classes of the branches."""
         return getattr(self.branch(self.sides[0]), 'num_classes', None)
 

@@ -1,7 +1,6 @@
 """Randomness as a function: every draw of a run is seeded from what it is for, so no generator state is kept."""
 import hashlib
 import random
-from typing import Optional
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ def derive_seed(*parts) -> int:
     return int.from_bytes(digest, 'little') >> 1
 
 
-def seed_all(*parts, device: Optional[torch.device] = None) -> None:
+def seed_all(*parts, device: torch.device | None = None) -> None:
     """Seed Python's, numpy's and torch's generators, and that of a device, from a tuple of numbers and names."""
     seed = derive_seed(*parts)
     random.seed(seed)

@@ -24,7 +24,7 @@ class StageSchedule:
     """
 
     def __init__(self, epochs: int, x: float = 20, y: float = 20):
-        if epochs != int(epochs) or epochs < 1:
+        if not math.isfinite(epochs) or epochs != int(epochs) or epochs < 1:
             raise ValueError(f'epochs is {epochs}, expected a whole number of at least 1')
         for name, value in (('x', x), ('y', y)):
             if not math.isfinite(value) or value < 0:

@@ -1,14 +1,13 @@
 """The pair as a timm training task: forward and loss, distribution, compilation, stages, state."""
 import contextlib
 import logging
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
-
 from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad, unwrap_model
+from torch.nn.parallel import DistributedDataParallel
 
 from .criterion import StagedLoss
 from .pair import PairOutput, PairWrapper
@@ -38,10 +37,10 @@ class PairTask(TrainingTask):
             self,
             pair: PairWrapper,
             criterion: StagedLoss,
-            updates_per_epoch: Optional[int] = None,
-            streams: Optional[BranchStreams] = None,
-            device: Optional[torch.device] = None,
-            dtype: Optional[torch.dtype] = None,
+            updates_per_epoch: int | None = None,
+            streams: BranchStreams | None = None,
+            device: torch.device | None = None,
+            dtype: torch.dtype | None = None,
             verbose: bool = True,
     ):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
@@ -52,7 +51,7 @@ class PairTask(TrainingTask):
         self._stage_hook = None
         # One DistributedDataParallel a part, outside the module tree: a part that a stage does not use is not called,
         # so no step has unused parameters, and the keys of the state_dict stay the pair's.
-        self._ddp: Dict[str, DistributedDataParallel] = {}
+        self._ddp: dict[str, DistributedDataParallel] = {}
         if updates_per_epoch is not None:
             self._stage_hook = StageHook(criterion, updates_per_epoch, verbose=verbose)
             self._stage_hook(0)
@@ -63,7 +62,7 @@ class PairTask(TrainingTask):
         """Choose the terms of this epoch, in a loop that counts epochs itself."""
         self.criterion.set_epoch(epoch)
 
-    def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs) -> 'PairTask':
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> 'PairTask':
         """Wrap each part that has trainable parameters in DistributedDataParallel.
 
         Args:
@@ -82,12 +81,12 @@ class PairTask(TrainingTask):
             stack.enter_context(part.no_sync())
         return stack
 
-    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
+    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs) -> nn.Module:
         """Compile each branch, for training and evaluation, before the distributed wrapping."""
         return self._compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
 
     def compile_ema(
-            self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> Optional[nn.Module]:
+            self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs) -> nn.Module | None:
         """Compile each branch of the EMA pair, if there is one."""
         if not self.has_ema():
             return None
@@ -99,7 +98,7 @@ class PairTask(TrainingTask):
             pair.parts[side].compile(**compile_kwargs)
         return pair
 
-    def update_ema(self, step: Optional[int] = None) -> None:
+    def update_ema(self, step: int | None = None) -> None:
         """Update the EMA, if there is one, and the stage.
 
         Args:
@@ -110,15 +109,15 @@ class PairTask(TrainingTask):
         if self._stage_hook is not None:
             self._stage_hook(self.num_updates)
 
-    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """Return the number of optimizer updates done, which decides the stage."""
         return {} if ema else {'num_updates': self.num_updates}
 
     def load_task_state(
             self,
-            state: Optional[Dict[str, Any]],
+            state: dict[str, Any] | None,
             strict: bool = True,
-            module: Optional[nn.Module] = None,
+            module: nn.Module | None = None,
             ema: bool = False,
     ) -> None:
         """Restore the number of updates and with it the stage."""
@@ -127,7 +126,7 @@ class PairTask(TrainingTask):
             if self._stage_hook is not None:
                 self._stage_hook(self.num_updates)
 
-    def clip_groups(self, exclude_head: bool = False) -> Dict[str, List[nn.Parameter]]:
+    def clip_groups(self, exclude_head: bool = False) -> dict[str, list[nn.Parameter]]:
         """Return the parameters that share a gradient norm, by branch; the affine layer belongs to branch b."""
         pair = unwrap_model(self.trainable_module)
         groups = {}
@@ -138,11 +137,11 @@ class PairTask(TrainingTask):
             groups['b'] += pair.affine.parameters()
         return groups
 
-    def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """Return all parameters to clip, for a loop that clips them by one norm."""
         return [parameter for group in self.clip_groups(exclude_head).values() for parameter in group]
 
-    def clip_gradients(self, limits: Dict[str, Optional[float]], mode: str = 'norm') -> None:
+    def clip_gradients(self, limits: dict[str, float | None], mode: str = 'norm') -> None:
         """Clip each branch's gradients by that branch's own norm.
 
         Args:
@@ -162,8 +161,8 @@ class PairTask(TrainingTask):
             self,
             input: torch.Tensor,
             target: torch.Tensor,
-            sample_ids: Optional[torch.Tensor] = None,
-    ) -> Dict[str, Any]:
+            sample_ids: torch.Tensor | None = None,
+    ) -> dict[str, Any]:
         """Run the pair and its criterion.
 
         Args:

@@ -1,17 +1,17 @@
 """Training: build the parts, then train and validate epoch by epoch, and save."""
 import contextlib
 import csv
-import json
 import logging
 import math
 import os
 import shutil
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from typing import Any, Callable, Dict, Optional
+from typing import Any
 
 import torch
 import torchvision
@@ -25,6 +25,7 @@ from . import build
 from .checkpoint import PairCheckpointSaver, checkpoint_bytes, read_checkpoint
 from .data import TrainLoader, create_eval_loader, create_split, create_train_loader, resolve_classes
 from .errors import RunError, UsageError
+from .options import recipe_values
 from .seeding import BranchStreams
 from .task import PairTask
 from .validation import evaluate
@@ -48,8 +49,8 @@ class Run:
     loader_train: TrainLoader
     loader_eval: Any
     columns: list
-    saver: Optional[PairCheckpointSaver] = None
-    output_dir: Optional[str] = None
+    saver: PairCheckpointSaver | None = None
+    output_dir: str | None = None
 
     @property
     def pair(self):
@@ -94,7 +95,7 @@ def create_run(args, device: torch.device) -> Run:
     """Build everything that a run needs, from its options."""
     dataset_train = create_split(args, args.train_split, is_training=True)
     dataset_eval = create_split(args, args.val_split, is_training=False)
-    args.class_names = resolve_classes(args, dataset_train, dataset_eval)
+    class_names = resolve_classes(args, dataset_train, dataset_eval)
     args.num_classes = args.num_classes or 1000
     data_config = build.resolve_data(args)
 
@@ -155,7 +156,7 @@ def create_run(args, device: torch.device) -> Run:
         run.saver = PairCheckpointSaver(
             task,
             optimizer,
-            {**_plain(args), 'data_config': data_config},
+            {**recipe_values(args), 'class_names': class_names, 'data_config': data_config},
             pair.sides,
             amp_scaler=run.scaler if run.scaler.is_enabled() else None,
             checkpoint_dir=run.output_dir,
@@ -164,6 +165,8 @@ def create_run(args, device: torch.device) -> Run:
             max_history=args.checkpoint_hist,
         )
         _log_plan(run, data_config, lrs, updates_per_epoch)
+        if args.log_wandb:
+            _start_wandb(args)
     return run
 
 
@@ -172,11 +175,6 @@ def _eval_columns(sides, ema) -> list:
     names = [*sides, 'ens'] if len(sides) > 1 else list(sides)
     columns = [f'{metric}_{name}' for name in names for metric in ('loss', 'top1', 'top5')]
     return ['top1', *columns, *(f'ema_{column}' for column in columns if ema)]
-
-
-def _plain(args) -> Dict[str, Any]:
-    """Return the options as plain types, as checkpoints hold them."""
-    return json.loads(json.dumps(vars(args), default=str))
 
 
 def _create_output_dir(args, data_config) -> str:
@@ -191,10 +189,20 @@ def _create_output_dir(args, data_config) -> str:
         # A run of the same name is continued with --resume, never written over.
         output_dir = get_outdir(output, name, inc=not args.resume)
         with open(os.path.join(output_dir, 'args.yaml'), 'w') as f:
-            yaml.safe_dump(_plain(args), f, default_flow_style=False)
+            yaml.safe_dump(recipe_values(args), f, default_flow_style=False)
     except (AssertionError, OSError) as e:
         raise UsageError(f'--output {output}: {e}') from e
     return output_dir
+
+
+def _start_wandb(args):
+    try:
+        import wandb
+    except ImportError as e:
+        raise UsageError("--log-wandb: needs the package wandb (pip install 'timm-vpl[wandb]')") from e
+    resume_id = {'id': args.wandb_resume_id, 'resume': 'must'} if args.wandb_resume_id else {}
+    wandb.init(
+        project=args.wandb_project, name=args.experiment, config=recipe_values(args), tags=args.wandb_tags, **resume_id)
 
 
 def _log_plan(run, data_config, lrs, updates_per_epoch):
@@ -260,7 +268,7 @@ def fit(run: Run, start_epoch: int = 0) -> None:
         run.scheduler.step(start_epoch)
         run.scheduler.step_update(start_epoch * updates_per_epoch)
     best_metric = best_epoch = None
-    metrics: Dict[str, float] = {}
+    metrics: dict[str, float] = {}
     started = time.time()
     for epoch in range(start_epoch, min(run.num_epochs, args.stop_epoch or run.num_epochs)):
         task.set_epoch(epoch)
@@ -278,6 +286,9 @@ def fit(run: Run, start_epoch: int = 0) -> None:
         row.update((f'eval_{name}', eval_metrics.get(name, '')) for name in run.columns)
         row.update(train_metrics)
         _append_row(os.path.join(run.output_dir, SUMMARY), row)
+        if args.log_wandb:
+            import wandb
+            wandb.log(row)
         metrics = eval_metrics or metrics
         best_metric, best_epoch = saver.save(
             epoch, metric=eval_metrics.get(args.eval_metric), branch_metrics=_branch_metrics(run, eval_metrics))
@@ -287,7 +298,7 @@ def fit(run: Run, start_epoch: int = 0) -> None:
         _log_result(run, metrics, best_metric, best_epoch, time.time() - started)
 
 
-def train_one_epoch(run: Run, epoch: int) -> Dict[str, Any]:
+def train_one_epoch(run: Run, epoch: int) -> dict[str, Any]:
     """Train one epoch.
 
     Returns:
@@ -303,7 +314,7 @@ def train_one_epoch(run: Run, epoch: int) -> Dict[str, Any]:
     tail = num_batches % accum_steps or accum_steps  # batches in the last update
     num_updates = epoch * math.ceil(num_batches / accum_steps)
     lrs = _learning_rates(optimizer)
-    sums: Dict[str, torch.Tensor] = {}
+    sums: dict[str, torch.Tensor] = {}
     data_time, batch_time = AverageMeter(), AverageMeter()
     started = end = time.time()
     optimizer.zero_grad()
@@ -360,9 +371,9 @@ def train_one_epoch(run: Run, epoch: int) -> Dict[str, Any]:
     return {**row, 'seconds': round(seconds, 3), 'images_per_second': round(images / seconds, 2)}
 
 
-def _learning_rates(optimizer) -> Dict[str, float]:
+def _learning_rates(optimizer) -> dict[str, float]:
     """Return each branch's present learning rate, that of its head where layers have their own."""
-    lrs: Dict[str, float] = {}
+    lrs: dict[str, float] = {}
     for group in optimizer.param_groups:
         side = group['name'][0]
         lrs[side] = max(group['lr'], lrs.get(side, group['lr']))
@@ -380,7 +391,7 @@ def _log_batch(run, epoch, batch, result, lrs, batch_time, data_time):
         f'LR: {" ".join(f"{side} {lr:.3e}" for side, lr in lrs.items())}  Data: {data_time.avg:.3f}s')
 
 
-def validate(run: Run) -> Dict[str, float]:
+def validate(run: Run) -> dict[str, float]:
     """Evaluate the pair, and its EMA, each in one pass over the data.
 
     Returns:
@@ -403,7 +414,7 @@ def validate(run: Run) -> Dict[str, float]:
     return metrics
 
 
-def _branch_metrics(run, metrics) -> Dict[str, float]:
+def _branch_metrics(run, metrics) -> dict[str, float]:
     """Return each branch's top-1, of its EMA where there is one."""
     prefix = 'ema_' if 'ema_top1_' + run.pair.sides[0] in run.columns else ''
     return {side: metrics[f'{prefix}top1_{side}'] for side in run.pair.sides} if metrics else {}

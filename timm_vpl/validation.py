@@ -1,8 +1,8 @@
 """Validation: one pass over the data for all branches."""
 import math
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Callable, Sequence
 
 import torch
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
