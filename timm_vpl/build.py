@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
+from timm.data.loader import adapt_to_chs
 from timm.loss import create_classification_loss
 from timm.models import create_model, get_pretrained_cfg
 from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_layer_decay, param_groups_weight_decay
@@ -36,9 +37,12 @@ def resolve_data(args) -> dict[str, Any]:
             f"--img-size: needed, {args.model_a} is made for {sizes['a'][-1]} pixels and {args.model_b} for "
             f"{sizes['b'][-1]}")
     pretrained = [side for side in args.sides if _is_pretrained(args, side)]
-    if not pretrained:
-        return resolve_data_config(vars(args), pretrained_cfg={'input_size': sizes[args.sides[0]]})
-    config = configs[pretrained[0]]
+    if pretrained:
+        config = configs[pretrained[0]]
+    else:
+        config = resolve_data_config(vars(args), pretrained_cfg={'input_size': sizes[args.sides[0]]})
+    for key in ('mean', 'std'):
+        config[key] = tuple(adapt_to_chs(config[key], config['input_size'][0]))
     for side in pretrained[1:]:
         if any(configs[side][key] != config[key] for key in ('mean', 'std')):
             _logger.warning(
@@ -135,6 +139,7 @@ def create_pair(args, data_config: dict[str, Any], device: torch.device) -> Pair
         pair = PairWrapper(models.get('a'), models.get('b'), affine_side=args.affine_side)
     except ValueError as e:
         raise UsageError(str(e)) from e
+    _try_forward(args, pair, data_config['input_size'])
     for side, model in models.items():
         if getattr(args, f'channels_last_{side}'):
             model.to(memory_format=torch.channels_last)
@@ -150,6 +155,19 @@ def create_pair(args, data_config: dict[str, Any], device: torch.device) -> Pair
             f'--model-a {args.model_a} is a transformer and --model-b {args.model_b} is not: the paper has the CNN as '
             f'a and the transformer as b, here their roles are swapped')
     return pair
+
+
+@torch.inference_mode()
+def _try_forward(args, pair, input_size):
+    """Run each branch once on a blank image, so that a model that can't take the input is named before the run."""
+    pair.eval()
+    for side in pair.sides:
+        try:
+            pair.run(side, torch.zeros(1, *input_size))
+        except (AssertionError, IndexError, RuntimeError, ValueError) as e:
+            raise UsageError(
+                f'--model-{side} {getattr(args, f"model_{side}")}: can not take images of size {tuple(input_size)}: '
+                f'{(str(e).strip() or type(e).__name__).splitlines()[0]}') from e
 
 
 def _is_transformer(model) -> bool:

@@ -60,7 +60,8 @@ class Run:
 
 def train(args) -> None:
     """Train as the options say; they come from `options.parse_args`."""
-    setup_default_logging()
+    if not logging.getLogger().handlers:
+        setup_default_logging()
     device = init_device(args)
     if args.rank:
         logging.getLogger().setLevel(logging.ERROR)

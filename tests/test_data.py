@@ -1,0 +1,197 @@
+"""The data pipeline: order, seeding, the embedded digits, policies, and what is refused."""
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from timm_vpl.cli import train
+from timm_vpl.data import DigitsReader, SeededSampler, _guard_posterize, class_names, create_split
+from timm_vpl.errors import UsageError
+from timm_vpl.options import parse_args
+
+MODELS = ['--model-a', 'test_resnet', '--model-b', 'test_vit', '--img-size', '32', '--device', 'cpu', '-j', '0']
+
+
+def test_digits():
+    train_split, held_out = DigitsReader('train'), DigitsReader('validation')
+    assert (len(train_split), len(held_out)) == (1437, 360)
+    counts = np.bincount(np.concatenate([train_split.labels, held_out.labels]))
+    assert counts.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # as scikit-learn documents them
+    file, label = train_split[0]
+    image = np.asarray(Image.open(file))
+    assert label == 0 and image.shape == (8, 8) and image.max() <= 240
+    assert image[0].tolist() == [0, 0, 75, 195, 135, 15, 0, 0]  # first row of the first digit: 0 0 5 13 9 1 0 0
+    dataset = create_split(parse_args([*MODELS, '--dataset', 'digits']), 'validation', is_training=False)
+    assert dataset[3][0].mode == 'RGB' and class_names(dataset) == [str(i) for i in range(10)]
+
+
+def global_batches(world_size, batch_size, epoch=3, **kwargs):
+    samplers = [
+        SeededSampler(50, batch_size, seed=1, rank=rank, world_size=world_size, **kwargs)
+        for rank in range(world_size)]
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+    places = [list(sampler) for sampler in samplers]
+    assert {len(share) for share in places} == {len(samplers[0])}
+    steps = len(samplers[0]) // batch_size
+    return [
+        sorted(place for share in places for place in share[step * batch_size:(step + 1) * batch_size])
+        for step in range(steps)]
+
+
+def test_a_global_batch_is_the_same_for_any_number_of_processes():
+    assert global_batches(1, 12) == global_batches(2, 6) == global_batches(3, 4) == global_batches(4, 3)
+    assert global_batches(1, 12) != global_batches(1, 12, epoch=4)
+    indices = [place.index for batch in global_batches(2, 6) for place in batch]
+    assert len(set(indices)) == len(indices) == 48  # whole batches of the 50, none twice
+
+
+def test_repeated_augmentation_copies_lie_together_and_draw_differently():
+    for batch in global_batches(2, 6, repeats=3):
+        indices = [place.index for place in sorted(batch, key=lambda place: place.position)]
+        assert all(len(set(indices[i:i + 3])) == 1 for i in range(0, 12, 3))
+        assert len({place.position for place in batch}) == 12
+    sampler = SeededSampler(50, 6, seed=1, repeats=1.5)
+    places = list(sampler)
+    assert sampler.sample_ids(2).tolist() == [place.index for place in places[12:18]]
+    assert max(np.bincount([place.index for place in places])) == 2
+
+
+def test_an_epoch_entered_later_goes_on_where_it_would_be():
+    sampler = SeededSampler(50, 6, seed=1)
+    sampler.set_epoch(2)
+    whole = list(sampler)
+    sampler.set_epoch(2, first_batch=3)
+    assert list(sampler) == whole[18:] and len(sampler) == 48
+
+
+@pytest.mark.parametrize('policy', ['v0', 'v0r', 'original', 'originalr', '3a', 'rand-m9-mstd0.5-inc1', 'rand-m2'])
+def test_policies_pass_over_real_images(policy):
+    # 0.1 % to 6 % of images met Pillow 13's refusal of 0 bits.
+    _guard_posterize()
+    transform = create_transform(32, is_training=True, auto_augment=policy, use_prefetcher=True)
+    reader = DigitsReader('train')
+    for i in range(400):
+        image = Image.open(reader[i][0]).convert('RGB').resize((32, 32))
+        assert transform(image).shape == (3, 32, 32)
+
+
+def test_posterize_to_0_bits_is_black():
+    from timm.data.auto_augment import NAME_TO_OP
+    _guard_posterize()
+    image = Image.new('RGB', (4, 4), (200, 100, 50))
+    assert np.asarray(NAME_TO_OP['Posterize'](image, 0)).max() == 0
+    assert np.asarray(NAME_TO_OP['Posterize'](image, 1))[0, 0].tolist() == [128, 0, 0]
+    assert NAME_TO_OP['Posterize'](image, 8) is image
+
+
+def refused(capsys, *argv, status=2):
+    """Return the one line with which a command ends, after its log."""
+    try:
+        code = train([*MODELS, *map(str, argv)])
+    except SystemExit as e:
+        code = e.code
+    written = capsys.readouterr().err.strip()
+    errors = [line for line in written.splitlines() if line.startswith('train_vpl.py: error: ')]
+    assert code == status and len(errors) == 1 and written.endswith(errors[0]) and 'Traceback' not in written, written
+    return errors[0]
+
+
+@pytest.fixture
+def folder(digits_folder, tmp_path):
+    return shutil.copytree(digits_folder, tmp_path / 'data')
+
+
+def test_missing_data_folder(capsys, tmp_path):
+    assert str(tmp_path / 'none') in refused(capsys, tmp_path / 'none')
+
+
+def test_empty_class_folder(capsys, folder):
+    (folder / 'train' / 'class9').mkdir()
+    assert 'class9 holds no image' in refused(capsys, folder)
+
+
+def test_splits_of_different_classes(capsys, folder):
+    shutil.rmtree(folder / 'validation' / 'class2')
+    error = refused(capsys, folder)
+    assert "4 classes in 'train' and 3 in 'validation'" in error and 'class2' in error
+
+
+def test_missing_split(capsys, folder):
+    (folder / 'validation').rename(folder / 'test')
+    error = refused(capsys, folder)
+    assert '--val-split validation' in error and 'test, train' in error
+
+
+def test_folder_without_images(capsys, folder):
+    for path in (folder / 'train').rglob('*.png'):
+        path.unlink()
+    assert 'Found 0 images' in refused(capsys, folder)
+
+
+def test_class_count(capsys, folder):
+    assert '--num-classes 3: the data has 4 classes' in refused(capsys, folder, '--num-classes', 3)
+
+
+def test_batch_larger_than_the_data(capsys, folder):
+    assert '--batch-size 64' in refused(capsys, folder, '-b', 64)
+
+
+def test_batch_size_1_with_batch_norm(capsys, folder):
+    assert 'BatchNorm' in refused(capsys, folder, '-b', 1)
+
+
+def test_unknown_policy(capsys, folder):
+    assert '--aa v9' in refused(capsys, folder, '--aa', 'v9')
+
+
+def test_model_that_can_not_take_the_size(capsys, folder):
+    assert '--model-b test_vit' in refused(capsys, folder, '--img-size', 8)
+
+
+def test_unknown_model_argument(capsys, folder):
+    assert 'bogus' in refused(capsys, folder, '--model-kwargs-a', 'bogus=1')
+
+
+def test_unknown_eval_metric(capsys, folder):
+    assert 'expected one of top1, loss_a' in refused(capsys, folder, '--eval-metric', 'top9', '-b', 8)
+
+
+def test_sync_bn_needs_a_gpu(capsys, folder, monkeypatch):
+    from timm_vpl import build
+    args = parse_args([*MODELS, str(folder), '--sync-bn'])
+    args.distributed, args.num_classes = True, 4
+    with pytest.raises(UsageError, match='CUDA'):
+        build.create_pair(args, build.resolve_data(args), torch.device('cpu'))
+
+
+@pytest.mark.parametrize('content', [b'', b'no checkpoint at all', b'PK\x03\x04 cut off'])
+def test_unreadable_checkpoint(capsys, folder, tmp_path, content):
+    path = tmp_path / 'bad.pth.tar'
+    path.write_bytes(content)
+    error = refused(capsys, folder, '--resume', path, '-b', 8, '--output', tmp_path / 'out', status=1)
+    assert str(path) in error
+
+
+def test_checkpoint_of_other_models(capsys, folder, tmp_path):
+    path = tmp_path / 'other.pth.tar'
+    torch.save({'state_dict': {'model_a.weight': torch.zeros(1)}, 'epoch': 0}, path)
+    error = refused(capsys, folder, '--resume', path, '-b', 8, '--output', tmp_path / 'out', status=1)
+    assert 'does not fit this pair' in error
+
+
+def test_images_that_can_not_be_decoded_are_skipped(folder, tmp_path, caplog):
+    (folder / 'train' / 'class1' / 'broken.png').write_bytes(b'not an image')
+    options = ['-b', '8', '--epochs', '1', '--output', str(tmp_path / 'out'), '--no-model-ema']
+    assert train([*MODELS, str(folder), *options]) == 0
+    assert 'Skipped sample' in caplog.text and 'broken.png' in caplog.text
+
+
+def test_no_image_can_be_decoded(capsys, folder, tmp_path):
+    for path in (folder / 'train').rglob('*.png'):
+        path.write_bytes(b'not an image')
+    error = refused(capsys, folder, '-b', 8, '--output', tmp_path / 'out', status=1)
+    assert 'Failed to load 10 consecutive samples' in error

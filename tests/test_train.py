@@ -1,0 +1,170 @@
+"""Whole runs of the training command on small real images."""
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from timm_vpl.checkpoint import read_checkpoint
+from timm_vpl.cli import train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PAIR = ['--model-a', 'test_resnet', '--model-b', 'test_vit']
+SMALL = [
+    '--img-size', '32', '-b', '8', '--epochs', '2', '--warmup-epochs', '0', '--lr', '0.001', '--workers', '0',
+    '--device', 'cpu', '--checkpoint-hist', '2', '--model-ema-decay', '0.5',
+]
+NOISE = ['--drop', '0.2', '--drop-path', '0.2', '--aa', 'rand-m5-n1', '--reprob', '0.5', '--seed', '7']
+
+
+def run(data, output, *options, name='run', models=PAIR):
+    """Train in this process and return the run's folder."""
+    argv = [str(data), *models, *SMALL, '--output', str(output), '--experiment', name, *options]
+    assert train(argv) == 0
+    return Path(output) / name
+
+
+def last(folder):
+    return read_checkpoint(str(folder / 'last.pth.tar'))
+
+
+def rows(folder):
+    with open(folder / 'summary.csv', newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def assert_equal_weights(state, other, prefix=''):
+    keys = [key for key in state if key.startswith(prefix)]
+    assert keys and all(torch.equal(state[key], other[key]) for key in keys)
+
+
+def test_run_folder(digits_folder, tmp_path):
+    folder = run(digits_folder, tmp_path, *NOISE)
+    files = {path.name for path in folder.iterdir()}
+    assert files == {
+        'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'best_a.pth.tar', 'best_b.pth.tar',
+        'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar'}
+    inodes = {path.stat().st_ino for path in folder.glob('*.tar')}
+    assert len(inodes) == 2  # one file an epoch, the other names are links
+
+    table = rows(folder)
+    assert [row['epoch'] for row in table] == ['0', '1']
+    terms = ['loss', 'ce_a_loss', 'ce_b_loss', 'contrastive_loss', 'kl_loss']
+    metrics = [f'{metric}_{name}' for name in ('a', 'b', 'ens') for metric in ('loss', 'top1', 'top5')]
+    assert list(table[0]) == [
+        'epoch', *(f'train_{term}' for term in terms), 'eval_top1', *(f'eval_{metric}' for metric in metrics),
+        *(f'eval_ema_{metric}' for metric in metrics), 'lr_a', 'lr_b', 'stage', 'seconds', 'images_per_second']
+    assert [row['stage'] for row in table] == ['1', '2']  # epoch 0 is in the first 20 %, 1 of 2 not in the last
+    assert table[0]['train_kl_loss'] == '' and float(table[1]['train_kl_loss']) >= 0
+    means = [(float(row['eval_ema_top1_a']) + float(row['eval_ema_top1_b'])) / 2 for row in table]
+    assert [float(row['eval_top1']) for row in table] == pytest.approx(means)
+
+    checkpoint = last(folder)
+    assert checkpoint['epoch'] == 1 and checkpoint['task_state'] == {'num_updates': 10}
+    assert checkpoint['args']['class_names'] == ['class0', 'class1', 'class2', 'class3']
+    assert {key.partition('.')[0] for key in checkpoint['state_dict']} == {'model_a', 'model_b', 'affine'}
+    assert set(checkpoint['state_dict_ema']) == set(checkpoint['state_dict'])
+
+
+def test_args_yaml_is_a_recipe_of_the_same_run(digits_folder, tmp_path):
+    folder = run(digits_folder, tmp_path, *NOISE, name='first')
+    assert train(['--config', str(folder / 'args.yaml'), '--experiment', 'again']) == 0
+    assert_equal_weights(last(folder)['state_dict'], last(tmp_path / 'again')['state_dict'])
+    with open(folder / 'args.yaml') as f:
+        assert yaml.safe_load(f)['model_a'] == 'test_resnet'
+
+
+@pytest.mark.parametrize('side', ['a', 'b'])
+def test_pair_with_weights_0_trains_a_branch_as_alone(digits_folder, tmp_path, side):
+    options = [*NOISE, '--clip-grad', '1.0', '--mixup', '0.2']
+    pair = run(digits_folder, tmp_path, *options, '--contrastive-weight', '0', '--kl-weight', '0', name='pair')
+    model = PAIR[:2] if side == 'a' else PAIR[2:]
+    solo = run(digits_folder, tmp_path, *options, '--method', 'solo', name='solo', models=model)
+    for key in ('state_dict', 'state_dict_ema'):
+        assert_equal_weights(last(solo)[key], last(pair)[key], f'model_{side}.')
+    assert [row[f'eval_loss_{side}'] for row in rows(solo)] == [row[f'eval_loss_{side}'] for row in rows(pair)]
+    assert f'train_ce_{side}_loss' in rows(solo)[0] and 'train_kl_loss' not in rows(solo)[0]
+
+
+def test_workers_do_not_change_a_run(digits_folder, tmp_path):
+    options = [*NOISE, '--mixup', '0.2', '--cutmix', '1.0', '--mixup-off-epoch', '1']
+    main = run(digits_folder, tmp_path, *options, name='main')
+    workers = run(digits_folder, tmp_path, *options, '--workers', '2', name='workers')
+    assert_equal_weights(last(main)['state_dict'], last(workers)['state_dict'])
+
+
+def test_resumed_run_is_the_uninterrupted_one(digits_folder, tmp_path):
+    options = [*NOISE, '--epochs', '3', '--x', '40', '--y', '30']
+    whole = run(digits_folder, tmp_path, *options, name='whole')
+    part = run(digits_folder, tmp_path, *options, '--stop-epoch', '1', name='part')
+    assert [row['stage'] for row in rows(part)] == ['1']
+    run(digits_folder, tmp_path, *options, '--resume', str(part / 'last.pth.tar'), name='part')
+    for key in ('state_dict', 'state_dict_ema'):
+        assert_equal_weights(last(whole)[key], last(part)[key])
+    timed = ('seconds', 'images_per_second')
+    assert [
+        {key: value for key, value in row.items() if key not in timed} for row in rows(whole)
+    ] == [{key: value for key, value in row.items() if key not in timed} for row in rows(part)]
+    assert [row['stage'] for row in rows(whole)] == ['1', '1', '2']
+    assert last(whole)['saver']['best_branches'] == last(part)['saver']['best_branches']
+
+
+def test_a_run_of_the_same_name_is_not_written_over(digits_folder, tmp_path):
+    first = run(digits_folder, tmp_path, '--epochs', '1')
+    before = (first / 'last.pth.tar').stat().st_mtime_ns
+    run(digits_folder, tmp_path, '--epochs', '1')
+    assert (first / 'last.pth.tar').stat().st_mtime_ns == before
+    assert (tmp_path / 'run-1' / 'last.pth.tar').exists()
+
+
+@pytest.mark.parametrize('options', [
+    ['--amp', '--amp-dtype', 'bfloat16', '--clip-grad', '1.0', '--clip-mode', 'agc'],
+    ['--grad-accum-steps', '2', '--opt', 'lamb', '--sched-on-updates'],
+    ['--aug-repeats', '3', '--no-model-ema', '--layer-decay', '0.75'],
+    ['--no-prefetcher', '--mixup', '0.8', '--bce-loss', '--val-interval', '2'],
+    ['--similarity', 'dot', '--tau', '64', '--same-class', 'ignore', '--affine-side', 'a', '--kl-to', 'both'],
+    ['--channels-last-a', '--grad-checkpointing-b', '--in-chans', '1', '--eval-metric', 'loss_b'],
+], ids=lambda options: options[0])
+def test_options_train(digits_folder, tmp_path, options):
+    folder = run(digits_folder, tmp_path, *options)
+    assert all(torch.isfinite(tensor).all() for tensor in last(folder)['state_dict'].values())
+    assert float(rows(folder)[1]['train_loss']) > 0
+
+
+def test_class_pairs_other_than_cnn_and_vit(digits_folder, tmp_path, caplog):
+    run(digits_folder, tmp_path, '--epochs', '1', models=['--model-a', 'test_vit', '--model-b', 'test_resnet'])
+    assert 'roles are swapped' in caplog.text
+
+
+def torchrun(processes, *argv):
+    """Run the training script under torchrun."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
+    result = subprocess.run(
+        [*command, str(ROOT / 'train_vpl.py'), *map(str, argv)],
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)},
+        capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_two_processes_train_as_one(digits_folder, tmp_path):
+    # Without BatchNorm, whose statistics are those of a process, and without draws that depend on the process. Not with
+    # AdamW: it makes steps of a bias of the keys, whose gradient is 0 but for rounding.
+    models = ['--model-a', 'test_convnext', '--model-b', 'test_vit']
+    quiet = [
+        '--opt', 'sgd', '--lr', '0.02', '--aa', '', '--reprob', '0', '--epochs', '3', '--x', '40', '--y', '30',
+        '--eval-metric', 'top1_ens']
+    one = run(digits_folder, tmp_path, *quiet, name='one', models=models)
+    torchrun(2, digits_folder, *models, *SMALL, *quiet, '-b', '4', '--output', tmp_path, '--experiment', 'two')
+    two = tmp_path / 'two'
+    assert [row['stage'] for row in rows(two)] == ['1', '1', '2']
+    for key, value in rows(one)[2].items():
+        if key not in ('seconds', 'images_per_second'):
+            assert float(rows(two)[2][key]) == pytest.approx(float(value), rel=1e-3, abs=1e-4), key
+    state, other = last(one)['state_dict'], last(two)['state_dict']
+    for key in state:
+        torch.testing.assert_close(state[key], other[key], rtol=1e-3, atol=1e-4, msg=key)
