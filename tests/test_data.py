@@ -1,5 +1,6 @@
 """The data pipeline: order, seeding, the embedded digits, policies, and what is refused."""
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -124,6 +125,16 @@ def test_missing_split(capsys, folder):
     (folder / 'validation').rename(folder / 'test')
     error = refused(capsys, folder)
     assert '--val-split validation' in error and 'test, train' in error
+
+
+def test_tars(capsys, folder, tmp_path):
+    for split in ('train', 'validation'):
+        with tarfile.open(folder / f'{split}.tar', 'w') as tar:
+            tar.add(folder / split, arcname='.')
+    options = ['-b', '8', '--epochs', '1', '--output', str(tmp_path / 'out'), '--no-model-ema', '-j', '1']
+    splits = ['--train-split', 'train.tar', '--val-split', 'validation.tar']
+    assert train([*MODELS, str(folder), *options, *splits]) == 0
+    assert 'one tar for all splits' in refused(capsys, folder / 'train.tar', *options)
 
 
 def test_folder_without_images(capsys, folder):

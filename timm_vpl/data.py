@@ -1,7 +1,6 @@
 """Data sets and loaders: timm's, with every draw of the training pipeline seeded by its place in the run."""
 import io
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -81,20 +80,26 @@ def create_split(args, split: str, is_training: bool) -> Dataset:
         raise UsageError(f'--dataset {args.dataset}: needs a package that is not installed ({e})') from e
     except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as e:
         raise UsageError(f'{where}: split {split!r} could not be read: {e}') from e
-    root = getattr(getattr(dataset, 'reader', None), 'root', None)
-    if root and '/' not in args.dataset and os.path.isdir(root):
-        _check_folder(dataset.reader, Path(root), Path(args.data_dir), split, is_training)
+    if args.dataset.lower() in ('', 'torch/folder', 'torch/image_folder'):
+        source = getattr(dataset, 'reader', dataset)
+        _check_folder(source.class_to_idx, Path(source.root), Path(args.data_dir), split, is_training)
     return dataset
 
 
-def _check_folder(reader, root, data_dir, split, is_training):
-    flag = '--train-split' if is_training else '--val-split'
+def _check_folder(class_to_idx, root, data_dir, split, is_training):
     if root == data_dir:
-        # timm falls back to the folder itself, which would train and validate on the same images.
-        folders = ', '.join(sorted(entry.name for entry in data_dir.iterdir() if entry.is_dir())[:8])
-        raise UsageError(f'{flag} {split}: no such folder in {data_dir}, which has {folders or "no folders"}')
+        # timm falls back to all that is there, which would train and validate on the same images.
+        flag = '--train-split' if is_training else '--val-split'
+        if data_dir.is_file():
+            raise UsageError(
+                f'--data-dir {data_dir}: one tar for all splits; give its folder, and each split its own tar '
+                f'({flag} {data_dir.name})')
+        entries = ', '.join(sorted(e.name for e in data_dir.iterdir() if e.is_dir() or e.suffix == '.tar')[:8])
+        raise UsageError(f'{flag} {split}: no such folder or tar in {data_dir}, which has {entries or "none"}')
+    if root.is_file():
+        return
     for entry in sorted(root.iterdir()):
-        if entry.is_dir() and entry.name not in reader.class_to_idx and not entry.name.startswith('.'):
+        if entry.is_dir() and entry.name not in class_to_idx and not entry.name.startswith('.'):
             if not any(child.is_dir() for child in entry.iterdir()):
                 raise UsageError(
                     f'--data-dir: class folder {entry} holds no image; remove it from every split or fill it')

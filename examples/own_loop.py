@@ -1,0 +1,58 @@
+"""Vision Pair Learning in a training loop of your own: PairWrapper and VPLLoss beside plain torch and timm.
+
+    python examples/own_loop.py    # real digits, 5 epochs, half a minute on a CPU
+"""
+import argparse
+
+import timm
+import torch
+from timm.data import ImageDataset, create_loader
+from timm.optim import create_optimizer_v2
+
+from timm_vpl import PairWrapper, VPLLoss
+from timm_vpl.data import DigitsReader
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--epochs', type=int, default=5)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+
+    loaders = {
+        split: create_loader(
+            ImageDataset('', reader=DigitsReader(split)), input_size=(3, 32, 32), batch_size=32,
+            is_training=split == 'train', scale=(0.8, 1.0), hflip=0.0, color_jitter=0.0, num_workers=0, device=device)
+        for split in ('train', 'validation')
+    }
+    pair = PairWrapper(
+        timm.create_model('test_resnet', num_classes=10),
+        timm.create_model('test_vit', num_classes=10, img_size=32, patch_size=8),
+    ).to(device)
+    criterion = VPLLoss(args.epochs, x=20, y=20)
+    optimizer = create_optimizer_v2(pair, 'adamw', lr=2e-3, weight_decay=0.05)
+
+    for epoch in range(args.epochs):
+        criterion.set_epoch(epoch)
+        pair.train()
+        for images, target in loaders['train']:
+            loss = criterion(pair(images), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        pair.eval()
+        correct = torch.zeros(2)
+        with torch.inference_mode():
+            for images, target in loaders['validation']:
+                output = pair(images)
+                correct += torch.tensor([
+                    (logits.argmax(1) == target).sum().item() for logits in (output.logits_a, output.logits_b)])
+        top1_a, top1_b = (100 * correct / len(loaders['validation'].dataset)).tolist()
+        print(f'epoch {epoch}, stage {criterion.stage()}: loss {loss:.3f}, top-1 {top1_a:.1f} % / {top1_b:.1f} %')
+
+
+if __name__ == '__main__':
+    main()

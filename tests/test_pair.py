@@ -1,0 +1,737 @@
+"""PairWrapper against the bare timm models: outputs, embeddings, affine layer, state, timm's tools, compilation."""
+import argparse
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from torch._dynamo.utils import counters
+
+from timm_vpl import PairOutput, PairWrapper
+from timm_vpl.build import param_groups
+
+SIZE = 32
+NUM_CLASSES = 5
+DEIT = 'deit_tiny_distilled_patch16_224'
+MODEL_KWARGS = {
+    'test_vit': {'img_size': SIZE, 'depth': 2},
+    DEIT: {'img_size': SIZE, 'embed_dim': 48, 'depth': 2, 'num_heads': 3},
+}
+CNNS = ['test_resnet', 'test_convnext', 'test_efficientnet', 'test_byobnet']
+MODELS = [*CNNS, 'test_vit', DEIT]
+WIDTHS = {'test_resnet': 96, 'test_convnext': 64, 'test_efficientnet': 256, 'test_byobnet': 256, 'test_vit': 64}
+
+
+def make_model(name, seed=0, num_classes=NUM_CLASSES, **kwargs):
+    """A small timm model with no layer at zero, so that its blocks (and their dropping) show in the output."""
+    torch.manual_seed(seed)
+    model = timm.create_model(name, num_classes=num_classes, **{**MODEL_KWARGS.get(name, {}), **kwargs})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def make_pair(name_a='test_resnet', name_b='test_vit', affine_side='b', **kwargs):
+    model_a, model_b = make_model(name_a, seed=1, **kwargs), make_model(name_b, seed=2, **kwargs)
+    torch.manual_seed(3)
+    return PairWrapper(model_a, model_b, affine_side=affine_side)
+
+
+def images(num_images=4, seed=0, dtype=torch.float32):
+    return torch.randn(num_images, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def seeded(seed, function, *args):
+    torch.manual_seed(seed)
+    return function(*args)
+
+
+def first_classifier(model):
+    classifier = model.get_classifier()
+    return classifier[0] if isinstance(classifier, tuple) else classifier
+
+
+def nothing_held(pair):
+    return all(pair.parts[side]._embed is None and not pair.parts[side]._tapping for side in pair.sides)
+
+
+class TinyModel(nn.Module):
+    """A model that is not timm's, with what a branch needs."""
+
+    def __init__(self, num_classes=NUM_CLASSES, width=6, classifier=None):
+        super().__init__()
+        self.num_classes = num_classes
+        self.stem = nn.Conv2d(3, width, 8, stride=8)
+        self.head = nn.Linear(width, num_classes) if classifier is None else classifier
+
+    def get_classifier(self):
+        return self.head
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.stem(x)).mean((2, 3)))
+
+
+class FourDimensional(TinyModel):
+    """Its classifier is a convolution over the feature map, pooled after it."""
+
+    def __init__(self):
+        super().__init__(classifier=nn.Conv2d(6, NUM_CLASSES, 1))
+        self.head_hidden_size = 6
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.stem(x))).mean((2, 3))
+
+
+# outputs
+
+def test_output_begins_with_logits_and_embeddings():
+    assert PairOutput._fields[:4] == ('logits_a', 'logits_b', 'embed_a', 'embed_b')
+    assert set(PairOutput._fields[2:]) == set(PairOutput._field_defaults)
+    assert all(value is None for value in PairOutput._field_defaults.values())
+    output = make_pair()(images())
+    assert isinstance(output, PairOutput) and isinstance(output, tuple)
+    assert [tuple(field.shape) for field in output[:4]] == [(4, NUM_CLASSES), (4, NUM_CLASSES), (4, 96), (4, 96)]
+    assert torch.equal(output[0], output.logits_a) and torch.equal(output[3], output.embed_b)
+    assert output.dist_logits_a is None and output.dist_logits_b is None and output.sample_ids is None
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval'])
+@pytest.mark.parametrize('name', MODELS)
+def test_branch_logits_are_the_bare_models(name, mode):
+    bare = make_model(name, drop_rate=0.3, drop_path_rate=0.3)
+    pair = PairWrapper(copy.deepcopy(bare), make_model('test_vit', num_classes=NUM_CLASSES))
+    swapped = PairWrapper(make_model('test_resnet'), copy.deepcopy(bare))
+    x = images(8)
+    for module in (bare, pair, swapped):
+        module.train(mode == 'train')
+    want = seeded(11, bare, x)
+    for got in (seeded(11, pair.run, 'a', x)[0], seeded(11, swapped.run, 'b', x)[0]):
+        assert torch.equal(got, want)
+    # BatchNorm's statistics moved as they do in the bare model, once.
+    for key, value in bare.state_dict().items():
+        assert torch.equal(pair.state_dict()[f'model_a.{key}'], value), key
+        assert torch.equal(swapped.state_dict()[f'model_b.{key}'], value), key
+    # Guards the comparison: in train mode the output is random, and in eval mode it is the whole pair's too.
+    assert torch.equal(seeded(12, bare, x), want) == (mode == 'eval')
+    if mode == 'eval':
+        assert torch.equal(pair(x).logits_a, want) and torch.equal(swapped(x).logits_b, want)
+
+
+def test_whole_pair_equals_bare_models_without_randomness():
+    pair = make_pair()
+    bare_a, bare_b = copy.deepcopy(pair.model_a), copy.deepcopy(pair.model_b)
+    output = pair.train()(images())
+    assert torch.equal(output.logits_a, bare_a.train()(images()))
+    assert torch.equal(output.logits_b, bare_b.train()(images()))
+
+
+def test_gradients_are_the_bare_models():
+    model = make_model('test_vit', drop_rate=0.3, drop_path_rate=0.3)
+    pair = PairWrapper(make_model('test_resnet'), copy.deepcopy(model))
+    seeded(5, model, images()).square().sum().backward()
+    seeded(5, pair.run, 'b', images())[0].square().sum().backward()
+    for bare, wrapped in zip(model.parameters(), pair.model_b.parameters(), strict=True):
+        assert torch.equal(bare.grad, wrapped.grad)
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval'])
+@pytest.mark.parametrize('name', MODELS)
+def test_embedding_is_the_classifiers_input(name, mode):
+    model = make_model(name, drop_rate=0.3, drop_path_rate=0.3).train(mode == 'train')
+    pair = PairWrapper(model, None)
+    pair.train(mode == 'train')
+    seen = []
+    classifier = first_classifier(model)
+    classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    logits, embed, _ = pair.run('a', images())
+    assert len(seen) == 1 and seen[0] is embed
+    assert tuple(embed.shape) == (4, classifier.in_features) and embed.requires_grad
+    assert pair.parts['a'].embed_dim == classifier.in_features == WIDTHS.get(name, 48)
+    if name != DEIT:
+        assert torch.equal(F.linear(embed, classifier.weight, classifier.bias), logits)
+
+
+def test_two_headed_branch_gives_class_token_and_second_logits():
+    model = make_model(DEIT)
+    pair = PairWrapper(make_model('test_resnet'), model)
+    assert pair.parts['b'].classifier is model.head and pair.affine.in_features == 48
+
+    tokens = model.eval().forward_features(images())
+    pair.eval()
+    output = pair(images())
+    assert torch.equal(pair.run('b', images())[1], tokens[:, 0])
+    assert torch.equal(output.embed_b, pair.affine(torch.cat([tokens[:, 0]] * 2))[:4])
+    assert torch.equal(output.logits_b, (model.head(tokens[:, 0]) + model.head_dist(tokens[:, 1])) / 2)
+    assert output.dist_logits_b is None
+
+    model.set_distilled_training(True)
+    assert pair(images()).dist_logits_b is None  # in training only
+    output = pair.train()(images())
+    assert torch.equal(output.logits_b, model.head(tokens[:, 0]))
+    assert torch.equal(output.dist_logits_b, model.head_dist(tokens[:, 1]))
+    assert output.dist_logits_a is None
+    assert pair.get_classifier() == (pair.model_a.fc, (model.head, model.head_dist))
+
+
+@pytest.mark.parametrize('affine_side', ['a', 'b'])
+def test_each_part_runs_once(affine_side):
+    pair = make_pair(affine_side=affine_side)
+    calls = []
+    for name, module in (('a', pair.model_a.conv1[0]), ('b', pair.model_b.patch_embed.proj), ('P', pair.affine)):
+        module.register_forward_hook(lambda module, args, output, name=name: calls.append(name))
+    for mode in (True, False):
+        pair.train(mode)(images())
+        assert calls == ['a', 'b', 'P']
+        calls.clear()
+    pair(images(), project=False)
+    assert calls == ['a', 'b']
+
+
+def test_run_replaces_the_call_of_a_part():
+    pair = make_pair().eval()
+    calls = []
+
+    def run(name, input):
+        calls.append((name, tuple(input.shape)))
+        return pair.run(name, input)
+
+    output = pair(images(), run=run)
+    assert calls == [('a', (4, 3, SIZE, SIZE)), ('b', (4, 3, SIZE, SIZE)), ('affine', (8, 64))]
+    assert torch.equal(output.embed_b, pair(images()).embed_b)
+
+
+# the affine layer
+
+def test_affine_layer_is_on_side_b_by_default():
+    pair = make_pair()
+    assert pair.affine_side == 'b' and (pair.affine.in_features, pair.affine.out_features) == (64, 96)
+    output = pair(images())
+    assert torch.equal(output.embed_a, pair.run('a', images())[1])
+    h_b = pair.run('b', images())[1]
+    assert torch.equal(output.embed_b, pair.affine(torch.cat([h_b, h_b])).chunk(2)[0])
+    torch.testing.assert_close(output.embed_b, F.linear(h_b, pair.affine.weight, pair.affine.bias))
+    assert output.stopped_a is None and torch.equal(output.stopped_b, output.embed_b)
+    assert "affine_side='b'" in repr(pair)
+
+
+def test_affine_layer_on_side_a():
+    pair = make_pair(affine_side='a')
+    assert pair.affine_side == 'a' and (pair.affine.in_features, pair.affine.out_features) == (96, 64)
+    output = pair(images())
+    assert torch.equal(output.embed_b, pair.run('b', images())[1])
+    h_a = pair.run('a', images())[1]
+    torch.testing.assert_close(output.embed_a, F.linear(h_a, pair.affine.weight, pair.affine.bias))
+    assert output.stopped_b is None and torch.equal(output.stopped_a, output.embed_a)
+    assert "affine_side='a'" in repr(pair)
+
+
+@pytest.mark.parametrize('affine_side', ['a', 'b'])
+def test_no_affine_layer_for_equal_widths(affine_side):
+    pair = make_pair('test_convnext', 'test_vit', affine_side=affine_side)
+    assert pair.affine is None and set(pair.parts) == {'a', 'b'} and 'affine' not in repr(pair)
+    assert not any(key.startswith('affine') for key in pair.state_dict())
+    output = pair(images())
+    assert torch.equal(output.embed_a, pair.run('a', images())[1])
+    assert torch.equal(output.embed_b, pair.run('b', images())[1])
+    assert output.stopped_a is None and output.stopped_b is None
+    # What 'project' leaves out is the affine side's: here nothing.
+    output = pair(images(), project=False)
+    assert output.embed_a is not None and output.embed_b is not None
+
+
+@pytest.mark.parametrize('side', ['a', 'b'])
+def test_stopped_embedding_moves_the_affine_layer_only(side):
+    pair = make_pair(affine_side=side)
+    output = pair(images())
+    getattr(output, f'stopped_{side}').square().sum().backward()
+    moved = {name for name, parameter in pair.named_parameters() if parameter.grad is not None and parameter.grad.any()}
+    assert moved == {'affine.weight', 'affine.bias'}
+    stopped = pair.affine.weight.grad.clone()
+
+    pair.zero_grad()
+    output = pair(images())
+    getattr(output, f'embed_{side}').square().sum().backward()
+    torch.testing.assert_close(pair.affine.weight.grad, stopped)
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in pair.branch(side).parameters())
+
+
+@pytest.mark.parametrize('side', ['a', 'b'])
+def test_without_projection_the_affine_sides_embedding_is_none(side):
+    pair = make_pair(affine_side=side).eval()
+    full, output = pair(images()), pair(images(), project=False)
+    other = 'b' if side == 'a' else 'a'
+    assert getattr(output, f'embed_{side}') is None
+    assert output.stopped_a is None and output.stopped_b is None
+    for field in ('logits_a', 'logits_b', f'embed_{other}'):
+        assert torch.equal(getattr(output, field), getattr(full, field))
+    sum(output[:2]).sum().backward()
+    assert pair.affine.weight.grad is None and pair.affine.bias.grad is None
+
+
+@pytest.mark.parametrize('side', ['a', 'b'])
+def test_one_branch(side):
+    model = make_model('test_vit', drop_rate=0.3)
+    bare = copy.deepcopy(model)
+    pair = PairWrapper(model, None) if side == 'a' else PairWrapper(None, model)
+    other = 'b' if side == 'a' else 'a'
+    assert pair.sides == (side,) and pair.affine is None and pair.branch(side) is model
+    output = seeded(1, pair, images())
+    assert torch.equal(getattr(output, f'logits_{side}'), seeded(1, bare, images()))
+    assert getattr(output, f'embed_{side}').shape == (4, 64)
+    assert getattr(output, f'logits_{other}') is None and getattr(output, f'embed_{other}') is None
+    assert set(pair.state_dict()) == {f'model_{side}.{key}' for key in bare.state_dict()}
+    assert pair.no_weight_decay() == {f'model_{side}.{name}' for name in bare.no_weight_decay()}
+    assert pair.num_classes == NUM_CLASSES and pair.get_classifier() == (model.head,)
+    assert copy.deepcopy(pair).sides == (side,)
+
+
+# state, copies, the bare models
+
+@pytest.mark.parametrize(('name_a', 'affine'), [('test_resnet', True), ('test_convnext', False)])
+def test_state_dict_holds_each_part_once(name_a, affine):
+    pair = make_pair(name_a)
+    want = [
+        *(f'model_a.{key}' for key in pair.model_a.state_dict()),
+        *(f'model_b.{key}' for key in pair.model_b.state_dict()),
+        *(['affine.weight', 'affine.bias'] if affine else []),
+    ]
+    assert list(pair.state_dict()) == want
+    assert len(list(pair.parameters())) == len({id(parameter) for parameter in pair.parameters()})
+    parameters = [name for name, _ in pair.named_parameters()]
+    assert parameters == [key for key in want if key in set(parameters)]
+    assert {name.split('.')[0] for name, _ in pair.named_modules() if name} == {
+        'model_a', 'model_b', *(['affine'] if affine else [])}
+
+    other = PairWrapper(make_model(name_a, seed=8), make_model('test_vit', seed=9)).eval()
+    other.load_state_dict(pair.state_dict(), strict=True)
+    for got, wanted in zip(other(images())[:4], pair.eval()(images())[:4], strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_state_dict_before_and_after_a_forward_and_with_a_dtype():
+    pair = make_pair()
+    before = list(pair.state_dict())
+    pair(images())
+    assert list(pair.state_dict()) == before
+    # A conversion of the pair reaches what the parts call.
+    output = pair.double()(images(dtype=torch.float64))
+    assert all(field.dtype == torch.float64 for field in output[:4])
+
+
+def test_deep_copy_is_independent():
+    pair = make_pair(drop_rate=0.2).train()
+    before = {key: value.clone() for key, value in pair.state_dict().items()}
+    other = copy.deepcopy(pair)
+    for side in 'ab':
+        assert other.parts[side] is not pair.parts[side]
+        assert other.parts[side].model is other.branch(side) and other.branch(side) is not pair.branch(side)
+        assert other.parts[side].classifier is first_classifier(other.branch(side))
+    assert other.parts['affine'] is other.affine and other.affine is not pair.affine
+
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    for _ in range(2):
+        output = other(images())
+        sum(field.square().sum() for field in output[:4]).backward()
+        optimizer.step()
+    assert all(torch.equal(value, before[key]) for key, value in pair.state_dict().items())
+    assert all(parameter.grad is None for parameter in pair.parameters())
+    assert not torch.equal(other.model_a.fc.weight, pair.model_a.fc.weight)
+    assert nothing_held(pair) and nothing_held(other)
+
+    # Each one's hook fills its own stash: the embedding is that of its own weights, in its own graph.
+    pair.eval(), other.eval()
+    for module in (pair, other):
+        output = module(images())
+        assert torch.equal(F.linear(output.embed_a, module.model_a.fc.weight, module.model_a.fc.bias), output.logits_a)
+        module.zero_grad()
+        output.embed_a.sum().backward()
+        assert module.model_a.conv1[0].weight.grad is not None
+    assert not torch.equal(pair(images()).embed_a, other(images()).embed_a)
+
+
+def test_pickled_pair_is_the_pair():
+    pair = make_pair().eval()
+    other = pickle.loads(pickle.dumps(pair))
+    assert all(torch.equal(*both) for both in zip(other(images())[:4], pair(images())[:4], strict=True))
+    assert other.parts['a'].model is other.model_a
+
+
+def test_bare_model_stays_usable_and_holds_nothing():
+    pair = make_pair().eval()
+    bare = copy.deepcopy(pair.model_a)
+    want = bare(images(seed=1))
+    assert torch.equal(pair.model_a(images(seed=1)), want)
+    assert nothing_held(pair)
+    output = pair(images())
+    assert nothing_held(pair)
+    assert torch.equal(pair.model_a(images(seed=1)), want)
+    assert nothing_held(pair)
+    assert torch.equal(pair(images()).embed_a, output.embed_a)
+    # A copy of the bare model alone works as well.
+    assert torch.equal(copy.deepcopy(pair.model_a)(images(seed=1)), want)
+
+
+def test_forward_that_failed_leaves_nothing_behind():
+    pair = make_pair().eval()
+    with pytest.raises(RuntimeError):
+        pair.run('a', torch.randn(2, 4, SIZE, SIZE))  # four channels
+    pair.model_a(images())
+    assert nothing_held(pair)
+    assert pair(images()).embed_a.shape == (4, 96)
+
+
+# errors
+
+def test_numbers_of_classes_that_differ_are_refused():
+    with pytest.raises(ValueError, match=r'classify 5 \(a\) and 7 \(b\) classes'):
+        PairWrapper(make_model('test_resnet'), make_model('test_vit', num_classes=7))
+
+
+@pytest.mark.parametrize('side', ['a', 'b'])
+def test_model_without_classifier_is_refused(side):
+    models = {'a': make_model('test_resnet'), 'b': make_model('test_vit')}
+    models[side] = make_model('test_convnext', num_classes=0)
+    with pytest.raises(ValueError, match=rf'model_{side} \(ConvNeXt\): has no classifier \(num_classes=0\?\)'):
+        PairWrapper(models['a'], models['b'])
+
+
+def test_model_without_get_classifier_is_refused():
+    with pytest.raises(ValueError, match=r'model_b \(Linear\): has no get_classifier\(\)'):
+        PairWrapper(make_model('test_resnet'), nn.Linear(3, NUM_CLASSES))
+
+
+def test_no_model_is_refused():
+    with pytest.raises(ValueError, match='model_a and model_b are both None'):
+        PairWrapper(None, None)
+
+
+@pytest.mark.parametrize('affine_side', ['c', None, 'both', 'A'])
+def test_bad_affine_side_is_refused(affine_side):
+    with pytest.raises(ValueError, match=f'affine_side is {affine_side!r}'):
+        PairWrapper(make_model('test_resnet'), make_model('test_vit'), affine_side=affine_side)
+
+
+def test_unknown_width_is_refused():
+    with pytest.raises(ValueError, match=r'model_a \(TinyModel\): the width of its embedding is not known'):
+        PairWrapper(TinyModel(classifier=nn.Conv2d(6, NUM_CLASSES, 1)), make_model('test_vit'))
+
+
+def test_classifier_on_a_feature_map_is_refused():
+    pair = PairWrapper(FourDimensional(), make_model('test_vit'))
+    with pytest.raises(ValueError, match=r'model_a \(FourDimensional\): .* input of shape \(4, 6, 4, 4\)'):
+        pair(images())
+
+
+def test_classifier_that_is_not_called_is_refused():
+    pair = make_pair()
+    pair.model_a.reset_classifier(3)  # past the pair, which hooks the old one
+    with pytest.raises(ValueError, match=r'model_a \(ResNet\): its classifier was not called'):
+        pair(images())
+
+
+# what timm's tools ask of a model
+
+def test_model_that_is_not_timms():
+    pair = PairWrapper(TinyModel(), TinyModel(width=9))
+    output = pair(images())
+    assert output.embed_a.shape == output.embed_b.shape == (4, 6)
+    assert pair.no_weight_decay() == set() and pair.num_classes == NUM_CLASSES
+    assert pair.pretrained_cfg == {}
+
+
+def test_attributes_of_a_model():
+    pair = make_pair()
+    assert pair.num_classes == NUM_CLASSES
+    assert pair.pretrained_cfg is pair.model_a.pretrained_cfg and pair.default_cfg is pair.pretrained_cfg
+    assert timm.data.resolve_model_data_config(pair) == timm.data.resolve_model_data_config(pair.model_a)
+    assert pair.get_classifier() == (pair.model_a.fc, pair.model_b.head)
+
+
+@pytest.mark.parametrize('side', ['a', 'b'])
+def test_channels_last_of_one_branch(side):
+    pair = make_pair('test_resnet', 'test_convnext').eval()
+    want = pair(images())
+    pair.branch(side).to(memory_format=torch.channels_last)
+    pair.parts[side].memory_format = torch.channels_last
+    seen = {}
+    stems = {'a': pair.model_a.conv1[0], 'b': pair.model_b.stem[0]}
+    for name, stem in stems.items():
+        stem.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0]}))
+    for module in (pair, copy.deepcopy(pair)):
+        got = module(images())
+        for name in 'ab':
+            format = torch.channels_last if name == side else torch.contiguous_format
+            assert seen[name].is_contiguous(memory_format=format), name
+        for one, other in zip(got[:4], want[:4], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert copy.deepcopy(pair).parts[side].memory_format is torch.channels_last
+
+
+def test_grad_checkpointing_changes_nothing():
+    pair = make_pair(drop_rate=0.2, drop_path_rate=0.2)
+    other = copy.deepcopy(pair)
+    other.set_grad_checkpointing()
+    assert other.model_a.grad_checkpointing and other.model_b.grad_checkpointing
+    assert not pair.model_a.grad_checkpointing
+    outputs = [seeded(4, module.train(), images()) for module in (pair, other)]
+    for one, two in zip(outputs[0][:4], outputs[1][:4], strict=True):
+        assert torch.equal(one, two)
+    for output in outputs:
+        sum(field.square().sum() for field in output[:4]).backward()
+    for (name, one), two in zip(pair.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(one.grad, two.grad), name
+    other.set_grad_checkpointing(False)
+    assert not other.model_a.grad_checkpointing and not other.model_b.grad_checkpointing
+
+
+def test_reset_classifier_hooks_the_new_one():
+    pair = make_pair()
+    old = pair.model_a.fc
+    pair.reset_classifier(7)
+    assert pair.num_classes == pair.model_b.num_classes == 7
+    assert pair.model_a.fc is not old and pair.parts['a'].classifier is pair.model_a.fc
+    output = pair.eval()(images())
+    assert output.logits_a.shape == output.logits_b.shape == (4, 7)
+    assert output.embed_a.shape == output.embed_b.shape == (4, 96)
+    for side, classifier in (('a', pair.model_a.fc), ('b', pair.model_b.head)):
+        logits, embed, _ = pair.run(side, images())
+        assert torch.equal(F.linear(embed, classifier.weight, classifier.bias), logits)
+        assert len(classifier._forward_pre_hooks) == 1
+    assert nothing_held(pair)
+
+
+def test_no_weight_decay_has_the_branches_prefixes():
+    pair = make_pair('test_vit', DEIT)
+    assert {'model_a.pos_embed', 'model_b.pos_embed', 'model_b.dist_token'} <= pair.no_weight_decay()
+    assert pair.no_weight_decay() == {
+        *(f'model_a.{name}' for name in pair.model_a.no_weight_decay()),
+        *(f'model_b.{name}' for name in pair.model_b.no_weight_decay()),
+    }
+    assert make_pair('test_resnet', 'test_convnext').no_weight_decay() == set()
+
+
+def group_settings(optimizer):
+    """What each parameter gets: {id: (lr_scale, weight decay)}."""
+    return {
+        id(parameter): (group.get('lr_scale', 1.), group['weight_decay'])
+        for group in optimizer.param_groups
+        for parameter in group['params']
+    }
+
+
+PAIRS = {
+    'test_resnet + test_vit': lambda: make_pair(),
+    'test_vit + test_resnet': lambda: make_pair('test_vit', 'test_resnet', affine_side='a'),
+    'test_convnext + test_vit': lambda: make_pair('test_convnext', 'test_vit'),
+    'test_byobnet + deit': lambda: make_pair('test_byobnet', DEIT),
+    'not timm\'s + test_vit': lambda: PairWrapper(TinyModel(), make_model('test_vit')),
+    'resnet18 + vit_tiny': lambda: on_meta('resnet18', 'vit_tiny_patch16_224'),
+    'vit_tiny + resnet18': lambda: on_meta('vit_tiny_patch16_224', 'resnet18'),
+}
+LAYER_DECAYS = [
+    {},
+    {'layer_decay': 0.75},
+    {'layer_decay': 0.75, 'layer_decay_min_scale': 0.3},
+    {'layer_decay': 0.5, 'filter_bias_and_bn': False},
+]
+
+
+def on_meta(name_a, name_b):
+    with torch.device('meta'):
+        return PairWrapper(timm.create_model(name_a), timm.create_model(name_b))
+
+
+@pytest.mark.parametrize('kwargs', LAYER_DECAYS, ids=lambda kwargs: '-'.join(map(str, kwargs.values())) or 'plain')
+@pytest.mark.parametrize('make', PAIRS.values(), ids=PAIRS)
+def test_parameters_get_what_they_get_alone(make, kwargs):
+    pair = make()
+    kwargs = {'lr': 1, 'weight_decay': 0.05, **kwargs}
+    got = group_settings(create_optimizer_v2(pair, 'adamw', **kwargs))
+    want = {}
+    for side in 'ab':
+        want.update(group_settings(create_optimizer_v2(pair.branch(side), 'adamw', **kwargs)))
+    if pair.affine is not None:
+        excluded = kwargs.get('filter_bias_and_bn', True)
+        want[id(pair.affine.weight)] = (1., 0.05)
+        want[id(pair.affine.bias)] = (1., 0. if excluded else 0.05)
+    names = {id(parameter): name for name, parameter in pair.named_parameters()}
+    assert {names[key]: value for key, value in got.items()} == {names[key]: value for key, value in want.items()}
+    assert len(got) == len(names)
+    # Guards the comparison.
+    scales = {scale for scale, _ in got.values()}
+    assert len(scales) > 2 if 'layer_decay' in kwargs else scales == {1.}
+    assert min(scales) >= kwargs.get('layer_decay_min_scale', 0.)
+
+
+def test_layer_decay_of_known_layers():
+    pair = on_meta('resnet18', 'vit_tiny_patch16_224')
+    got = group_settings(create_optimizer_v2(pair, 'adamw', lr=1, weight_decay=0.05, layer_decay=0.75))
+    assert got[id(pair.model_a.layer4[1].conv2.weight)] == (0.75, 0.05)
+    assert got[id(pair.model_a.fc.weight)] == (1., 0.05)
+    assert got[id(pair.model_b.blocks[11].mlp.fc2.weight)] == (0.75, 0.05)
+    assert got[id(pair.model_b.pos_embed)] == (pytest.approx(0.75 ** 13), 0.)
+    assert got[id(pair.affine.weight)] == (1., 0.05)
+
+
+@pytest.mark.parametrize('layer_decay', [None, 0.75])
+def test_named_groups_of_the_script_are_each_branchs_own(layer_decay):
+    pair = make_pair()
+    args = argparse.Namespace(opt_kwargs=None)
+    for side, weight_decay in (('a', 0.1), ('b', 0.05)):
+        for name, value in (
+                ('weight_decay', weight_decay),
+                ('layer_decay', layer_decay),
+                ('layer_decay_min_scale', None),
+                ('layer_decay_no_opt_scale', None),
+        ):
+            setattr(args, f'{name}_{side}', value)
+    groups = param_groups(args, pair, {'a': 0.5, 'b': 0.25})
+    assert {(group['name'][0], group['lr']) for group in groups} == {('a', 0.5), ('b', 0.25)}
+    assert len({group['name'] for group in groups}) == len(groups)
+    got = group_settings(create_optimizer_v2(groups, 'adamw', lr=1))
+    want = {id(pair.affine.weight): (1., 0.05), id(pair.affine.bias): (1., 0.)}
+    for side, weight_decay in (('a', 0.1), ('b', 0.05)):
+        want.update(group_settings(create_optimizer_v2(
+            pair.branch(side), 'adamw', lr=1, weight_decay=weight_decay, layer_decay=layer_decay)))
+    assert got == want
+
+
+# compilation
+
+class Graphs:
+    """A backend that runs the captured graph as it is and counts the graphs."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, graph, example_inputs):
+        self.count += 1
+        return graph.forward
+
+
+@pytest.fixture
+def dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+    torch._dynamo.reset()
+
+
+def compile_branches(pair):
+    graphs = {}
+    for side in pair.sides:
+        graphs[side] = Graphs()
+        pair.parts[side].compile(backend=graphs[side])
+    return graphs
+
+
+@pytest.mark.parametrize('names', [('test_resnet', 'test_vit'), ('test_efficientnet', DEIT)], ids='+'.join)
+def test_compiled_branch_is_one_graph_with_the_same_outputs(names, dynamo):
+    pair = make_pair(*names, drop_rate=0.2, drop_path_rate=0.2)
+    eager = copy.deepcopy(pair)
+    graphs = compile_branches(pair)
+    for side in 'ab':
+        got, want = (seeded(6, module.train().run, side, images()) for module in (pair, eager))
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+        for output in (got, want):
+            (output[0].square().sum() + output[1].square().sum()).backward()
+        for one, two in zip(pair.branch(side).parameters(), eager.branch(side).parameters(), strict=True):
+            torch.testing.assert_close(one.grad, two.grad)
+    assert {side: graphs[side].count for side in 'ab'} == {'a': 1, 'b': 1}
+    assert not counters['graph_break']
+    assert nothing_held(pair)
+    assert list(pair.state_dict()) == list(eager.state_dict())
+    # The bare model is as it was.
+    assert torch.equal(pair.eval().model_a(images()), eager.eval().model_a(images()))
+    assert nothing_held(pair)
+
+
+def test_compiled_pair_gives_its_whole_output(dynamo):
+    pair = make_pair(affine_side='a').eval()
+    want = pair(images())
+    graphs = compile_branches(pair)
+    with torch.no_grad():
+        got = pair(images())
+    assert all(torch.equal(*both) for both in zip(got[:4], want[:4], strict=True))
+    assert graphs['a'].count == graphs['b'].count == 1 and not counters['graph_break']
+
+
+def test_copy_of_a_compiled_pair_starts_uncompiled(dynamo):
+    pair = make_pair().eval()
+    graphs = compile_branches(pair)
+    pair(images())
+    other = copy.deepcopy(pair)
+    assert all(other.parts[side]._compiled is None for side in 'ab')
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    fresh = make_pair().eval()
+    fresh.load_state_dict(other.state_dict())
+    want = fresh(images())
+    counts = [graphs[side].count for side in 'ab']
+    for _ in range(2):  # uncompiled, then compiled for itself
+        assert all(torch.equal(*both) for both in zip(other(images())[:4], want[:4], strict=True))
+        assert [graphs[side].count for side in 'ab'] == counts
+        own = compile_branches(other)
+    other(images())
+    assert own['a'].count == own['b'].count == 1
+    # The original still gives its own.
+    assert torch.equal(pair(images()).logits_a, make_pair().eval()(images()).logits_a)
+    assert [graphs[side].count for side in 'ab'] == counts
+
+
+def test_uses_of_a_run_stay_below_dynamos_limit(dynamo):
+    # Every use that a run has: training, its last batch, validation, its last batch, without and with gradient, by the
+    # pair and by its EMA. Past Dynamo's limit (8 entries a code object) the fixture's setting raises.
+    pair = make_pair(drop_rate=0.1)
+    ema = copy.deepcopy(pair)
+    graphs = [compile_branches(module) for module in (pair, ema)]
+    for _ in range(2):
+        for module in (pair, ema):
+            for num_images in (8, 5, 2):
+                module.train()(images(num_images))
+            for num_images in (8, 6, 3):
+                with torch.no_grad():
+                    module.eval()(images(num_images))
+            module.eval()(images(7))
+    counts = [graph[side].count for graph in graphs for side in 'ab']
+    assert max(counts) < torch._dynamo.config.recompile_limit and not counters['graph_break']
+    want = make_pair().eval()
+    with torch.no_grad():
+        want.load_state_dict(pair.state_dict())
+        torch.testing.assert_close(pair.eval()(images(3)).logits_b, want(images(3)).logits_b)
+    # Nothing new for what was seen.
+    for num_images in (8, 5, 2):
+        pair.train()(images(num_images))
+    assert [graph[side].count for graph in graphs for side in 'ab'] == counts
+
+
+def test_many_pairs_in_one_process_have_limits_of_their_own(dynamo):
+    for seed in range(torch._dynamo.config.recompile_limit + 2):
+        pair = PairWrapper(TinyModel(), None)
+        with torch.no_grad():
+            pair.model_a.head.bias.fill_(seed)
+        graphs = compile_branches(pair)
+        assert torch.equal(pair(images()).logits_a, pair.model_a(images()))
+        assert graphs['a'].count == 1
+
+
+@pytest.mark.slow
+def test_compiled_with_ahead_of_time_autograd(dynamo):
+    pair = make_pair(drop_rate=0.2, drop_path_rate=0.2)
+    eager = copy.deepcopy(pair)
+    for side in 'ab':
+        pair.parts[side].compile(backend='aot_eager')
+        got, want = (seeded(6, module.train().run, side, images()) for module in (pair, eager))
+        torch.testing.assert_close(got[:2], want[:2])
+        for output in (got, want):
+            (output[0].square().mean() + output[1].square().mean()).backward()
+        for one, two in zip(pair.branch(side).parameters(), eager.branch(side).parameters(), strict=True):
+            torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-4)
+    assert not counters['graph_break']
