@@ -233,7 +233,7 @@ def test_affine_layer_on_side_a():
 @pytest.mark.parametrize('affine_side', ['a', 'b'])
 def test_no_affine_layer_for_equal_widths(affine_side):
     pair = make_pair('test_convnext', 'test_vit', affine_side=affine_side)
-    assert pair.affine is None and set(pair.parts) == {'a', 'b'} and 'affine' not in repr(pair)
+    assert pair.affine is None and set(pair.parts) == {'a', 'b'} and 'affine_side' not in repr(pair)
     assert not any(key.startswith('affine') for key in pair.state_dict())
     output = pair(images())
     assert torch.equal(output.embed_a, pair.run('a', images())[1])

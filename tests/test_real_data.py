@@ -1,0 +1,57 @@
+"""Runs on natural images, where TIMM_VPL_DATA names the folder that holds them."""
+import itertools
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_train import rows, torchrun
+from timm.data import ImageDataset, create_transform
+
+from timm_vpl.cli import train
+from timm_vpl.data import _guard_posterize
+
+MODELS = ['--model-a', 'test_convnext', '--model-b', 'test_vit']  # without BatchNorm: equal for any process count
+OPTIONS = [
+    '--img-size', '32', '--val-split', 'test', '--epochs', '3', '--warmup-epochs', '1', '--opt', 'sgd', '--lr', '0.05',
+    '--aa', 'rand-m5-n1', '--reprob', '0', '--workers', '1', '--device', 'cpu', '--no-model-ema',
+    '--checkpoint-hist', '1']
+
+
+@pytest.fixture(scope='session')
+def cifar10(data_root, tmp_path_factory):
+    """A folder with the first 64 (train) and 15 (test) images of each class of CIFAR-10 (JPEG copy)."""
+    root = tmp_path_factory.mktemp('cifar10')
+    counts, wanted = Counter(), {'train': 64, 'test': 15}
+    with tarfile.open(data_root / 'cifar10_jpeg_full.tar.gz') as tar:
+        for member in tar:
+            parts = member.name.removeprefix('./').split('/')
+            if member.isfile() and len(parts) == 3 and counts[tuple(parts[:2])] < wanted[parts[0]]:
+                counts[tuple(parts[:2])] += 1
+                path = root.joinpath(*parts)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(tar.extractfile(member).read())
+    assert len(counts) == 20
+    return root
+
+
+@pytest.mark.parametrize('policy', ['v0', 'rand-m9-mstd0.5-inc1'])
+def test_policies_pass_over_natural_images(data_root, policy):
+    _guard_posterize()
+    dataset = ImageDataset(str(data_root / 'imagenette224_val.tar'))
+    dataset.transform = create_transform(64, is_training=True, auto_augment=policy, use_prefetcher=True)
+    for image, _ in itertools.islice(dataset, 200):
+        assert np.asarray(image).shape == (3, 64, 64)
+    assert isinstance(Image.open(dataset.reader[0][0]), Image.Image)
+
+
+def test_a_pair_learns_cifar10_on_one_process_as_on_two(cifar10, tmp_path):
+    options = [*MODELS, *OPTIONS, '--output', str(tmp_path)]
+    assert train([str(cifar10), *options, '-b', '32', '--experiment', 'one']) == 0
+    torchrun(2, cifar10, *options, '-b', '16', '--experiment', 'two')
+    one, two = rows(tmp_path / 'one'), rows(tmp_path / 'two')
+    assert float(one[-1]['train_ce_a_loss']) < float(one[0]['train_ce_a_loss']) - 0.05
+    assert float(one[-1]['eval_top1_a']) > 15 and [row['stage'] for row in one] == ['1', '2', '2']
+    for name in ('train_loss', 'train_ce_a_loss', 'train_ce_b_loss', 'train_contrastive_loss', 'eval_loss_a'):
+        assert float(two[-1][name]) == pytest.approx(float(one[-1][name]), rel=2e-3), name
