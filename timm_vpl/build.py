@@ -157,7 +157,7 @@ def create_pair(args, data_config: dict[str, Any], device: torch.device) -> Pair
     return pair
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _try_forward(args, pair, input_size):
     """Run each branch once on a blank image, so that a model that can't take the input is named before the run."""
     pair.eval()

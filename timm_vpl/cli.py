@@ -23,7 +23,8 @@ def train(argv: list[str] | None = None, prog: str = 'train_vpl.py') -> int:
         from .train import train  # torch and timm, once the options are known to be good
         train(args)
     except (RunError, UsageError) as e:
-        if int(os.environ.get('RANK', 0)) == 0:
+        # All processes make the same mistake of usage, but a failure may be that of one.
+        if isinstance(e, RunError) or os.environ.get('LOCAL_RANK', '0') == '0':
             print(f'{prog}: error: {e}', file=sys.stderr)
         return e.exit_status
     except KeyboardInterrupt:

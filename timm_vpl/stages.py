@@ -61,26 +61,32 @@ class StageSchedule:
 
 
 class StageHook:
-    """Keep a criterion in the stage of the run, from the number of optimizer updates done.
+    """Keep a criterion in the stage of the run, by epochs or by the number of optimizer updates done.
 
     Args:
-        criterion: Has `set_epoch(epoch)`; if it has `describe()`, a change of what that says is logged.
-        updates_per_epoch: Optimizer updates in an epoch.
+        criterion: Has `set_epoch(epoch)` and `describe()`; a change of what the latter says is logged.
+        updates_per_epoch: Optimizer updates in an epoch; None: `update` has no effect.
+        verbose: Log the changes.
     """
 
-    def __init__(self, criterion, updates_per_epoch: int, verbose: bool = True):
-        if updates_per_epoch < 1:
+    def __init__(self, criterion, updates_per_epoch: int | None = None, verbose: bool = True):
+        if updates_per_epoch is not None and updates_per_epoch < 1:
             raise ValueError(f'updates_per_epoch is {updates_per_epoch}, expected at least 1')
         self.criterion = criterion
         self.updates_per_epoch = updates_per_epoch
         self.verbose = verbose
         self.epoch = None
+        self.update(0)
 
-    def __call__(self, num_updates: int) -> None:
-        epoch = num_updates // self.updates_per_epoch
-        if epoch != self.epoch:
-            self.epoch = epoch
-            before = self.criterion.describe()
-            self.criterion.set_epoch(epoch)
-            if self.verbose and self.criterion.describe() != before:
-                _logger.info(f'Epoch {epoch}: {self.criterion.describe()}')
+    def set_epoch(self, epoch: int) -> None:
+        """Enter an epoch, counted from 0."""
+        before, known = self.criterion.describe(), self.epoch is not None
+        self.epoch = epoch
+        self.criterion.set_epoch(epoch)
+        if self.verbose and known and self.criterion.describe() != before:
+            _logger.info(f'Epoch {epoch}: {self.criterion.describe()}')
+
+    def update(self, num_updates: int) -> None:
+        """Enter the epoch that comes after so many updates."""
+        if self.updates_per_epoch is not None and num_updates // self.updates_per_epoch != self.epoch:
+            self.set_epoch(num_updates // self.updates_per_epoch)

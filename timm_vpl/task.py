@@ -48,19 +48,16 @@ class PairTask(TrainingTask):
         self.criterion = criterion.to(self.device)
         self.streams = streams
         self.num_updates = 0
-        self._stage_hook = None
         # One DistributedDataParallel a part, outside the module tree: a part that a stage does not use is not called,
         # so no step has unused parameters, and the keys of the state_dict stay the pair's.
         self._ddp: dict[str, DistributedDataParallel] = {}
-        if updates_per_epoch is not None:
-            self._stage_hook = StageHook(criterion, updates_per_epoch, verbose=verbose)
-            self._stage_hook(0)
+        self._stage_hook = StageHook(criterion, updates_per_epoch, verbose=verbose)
         if verbose:
             _logger.info(f'{type(self).__name__}: criterion={type(criterion).__name__}, {criterion.describe()}')
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the terms of this epoch, in a loop that counts epochs itself."""
-        self.criterion.set_epoch(epoch)
+        self._stage_hook.set_epoch(epoch)
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> 'PairTask':
         """Wrap each part that has trainable parameters in DistributedDataParallel.
@@ -106,8 +103,7 @@ class PairTask(TrainingTask):
         """
         self.num_updates = self.num_updates + 1 if step is None else step
         super().update_ema(step=step)
-        if self._stage_hook is not None:
-            self._stage_hook(self.num_updates)
+        self._stage_hook.update(self.num_updates)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """Return the number of optimizer updates done, which decides the stage."""
@@ -123,8 +119,7 @@ class PairTask(TrainingTask):
         """Restore the number of updates and with it the stage."""
         if state and not ema:
             self.num_updates = state['num_updates']
-            if self._stage_hook is not None:
-                self._stage_hook(self.num_updates)
+            self._stage_hook.update(self.num_updates)
 
     def clip_groups(self, exclude_head: bool = False) -> dict[str, list[nn.Parameter]]:
         """Return the parameters that share a gradient norm, by branch; the affine layer belongs to branch b."""

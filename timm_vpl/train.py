@@ -62,13 +62,14 @@ def train(args) -> None:
     """Train as the options say; they come from `options.parse_args`."""
     if not logging.getLogger().handlers:
         setup_default_logging()
+    options = recipe_values(args)  # as given, before device and data fill in what was not
     device = init_device(args)
     if args.rank:
         logging.getLogger().setLevel(logging.ERROR)
     try:
-        run = create_run(args, device)
+        run = create_run(args, device, options)
         start_epoch = resume(run) if args.resume else 0
-        fit(run, start_epoch)
+        fit(run, start_epoch if args.start_epoch is None else args.start_epoch)
     finally:
         if args.distributed:
             torch.distributed.destroy_process_group()
@@ -92,8 +93,14 @@ def init_device(args) -> torch.device:
     return device
 
 
-def create_run(args, device: torch.device) -> Run:
-    """Build everything that a run needs, from its options."""
+def create_run(args, device: torch.device, options: dict[str, Any]) -> Run:
+    """Build everything that a run needs.
+
+    Args:
+        args: Options, completed by `init_device`.
+        device: Device of this process.
+        options: Options as given, which the run's folder and checkpoints keep.
+    """
     dataset_train = create_split(args, args.train_split, is_training=True)
     dataset_eval = create_split(args, args.val_split, is_training=False)
     class_names = resolve_classes(args, dataset_train, dataset_eval)
@@ -109,14 +116,13 @@ def create_run(args, device: torch.device) -> Run:
     updates_per_epoch = math.ceil(len(loader_train) / args.grad_accum_steps)
     scheduler, num_epochs = create_scheduler_v2(
         optimizer,
-        **scheduler_kwargs(args, decreasing_metric=args.eval_metric.split('_')[-2:-1] == ['loss']),
+        **scheduler_kwargs(args),
         updates_per_epoch=updates_per_epoch,
     )
     criterion = build.create_criterion(args, num_epochs)
     task = PairTask(
         pair,
         criterion,
-        updates_per_epoch=updates_per_epoch,
         streams=BranchStreams(args.seed, args.rank, device),
         device=device,
         verbose=args.rank == 0,
@@ -153,11 +159,11 @@ def create_run(args, device: torch.device) -> Run:
     if args.eval_metric not in run.columns:
         raise UsageError(f'--eval-metric {args.eval_metric}: expected one of {", ".join(run.columns)}')
     if args.rank == 0:
-        run.output_dir = _create_output_dir(args, data_config)
+        run.output_dir = _create_output_dir(args, data_config, options)
         run.saver = PairCheckpointSaver(
             task,
             optimizer,
-            {**recipe_values(args), 'class_names': class_names, 'data_config': data_config},
+            {**options, 'num_classes': args.num_classes, 'class_names': class_names, 'data_config': data_config},
             pair.sides,
             amp_scaler=run.scaler if run.scaler.is_enabled() else None,
             checkpoint_dir=run.output_dir,
@@ -167,7 +173,7 @@ def create_run(args, device: torch.device) -> Run:
         )
         _log_plan(run, data_config, lrs, updates_per_epoch)
         if args.log_wandb:
-            _start_wandb(args)
+            _start_wandb(args, options)
     return run
 
 
@@ -178,7 +184,7 @@ def _eval_columns(sides, ema) -> list:
     return ['top1', *columns, *(f'ema_{column}' for column in columns if ema)]
 
 
-def _create_output_dir(args, data_config) -> str:
+def _create_output_dir(args, data_config, options) -> str:
     name = args.experiment or '-'.join([
         datetime.now().strftime('%Y%m%d-%H%M%S'),
         args.method,
@@ -190,20 +196,20 @@ def _create_output_dir(args, data_config) -> str:
         # A run of the same name is continued with --resume, never written over.
         output_dir = get_outdir(output, name, inc=not args.resume)
         with open(os.path.join(output_dir, 'args.yaml'), 'w') as f:
-            yaml.safe_dump(recipe_values(args), f, default_flow_style=False)
+            yaml.safe_dump(options, f, default_flow_style=False)
     except (AssertionError, OSError) as e:
         raise UsageError(f'--output {output}: {e}') from e
     return output_dir
 
 
-def _start_wandb(args):
+def _start_wandb(args, options):
     try:
         import wandb
     except ImportError as e:
         raise UsageError("--log-wandb: needs the package wandb (pip install 'timm-vpl[wandb]')") from e
     resume_id = {'id': args.wandb_resume_id, 'resume': 'must'} if args.wandb_resume_id else {}
     wandb.init(
-        project=args.wandb_project, name=args.experiment, config=recipe_values(args), tags=args.wandb_tags, **resume_id)
+        project=args.wandb_project, name=args.experiment, config=options, tags=args.wandb_tags, **resume_id)
 
 
 def _log_plan(run, data_config, lrs, updates_per_epoch):
@@ -250,24 +256,22 @@ def resume(run: Run) -> int:
                 run.scaler.load_state_dict(checkpoint['amp_scaler'])
     except (KeyError, RuntimeError, ValueError) as e:
         raise RunError(f'--resume {args.resume}: does not fit this pair ({str(e).splitlines()[0]})') from e
-    start_epoch = checkpoint['epoch'] + 1 if args.start_epoch is None else args.start_epoch
-    _logger.info(f'Resumed {args.resume}, epoch {start_epoch} comes next')
-    if run.saver is not None:
-        if os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(run.output_dir):
-            run.saver.load_state_dict(checkpoint['saver'])
-        trim_summary(os.path.join(run.output_dir, SUMMARY), start_epoch)
-    return start_epoch
+    _logger.info(f'Resumed {args.resume}, the checkpoint of epoch {checkpoint["epoch"]}')
+    same_folder = run.saver and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(run.output_dir)
+    if same_folder:
+        run.saver.load_state_dict(checkpoint['saver'])
+    return checkpoint['epoch'] + 1
 
 
 def fit(run: Run, start_epoch: int = 0) -> None:
     """Train and validate from `start_epoch` to the end, saving each epoch."""
     args, task, saver = run.args, run.task, run.saver
-    if args.start_epoch is not None:
-        start_epoch = args.start_epoch
     updates_per_epoch = math.ceil(len(run.loader_train) / args.grad_accum_steps)
     if run.scheduler is not None and start_epoch > 0:
         run.scheduler.step(start_epoch)
         run.scheduler.step_update(start_epoch * updates_per_epoch)
+    if saver is not None:
+        trim_summary(os.path.join(run.output_dir, SUMMARY), start_epoch)
     best_metric = best_epoch = None
     metrics: dict[str, float] = {}
     started = time.time()
