@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
+from timm_vpl.checkpoint import read_checkpoint
 from timm_vpl.cli import train
 from timm_vpl.data import DigitsReader, SeededSampler, _guard_posterize, class_names, create_split
-from timm_vpl.errors import UsageError
 from timm_vpl.options import parse_args
 
 MODELS = ['--model-a', 'test_resnet', '--model-b', 'test_vit', '--img-size', '32', '--device', 'cpu', '-j', '0']
@@ -133,7 +133,8 @@ def test_tars(capsys, folder, tmp_path):
             tar.add(folder / split, arcname='.')
     options = ['-b', '8', '--epochs', '1', '--output', str(tmp_path / 'out'), '--no-model-ema', '-j', '1']
     splits = ['--train-split', 'train.tar', '--val-split', 'validation.tar']
-    assert train([*MODELS, str(folder), *options, *splits]) == 0
+    assert train([*MODELS, str(folder), *options, *splits, '--experiment', 'tar']) == 0
+    assert read_checkpoint(str(tmp_path / 'out' / 'tar' / 'last.pth.tar'))['args']['num_classes'] == 4
     assert 'one tar for all splits' in refused(capsys, folder / 'train.tar', *options)
 
 
@@ -171,12 +172,12 @@ def test_unknown_eval_metric(capsys, folder):
     assert 'expected one of top1, loss_a' in refused(capsys, folder, '--eval-metric', 'top9', '-b', 8)
 
 
-def test_sync_bn_needs_a_gpu(capsys, folder, monkeypatch):
-    from timm_vpl import build
-    args = parse_args([*MODELS, str(folder), '--sync-bn'])
-    args.distributed, args.num_classes = True, 4
-    with pytest.raises(UsageError, match='CUDA'):
-        build.create_pair(args, build.resolve_data(args), torch.device('cpu'))
+def test_sync_bn_needs_a_gpu(capsys, folder):
+    assert 'CUDA devices only' in refused(capsys, folder, '--sync-bn', '-b', 1)
+
+
+def test_channels_without_a_mode(capsys, folder):
+    assert 'name another --input-img-mode' in refused(capsys, folder, '--in-chans', 4)
 
 
 @pytest.mark.parametrize('content', [b'', b'no checkpoint at all', b'PK\x03\x04 cut off'])
@@ -189,9 +190,16 @@ def test_unreadable_checkpoint(capsys, folder, tmp_path, content):
 
 def test_checkpoint_of_other_models(capsys, folder, tmp_path):
     path = tmp_path / 'other.pth.tar'
-    torch.save({'state_dict': {'model_a.weight': torch.zeros(1)}, 'epoch': 0}, path)
+    torch.save({'state_dict': {'model_a.weight': torch.zeros(1)}, 'epoch': 0, 'optimizer': {}}, path)
     error = refused(capsys, folder, '--resume', path, '-b', 8, '--output', tmp_path / 'out', status=1)
     assert 'does not fit this pair' in error
+
+
+def test_weights_alone_do_not_resume(capsys, folder, tmp_path):
+    path = tmp_path / 'cleaned.pth.tar'
+    torch.save({'state_dict': {}}, path)
+    error = refused(capsys, folder, '--resume', path, '-b', 8, '--output', tmp_path / 'out', status=1)
+    assert 'no epoch and no optimizer' in error and not (tmp_path / 'out').exists()
 
 
 def test_images_that_can_not_be_decoded_are_skipped(folder, tmp_path, caplog):

@@ -624,11 +624,16 @@ def dynamo():
     torch._dynamo.reset()
 
 
-def quick_pair(**kwargs):
-    """A pair that compiles quickly, of unequal widths, with BatchNorm, dropout and drop path."""
-    model_a = TinyModel()
-    model_a.stem = nn.Sequential(model_a.stem, nn.BatchNorm2d(6), nn.Dropout(kwargs.get('drop_rate', 0.)))
-    return PairWrapper(model_a, make_model('test_vit', depth=1, embed_dim=16, **kwargs))
+def quick_model(width=6, drop_rate=0.):
+    """A model that compiles quickly and is another graph in eval mode."""
+    model = TinyModel(width=width)
+    model.stem = nn.Sequential(model.stem, nn.BatchNorm2d(width), nn.Dropout(drop_rate))
+    return model
+
+
+def quick_pair(drop_rate=0., **kwargs):
+    model_b = make_model('test_vit', depth=1, embed_dim=16, drop_rate=drop_rate, **kwargs)
+    return PairWrapper(quick_model(drop_rate=drop_rate), model_b)
 
 
 def compile_branches(pair):
@@ -725,7 +730,7 @@ def test_uses_of_a_run_with_ema_stay_below_dynamos_limit(dynamo):
 def test_each_branch_has_a_limit_of_its_own(dynamo):
     with torch._dynamo.config.patch(recompile_limit=2):
         for _ in range(2):
-            pair = PairWrapper(TinyModel(), TinyModel(width=7))
+            pair = PairWrapper(quick_model(), quick_model(width=7))
             graphs = compile_branches(pair)
             for mode in (True, False):
                 output = pair.train(mode)(images())

@@ -1,5 +1,6 @@
 """Whole runs of the training command on small real images."""
 import csv
+import logging
 import os
 import subprocess
 import sys
@@ -112,6 +113,30 @@ def test_resumed_run_is_the_uninterrupted_one(digits_folder, tmp_path):
     ] == [{key: value for key, value in row.items() if key not in timed} for row in rows(part)]
     assert [row['stage'] for row in rows(whole)] == ['1', '1', '2']
     assert last(whole)['saver']['best_branches'] == last(part)['saver']['best_branches']
+
+
+def test_resume_auto_and_a_finished_run(digits_folder, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    options = ['--resume', 'auto', '--epochs', '1']
+    folder = run(digits_folder, tmp_path, *options)
+    before = last(folder)
+    assert 'a fresh start' in caplog.text
+    run(digits_folder, tmp_path, *options)
+    assert 'Nothing to train' in caplog.text and len(rows(folder)) == 1
+    assert_equal_weights(before['state_dict'], last(folder)['state_dict'])
+    with open(folder / 'args.yaml') as f:
+        assert 'resume' not in yaml.safe_load(f)
+
+
+def test_stopped_run_is_validated(digits_folder, tmp_path):
+    folder = run(digits_folder, tmp_path, '--stop-epoch', '1', '--val-interval', '2', '--sched', 'none')
+    assert len(rows(folder)) == 1 and float(rows(folder)[0]['eval_top1']) > 0 and (folder / 'best_b.pth.tar').exists()
+
+
+def test_layer_decay_without_a_schedule(digits_folder, tmp_path):
+    folder = run(digits_folder, tmp_path, '--epochs', '1', '--sched', 'none', '--layer-decay', '0.5')
+    groups = last(folder)['optimizer']['param_groups']
+    assert {group['lr'] / group['lr_scale'] for group in groups if 'lr_scale' in group} == {0.001}
 
 
 def test_a_run_of_the_same_name_is_not_written_over(digits_folder, tmp_path):

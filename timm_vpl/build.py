@@ -1,5 +1,6 @@
 """From options to the parts of a run: models, pair, optimizer, criterion, task."""
 import logging
+import re
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ from timm.models import create_model, get_pretrained_cfg
 from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_layer_decay, param_groups_weight_decay
 
 from .criterion import StagedLoss
-from .data import mixup_active
 from .errors import UsageError
 from .methods import METHODS
-from .pair import PairWrapper
+from .options import mixup_active
+from .pair import PairWrapper, classifiers_of
 from .seeding import seed_all
 
 _logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def _create(args, side, name, **kwargs) -> nn.Module:
         return create_model(name, **kwargs)
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
         message = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UsageError(f'--model-{side} {name}: can not be built with {kwargs}: {message}') from e
+        raise UsageError(f'--model-{side} {name}: can not be built: {message}') from e
 
 
 def create_branch(args, side: str, data_config: dict[str, Any]) -> nn.Module:
@@ -115,11 +116,12 @@ def create_branch(args, side: str, data_config: dict[str, Any]) -> nn.Module:
 
 @torch.no_grad()
 def _initialize_head(model, scale, bias):
-    if scale is not None:
-        model.get_classifier().weight.mul_(scale)
-        model.get_classifier().bias.mul_(scale)
-    if bias is not None:
-        nn.init.constant_(model.get_classifier().bias, bias)
+    for layer in (module for head in classifiers_of(model) for module in head.modules() if hasattr(module, 'weight')):
+        if scale is not None:
+            for parameter in layer.parameters(recurse=False):
+                parameter.mul_(scale)
+        if bias is not None and layer.bias is not None:
+            nn.init.constant_(layer.bias, bias)
 
 
 def create_pair(args, data_config: dict[str, Any], device: torch.device) -> PairWrapper:
@@ -128,10 +130,15 @@ def create_pair(args, data_config: dict[str, Any], device: torch.device) -> Pair
     Raises:
         UsageError: A model can't be built or can't be a branch, or BatchNorm would see one image.
     """
+    sync_bn = args.sync_bn and args.distributed
+    if args.sync_bn and device.type != 'cuda':
+        raise UsageError(f'--sync-bn: torch has it on CUDA devices only, this is {device.type}')
+    if args.sync_bn and not args.distributed:
+        _logger.warning('--sync-bn: no effect with one process')
     models = {side: create_branch(args, side, data_config) for side in args.sides}
     for side, model in models.items():
         batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-        if batch_norm and args.batch_size == 1 and not args.sync_bn:
+        if batch_norm and args.batch_size == 1 and not sync_bn:
             raise UsageError(f'--batch-size 1: --model-{side} {getattr(args, f"model_{side}")} has BatchNorm, which '
                              f'needs at least 2 images a process')
     seed_all(args.seed, 'init', 'affine')
@@ -145,15 +152,13 @@ def create_pair(args, data_config: dict[str, Any], device: torch.device) -> Pair
             model.to(memory_format=torch.channels_last)
             pair.parts[side].memory_format = torch.channels_last
     pair.to(device)
-    if args.sync_bn and args.distributed:
-        if device.type != 'cuda':
-            raise UsageError(f'--sync-bn: torch has it on CUDA devices only, this is {device.type}')
+    if sync_bn:
         for side in pair.sides:
             nn.SyncBatchNorm.convert_sync_batchnorm(pair.branch(side))
-    if 'b' in models and 'a' in models and _is_transformer(models['a']) and not _is_transformer(models['b']):
+    if len(models) == 2 and _has_attention(models['a']) and not _has_attention(models['b']):
         _logger.warning(
-            f'--model-a {args.model_a} is a transformer and --model-b {args.model_b} is not: the paper has the CNN as '
-            f'a and the transformer as b, here their roles are swapped')
+            f'--model-a {args.model_a} has attention and --model-b {args.model_b} has not: the paper has the CNN as a '
+            f'and the transformer as b, here their roles are swapped')
     return pair
 
 
@@ -170,12 +175,9 @@ def _try_forward(args, pair, input_size):
                 f'{(str(e).strip() or type(e).__name__).splitlines()[0]}') from e
 
 
-def _is_transformer(model) -> bool:
-    """Return whether a model is built of attention blocks rather than convolutions."""
-    attention = sum('attention' in type(module).__name__.lower() or type(module).__name__ == 'Attention'
-                    for module in model.modules())
-    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    return attention > 0 and attention * 2 > convolutions
+def _has_attention(model) -> bool:
+    """Return whether a model mixes positions by attention, by the names that timm's modules have."""
+    return any(re.search('attn|attention|xca|gpsa', type(module).__name__, re.IGNORECASE) for module in model.modules())
 
 
 def learning_rates(args) -> dict[str, float]:
@@ -238,6 +240,8 @@ def create_optimizer(args, pair: PairWrapper, lrs: dict[str, float]) -> torch.op
         optimizer = create_optimizer_v2(param_groups(args, pair, lrs), lr=max(lrs.values()), **kwargs)
     except (AssertionError, TypeError, ValueError) as e:
         raise UsageError(f'--opt {args.opt}: {e}') from e
+    if getattr(optimizer, 'is_second_order', False):
+        raise UsageError(f'--opt {args.opt}: not available, fused attention and the gather have no second derivative')
     clips = [key for key in ('max_grad_norm', 'grad_clip_norm') if optimizer.defaults.get(key)]
     if clips and len(pair.sides) > 1:
         _logger.warning(

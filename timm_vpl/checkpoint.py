@@ -108,7 +108,8 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         raise RunError(
             f'{path}: refused, it is not a checkpoint of tensors and plain types ({_first_line(e)})') from e
     except (OSError, EOFError, RuntimeError, ValueError, KeyError) as e:
-        raise RunError(f'{path}: not a readable checkpoint ({_first_line(e)})') from e
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        raise RunError(f'{path} ({size} bytes): truncated, or not a checkpoint ({_first_line(e)[:80]})') from e
     if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
         raise RunError(f"{path}: not a training checkpoint, it has no 'state_dict'")
     return checkpoint

@@ -23,12 +23,11 @@ def train(argv: list[str] | None = None, prog: str = 'train_vpl.py') -> int:
         from .train import train  # torch and timm, once the options are known to be good
         train(args)
     except (RunError, UsageError) as e:
-        # All processes make the same mistake of usage, but a failure may be that of one.
-        if isinstance(e, RunError) or os.environ.get('LOCAL_RANK', '0') == '0':
-            print(f'{prog}: error: {e}', file=sys.stderr)
+        print(f'{prog}: error: {e}', file=sys.stderr)
         return e.exit_status
     except KeyboardInterrupt:
-        print(f'{prog}: interrupted; the checkpoints of the epochs before are kept', file=sys.stderr)
+        if os.environ.get('LOCAL_RANK', '0') == '0':
+            print(f'{prog}: interrupted; checkpoints of completed epochs are kept', file=sys.stderr)
         return 130
     return 0
 

@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from . import losses
-from .options import DEFAULT_TAU
-from .pair import SIDES, PairOutput
+from .names import DEFAULT_TAU, SAME_CLASS, SIDES, SIMILARITIES
+from .pair import PairOutput
 from .stages import StageSchedule
 
 
@@ -70,7 +70,7 @@ class StagedLoss(nn.Module):
         """Return the unweighted terms that are on, and 'loss', their weighted sum."""
         if self._epoch is None:
             warnings.warn(
-                f'{type(self).__name__}.set_epoch() was never called: the terms of epoch 0 are used', stacklevel=2)
+                f'{type(self).__name__}.set_epoch() was never called: the terms of epoch 0 are used', stacklevel=4)
             self._epoch = 0
         logits = next(output[SIDES.index(side)] for side in SIDES if output[SIDES.index(side)] is not None)
         if len(target) != len(logits):
@@ -147,10 +147,10 @@ class VPLLoss(StagedLoss):
             if not math.isfinite(value) or value <= 0:
                 raise ValueError(f'{name} is {value}, expected a finite number above 0')
         for name, value, choices in (
-                ('similarity', similarity, losses.SIMILARITIES),
+                ('similarity', similarity, SIMILARITIES),
                 ('contrastive_to', contrastive_to, (*SIDES, 'both')),
                 ('kl_to', kl_to, (*SIDES, 'both')),
-                ('same_class', same_class, losses.SAME_CLASS),
+                ('same_class', same_class, SAME_CLASS),
         ):
             if value not in choices:
                 raise ValueError(f'{name} is {value!r}, expected one of {choices}')
@@ -195,12 +195,12 @@ class VPLLoss(StagedLoss):
     def terms(self, output: PairOutput, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the unweighted terms that are on, and 'loss', their weighted sum."""
         values = super().terms(output, target)
-        if not self.uses_embeddings and self._communicates():
+        if not self.uses_embeddings and self._distributed():
             values['loss'] = losses.keep_in_graph(values['loss'], output.embed_a, output.embed_b)
         return values
 
-    def _communicates(self) -> bool:
-        return self.training and torch.is_grad_enabled() and dist.is_initialized() and dist.get_world_size() > 1
+    def _distributed(self) -> bool:
+        return self.training and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
 
     def _contrastive(self, output, target):
         embed_a, embed_b = (self._embed(output, side) for side in SIDES)
@@ -211,7 +211,7 @@ class VPLLoss(StagedLoss):
         if output.sample_ids is not None and output.sample_ids.shape != embed_a.shape[:1]:
             raise ValueError(
                 f'sample_ids has shape {tuple(output.sample_ids.shape)}, expected ({len(embed_a)},), one an image')
-        gather = self.gather and self._communicates()
+        gather = self.gather and self._distributed() and dist.get_world_size() > 1
         if gather:
             self._check_rows(len(embed_a), embed_a.device)
         return losses.contrastive(
@@ -228,6 +228,8 @@ class VPLLoss(StagedLoss):
     def _embed(self, output, side):
         """Return a side's embedding with the gradient that it may have."""
         embed, stopped = getattr(output, f'embed_{side}'), getattr(output, f'stopped_{side}')
+        if embed is None:
+            raise ValueError(f'embed_{side} is None, the contrastive term needs it (pair(x) with project=True)')
         if self.contrastive_to in (side, 'both'):
             return embed
         return embed.detach() if stopped is None else stopped

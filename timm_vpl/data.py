@@ -15,6 +15,7 @@ from timm.data.readers.reader import Reader
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from .errors import RunError, UsageError
+from .options import mixup_active
 from .seeding import seed_all
 
 _logger = logging.getLogger(__name__)
@@ -27,11 +28,13 @@ class DigitsReader(Reader):
     """The 1,797 handwritten digits that come with the package, for timm's ImageDataset.
 
     Args:
-        split: 'train' (1,437 images) or anything else for 'validation' (360).
+        split: 'train' (1,437 images) or 'validation' (360).
     """
 
     def __init__(self, split: str = 'train'):
         super().__init__()
+        if split not in ('train', 'validation'):
+            raise ValueError(f"split is {split!r}, expected 'train' or 'validation'")
         with np.load(Path(__file__).parent / 'assets' / 'digits.npz', allow_pickle=False) as archive:
             part = slice(_DIGITS_TRAIN) if split == 'train' else slice(_DIGITS_TRAIN, None)
             self.images, self.labels = archive['images'][part], archive['labels'][part]
@@ -57,6 +60,13 @@ def create_split(args, split: str, is_training: bool) -> Dataset:
     """
     in_chans = args.input_size[0] if args.input_size else args.in_chans or 3
     img_mode = args.input_img_mode or ('L' if in_chans == 1 else 'RGB')
+    try:
+        bands = len(Image.new(img_mode, (1, 1)).getbands())
+    except ValueError as e:
+        raise UsageError(f'--input-img-mode {img_mode}: not an image mode (L, RGB, RGBA, CMYK, ...)') from e
+    if bands != in_chans:
+        raise UsageError(
+            f'--in-chans {in_chans}: images of mode {img_mode} have {bands}; name another --input-img-mode')
     if args.dataset == DIGITS:
         return ImageDataset('', reader=DigitsReader(split), input_img_mode=img_mode)
     where = f'--data-dir {args.data_dir}' if args.data_dir else f'--dataset {args.dataset}'
@@ -82,7 +92,7 @@ def create_split(args, split: str, is_training: bool) -> Dataset:
         raise UsageError(f'{where}: split {split!r} could not be read: {e}') from e
     if args.dataset.lower() in ('', 'torch/folder', 'torch/image_folder'):
         source = getattr(dataset, 'reader', dataset)
-        _check_folder(source.class_to_idx, Path(source.root), Path(args.data_dir), split, is_training)
+        _check_folder(_class_to_idx(source), Path(source.root), Path(args.data_dir), split, is_training)
     return dataset
 
 
@@ -105,9 +115,14 @@ def _check_folder(class_to_idx, root, data_dir, split, is_training):
                     f'--data-dir: class folder {entry} holds no image; remove it from every split or fill it')
 
 
+def _class_to_idx(source) -> dict[str, int] | None:
+    """Return the classes of one of timm's readers (of tars by another name), or of a torchvision data set."""
+    return getattr(source, 'class_to_idx', None) or getattr(source, 'class_name_to_idx', None)
+
+
 def class_names(dataset) -> list[str] | None:
     """Return the names of a data set's classes in the order of their indices, None where it has no names."""
-    class_to_idx = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
+    class_to_idx = _class_to_idx(getattr(dataset, 'reader', dataset))
     return [str(name) for name, _ in sorted(class_to_idx.items(), key=lambda item: item[1])] if class_to_idx else None
 
 
@@ -123,7 +138,9 @@ def resolve_classes(args, dataset_train, dataset_eval) -> list[str] | None:
         raise UsageError(
             f'--data-dir: {len(names)} classes in {args.train_split!r} and {len(eval_names)} in {args.val_split!r} '
             f'are not the same (only in the first: {missing}, only in the second: {extra}), so labels would disagree')
-    if names and args.num_classes is None:
+    if args.num_classes is None:
+        if not names:
+            raise UsageError('--num-classes: needed, the data set does not name its classes')
         args.num_classes = len(names)
     if names and len(names) > args.num_classes:
         raise UsageError(f'--num-classes {args.num_classes}: the data has {len(names)} classes')
@@ -310,12 +327,8 @@ def read(loader):
     except RuntimeError as e:
         if 'consecutive samples' not in str(e):
             raise
-        raise RunError(f'data: {str(e).strip().splitlines()[-1]}; the warnings above name the first of them') from e
-
-
-def mixup_active(args) -> bool:
-    """Return whether mixup or cutmix is on, so that targets are soft."""
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+        message = str(e).strip().splitlines()[-1].removeprefix('RuntimeError: ')
+        raise RunError(f'data: {message}; the warnings above name them') from e
 
 
 def create_train_loader(args, dataset, data_config: dict, device: torch.device) -> TrainLoader:

@@ -6,9 +6,7 @@ All take float32 or float64 tensors. Stop-gradients are the caller's: a term mov
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-
-SIMILARITIES = ('cosine', 'dot')
-SAME_CLASS = ('negative', 'ignore', 'positive')
+from torch.autograd.function import once_differentiable
 
 # An embedding shorter than this has no direction: its similarity to all others is 0, without a gradient.
 _MIN_NORM = 1e-4
@@ -22,7 +20,14 @@ def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     Args:
         logits: z (N, C).
         target: Class indices (N,) or distributions y (N, C).
+
+    Raises:
+        ValueError: The target has another shape.
     """
+    expected = logits.shape if target.is_floating_point() else logits.shape[:1]
+    if target.shape != expected:
+        raise ValueError(f'target has shape {tuple(target.shape)} and type {target.dtype}, expected class indices '
+                         f'{tuple(logits.shape[:1])} or distributions {tuple(logits.shape)}')
     return F.cross_entropy(logits, target.to(logits.dtype) if target.is_floating_point() else target)
 
 
@@ -136,6 +141,7 @@ class _Gather(torch.autograd.Function):
         return _gather(torch.cat([a, b], dim=1)).tensor_split([a.shape[1]], dim=1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         wanted = [i for i in range(2) if ctx.needs_input_grad[i]]
         total = torch.cat([grads[i] for i in wanted], dim=1)
@@ -154,9 +160,10 @@ class _InGraph(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loss, *unused):
         ctx.save_for_backward(*unused)
-        return loss.view_as(loss)
+        return loss.clone()  # not a view: loops divide a loss in place
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return (grad, *(torch.zeros_like(tensor) for tensor in ctx.saved_tensors))
 

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from fractions import Fraction
@@ -22,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+from .names import DEFAULT_TAU, SAME_CLASS, SIDES, SIMILARITIES
 
-__all__ = ['build_parser', 'options_markdown', 'parse_args', 'recipe_path', 'recipe_values', 'timm_model_names']
+__all__ = [
+    'build_parser', 'mixup_active', 'options_markdown', 'parse_args', 'recipe_path', 'recipe_values',
+    'timm_model_names']
 
 _logger = logging.getLogger('timm_vpl')
-
-SIDES = ('a', 'b')
-DEFAULT_TAU = 0.2  # not given in the paper
 
 # The number of models that each method trains.
 METHODS = {'vpl': 2, 'solo': 1}
@@ -281,14 +282,14 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
     add('--tau', DEFAULT_TAU, 'temperature of the contrastive term (not given in the paper)', type=POSITIVE)
     add('--rho', 1., 'temperature of the KL term (not given in the paper)', type=POSITIVE)
     add('--similarity', 'cosine', 'dot product of two embeddings with (cosine) or without (dot) L2 normalisation '
-        '(paper: dot product, normalisation not given)', choices=['cosine', 'dot'])
+        '(paper: dot product, normalisation not given)', choices=SIMILARITIES)
     add('--contrastive-to', 'b', 'branch that learns from the contrastive term (paper: b; Table 7, Bi: both)',
         choices=['a', 'b', 'both'])
     add('--kl-to', 'a', 'branch that learns from the KL term (paper: a; Table 7, Bi: both)', choices=['a', 'b', 'both'])
     add('--contrastive-weight', 1., 'weight of the contrastive term (paper: 1)', type=NON_NEGATIVE)
     add('--kl-weight', 1., 'weight of the KL term (paper: 1)', type=NON_NEGATIVE)
     add('--same-class', 'negative', "other images of the anchor's class in the contrastive term (paper: negative)",
-        choices=['negative', 'ignore', 'positive'])
+        choices=SAME_CLASS)
     add('--affine-side', 'b', 'branch whose embedding the affine layer maps to the width of the other (not given in '
         'the paper)', choices=list(SIDES))
     add('--gather', True, 'take the negatives of all processes, not the own ones only (not given in the paper)')
@@ -314,7 +315,8 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
     add_branch('--pretrained', False, 'start with the pretrained weights of the model')
     add_branch('--pretrained-path', None, 'file to read the pretrained weights from, head adapted', metavar='PATH')
     add_branch('--initial-checkpoint', '', 'file to read the initial weights from, head as it is', metavar='PATH')
-    add('--resume', '', 'continue the run of this checkpoint', metavar='PATH')
+    add('--resume', '', 'continue the run of this checkpoint; auto: the last one of --experiment, if it has one',
+        metavar='PATH')
     add('--no-resume-opt', False, 'do not resume the state of the optimizer')
     add('--num-classes', None, 'number of classes', shown="the data set's", type=COUNT)
     add_branch('--gp', None, 'global pooling: fast, avg, max, avgmax, ...', shown="the model's", metavar='POOL')
@@ -597,12 +599,16 @@ def _load_recipe(parser: OptionParser, path: Path) -> dict[str, Any]:
     return given
 
 
+# Where a run starts and which files its options came from: not part of what it is.
+_NOT_IN_A_RECIPE = ('config', 'data', 'local_rank', 'resume', 'no_resume_opt', 'start_epoch', 'wandb_resume_id')
+
+
 def recipe_values(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of a run as a flat dict that, dumped as YAML, is a recipe of the same run (`args.yaml`)."""
     presets = build_parser().presets
     return {
         dest: value for dest, value in vars(args).items()
-        if dest in presets and dest not in ('config', 'data', 'local_rank') and value is not None
+        if dest in presets and dest not in _NOT_IN_A_RECIPE and value is not None
     }
 
 
@@ -639,6 +645,8 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = 'train_vpl.py') ->
     except UsageError as error:
         if _speaks():
             print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        else:
+            time.sleep(2)  # torchrun ends all processes when the first ends; let the one that speaks be it
         raise SystemExit(error.exit_status) from None
 
 
@@ -683,12 +691,18 @@ def _check(args: argparse.Namespace) -> None:
     _check_data(args)
     for dest in ('resume', 'initial_checkpoint_a', 'initial_checkpoint_b', 'pretrained_path_a', 'pretrained_path_b'):
         path = getattr(args, dest)
-        if path and not os.path.isfile(path):
+        if path and not os.path.isfile(path) and (dest, path) != ('resume', 'auto'):
             raise UsageError(f'{_flag(dest)} {path}: no such file')
+    if args.resume == 'auto' and not args.experiment:
+        raise UsageError("--resume auto needs --experiment NAME: without it a run's folder has a new name each time")
+    for dest in ('scale', 'ratio', 'cutmix_minmax'):
+        values = getattr(args, dest)
+        if values and values[0] > values[1]:
+            raise UsageError(f'{_flag(dest)} {_show(values)}: the first is larger than the second')
     # The decimals as written: 33.4 + 66.6 is 100.
     if Fraction(str(args.x)) + Fraction(str(args.y)) > 100:
         raise UsageError(f'--x {args.x:g} and --y {args.y:g} add up to more than 100 percent of the epochs')
-    if _mixes(args) and args.batch_size % 2:
+    if mixup_active(args) and args.batch_size % 2:
         raise UsageError(f'--batch-size {args.batch_size} is odd, --mixup and --cutmix need an even one')
     if args.sched == 'plateau' and args.sched_on_updates:
         raise UsageError('--sched plateau follows the validation, it has no --sched-on-updates')
@@ -754,9 +768,16 @@ def _is_renamed(name: str) -> bool:
 def _check_data(args: argparse.Namespace) -> None:
     kind, slash, name = args.dataset.partition('/')
     kind, place = kind.lower(), args.data_dir
+    if args.train_split == args.val_split:
+        raise UsageError(f'--train-split and --val-split are both {args.val_split}, which validates on training images')
+    if args.class_map and not any(
+            os.path.exists(path) for path in (args.class_map, os.path.join(place or '', args.class_map))):
+        raise UsageError(f'--class-map {args.class_map}: no such file')
     if args.dataset == 'digits':
         if place:
             raise UsageError(f'--dataset digits comes with the package, but a folder is given: {place}')
+        if (args.train_split, args.val_split) != ('train', 'validation'):
+            raise UsageError('--train-split and --val-split: the digits have the splits train and validation')
     elif args.dataset and not (kind in DATASET_KINDS and name):
         kinds = ', '.join(f'{kind}/NAME' for kind in DATASET_KINDS)
         raise UsageError(f'--dataset {args.dataset} is not one of digits, {kinds}; leave it out for a folder or .tar')
@@ -773,7 +794,8 @@ def _check_data(args: argparse.Namespace) -> None:
         raise UsageError(f"data {place} is not a folder{'' if kind else ' or .tar'}")
 
 
-def _mixes(args: argparse.Namespace) -> bool:
+def mixup_active(args: argparse.Namespace) -> bool:
+    """Return whether mixup or cutmix is on, so that targets are soft."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
@@ -806,7 +828,7 @@ WITHOUT_EFFECT = (
     (_AUGMENTATION, '--no-aug turns off all augmentation', lambda args: args.no_aug),
     (('remode', 'recount', 'resplit'), '--reprob is 0', lambda args: args.reprob == 0),
     (('mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch'), '--mixup and --cutmix are off',
-     lambda args: not _mixes(args)),
+     lambda args: not mixup_active(args)),
     (('bce_sum', 'bce_target_thresh', 'bce_pos_weight'), '--bce-loss is off', lambda args: not args.bce_loss),
     (('wandb_project', 'wandb_tags', 'wandb_resume_id'), '--log-wandb is off', lambda args: not args.log_wandb),
 )

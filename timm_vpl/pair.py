@@ -8,7 +8,7 @@ import torch.nn as nn
 from timm.models import group_parameters
 from timm.optim import auto_group_layers
 
-SIDES = ('a', 'b')
+from .names import SIDES
 
 
 class PairOutput(NamedTuple):
@@ -51,7 +51,8 @@ class Branch(nn.Module):
 
     def tap_classifier(self) -> None:
         """Hook the model's classifier, at construction and again after a classifier was replaced."""
-        self.classifier = _classifier_of(self.model, self.side)
+        self.heads = classifiers_of(self.model, f'model_{self.side}')
+        self.classifier = self.heads[0]  # the class token's, where there are several
         self.classifier.register_forward_pre_hook(self._tap)
 
     @property
@@ -72,8 +73,10 @@ class Branch(nn.Module):
         if self.memory_format is not None:
             input = input.contiguous(memory_format=self.memory_format)
         self._tapping = True
-        output = self.model(input)
-        embed, self._embed, self._tapping = self._embed, None, False
+        try:
+            output = self.model(input)
+        finally:
+            embed, self._embed, self._tapping = self._embed, None, False
         logits, dist_logits = output if isinstance(output, (tuple, list)) else (output, None)
         if embed is None or embed.ndim != 2:
             found = 'was not called' if embed is None else f'got an input of shape {tuple(embed.shape)}'
@@ -224,17 +227,20 @@ class PairWrapper(nn.Module):
         return lambda name: numbers.get(name, last)
 
 
-def _classifier_of(model, side):
-    """Return the module whose input is the embedding, of several heads the first (the class token's)."""
-    name = f'model_{side} ({type(model).__name__})'
+def classifiers_of(model: nn.Module, name: str = 'the model') -> list[nn.Module]:
+    """Return the classifiers of a model, one for each of its heads.
+
+    Raises:
+        ValueError: It has none.
+    """
+    name = f'{name} ({type(model).__name__})'
     if not hasattr(model, 'get_classifier'):
         raise ValueError(f'{name}: has no get_classifier(), a branch is a timm model or has its methods')
     classifier = model.get_classifier()
-    if isinstance(classifier, (tuple, list, nn.ModuleList)):
-        classifier = classifier[0]
-    if not isinstance(classifier, nn.Module) or isinstance(classifier, nn.Identity):
+    classifiers = list(classifier) if isinstance(classifier, (tuple, list, nn.ModuleList)) else [classifier]
+    if not isinstance(classifiers[0], nn.Module) or isinstance(classifiers[0], nn.Identity):
         raise ValueError(f'{name}: has no classifier (num_classes=0?), a branch needs one')
-    return classifier
+    return classifiers
 
 
 def _layers_of(model, coarse):

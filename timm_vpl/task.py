@@ -126,8 +126,9 @@ class PairTask(TrainingTask):
         pair = unwrap_model(self.trainable_module)
         groups = {}
         for side in pair.sides:
-            head = set(pair.parts[side].classifier.parameters()) if exclude_head else ()
-            groups[side] = [parameter for parameter in pair.branch(side).parameters() if parameter not in head]
+            heads = pair.parts[side].heads if exclude_head else []
+            excluded = {parameter for head in heads for parameter in head.parameters()}
+            groups[side] = [parameter for parameter in pair.branch(side).parameters() if parameter not in excluded]
         if pair.affine is not None:
             groups['b'] += pair.affine.parameters()
         return groups

@@ -32,6 +32,7 @@ from .validation import evaluate
 
 _logger = logging.getLogger('train')
 
+OUTPUT = './output/train'
 SUMMARY = 'summary.csv'
 
 
@@ -48,6 +49,7 @@ class Run:
     autocast: Callable
     loader_train: TrainLoader
     loader_eval: Any
+    updates_per_epoch: int
     columns: list
     saver: PairCheckpointSaver | None = None
     output_dir: str | None = None
@@ -67,12 +69,38 @@ def train(args) -> None:
     if args.rank:
         logging.getLogger().setLevel(logging.ERROR)
     try:
-        run = create_run(args, device, options)
-        start_epoch = resume(run) if args.resume else 0
+        with agreement(args):
+            checkpoint = find_checkpoint(args)
+            run = create_run(args, device, options)
+            start_epoch = resume(run, checkpoint) if checkpoint else 0
+        if args.distributed:
+            run.task.prepare_distributed(
+                device_ids=[args.local_rank] if device.type == 'cuda' else None,
+                broadcast_buffers=not args.no_ddp_bb,
+            )
         fit(run, start_epoch if args.start_epoch is None else args.start_epoch)
     finally:
         if args.distributed:
             torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def agreement(args):
+    """Let an error of one process end all of them, with one line; no collective may run inside."""
+    error = None
+    try:
+        yield
+    except (RunError, UsageError) as e:
+        error = e
+    errors = [error]
+    if args.distributed:
+        errors = [None] * args.world_size
+        torch.distributed.all_gather_object(errors, error)
+    first = next((e for e in errors if e is not None), None)
+    if first is not None:
+        if args.rank:
+            raise SystemExit(first.exit_status)
+        raise first
 
 
 def init_device(args) -> torch.device:
@@ -104,7 +132,6 @@ def create_run(args, device: torch.device, options: dict[str, Any]) -> Run:
     dataset_train = create_split(args, args.train_split, is_training=True)
     dataset_eval = create_split(args, args.val_split, is_training=False)
     class_names = resolve_classes(args, dataset_train, dataset_eval)
-    args.num_classes = args.num_classes or 1000
     data_config = build.resolve_data(args)
 
     pair = build.create_pair(args, data_config, device)
@@ -119,6 +146,9 @@ def create_run(args, device: torch.device, options: dict[str, Any]) -> Run:
         **scheduler_kwargs(args),
         updates_per_epoch=updates_per_epoch,
     )
+    if scheduler is None:
+        for group in optimizer.param_groups:  # timm leaves the scale of a layer to the scheduler
+            group['lr'] *= group.get('lr_scale', 1.)
     criterion = build.create_criterion(args, num_epochs)
     task = PairTask(
         pair,
@@ -134,13 +164,9 @@ def create_run(args, device: torch.device, options: dict[str, Any]) -> Run:
             device=torch.device('cpu') if args.model_ema_force_cpu else None,
         )
     if args.torchcompile:
+        _check_compile(args)
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
-    if args.distributed:
-        task.prepare_distributed(
-            device_ids=[args.local_rank] if device.type == 'cuda' else None,
-            broadcast_buffers=not args.no_ddp_bb,
-        )
 
     amp_dtype = torch.float16 if args.amp_dtype == 'float16' else torch.bfloat16
     run = Run(
@@ -154,6 +180,7 @@ def create_run(args, device: torch.device, options: dict[str, Any]) -> Run:
         autocast=partial(torch.autocast, device.type, dtype=amp_dtype) if args.amp else contextlib.nullcontext,
         loader_train=loader_train,
         loader_eval=loader_eval,
+        updates_per_epoch=updates_per_epoch,
         columns=_eval_columns(pair.sides, ema=args.model_ema and not args.model_ema_force_cpu),
     )
     if args.eval_metric not in run.columns:
@@ -171,10 +198,19 @@ def create_run(args, device: torch.device, options: dict[str, Any]) -> Run:
             decreasing='loss' in args.eval_metric,
             max_history=args.checkpoint_hist,
         )
-        _log_plan(run, data_config, lrs, updates_per_epoch)
+        _log_plan(run, data_config, lrs)
         if args.log_wandb:
             _start_wandb(args, options)
     return run
+
+
+def _check_compile(args):
+    for flag, value, known in (
+            ('--torchcompile', args.torchcompile, torch.compiler.list_backends(exclude_tags=())),
+            ('--torchcompile-mode', args.torchcompile_mode, [None, *torch._inductor.list_mode_options()]),
+    ):
+        if value not in known:
+            raise UsageError(f'{flag} {value}: expected one of {", ".join(filter(None, known))}')
 
 
 def _eval_columns(sides, ema) -> list:
@@ -191,10 +227,12 @@ def _create_output_dir(args, data_config, options) -> str:
         *(safe_model_name(getattr(args, f'model_{side}')) for side in args.sides),
         str(data_config['input_size'][-1]),
     ])
-    output = args.output or './output/train'
+    output = args.output or OUTPUT
     try:
         # A run of the same name is continued with --resume, never written over.
         output_dir = get_outdir(output, name, inc=not args.resume)
+        if args.resume and not args.experiment:
+            _logger.info(f'New folder {output_dir}: --output and --experiment continue in the old one')
         with open(os.path.join(output_dir, 'args.yaml'), 'w') as f:
             yaml.safe_dump(options, f, default_flow_style=False)
     except (AssertionError, OSError) as e:
@@ -212,7 +250,7 @@ def _start_wandb(args, options):
         project=args.wandb_project, name=args.experiment, config=options, tags=args.wandb_tags, **resume_id)
 
 
-def _log_plan(run, data_config, lrs, updates_per_epoch):
+def _log_plan(run, data_config, lrs):
     args, criterion = run.args, run.task.criterion
     for side in run.pair.sides:
         count = sum(parameter.numel() for parameter in run.pair.branch(side).parameters())
@@ -223,7 +261,7 @@ def _log_plan(run, data_config, lrs, updates_per_epoch):
             f'Affine layer on side {run.pair.affine_side}: {run.pair.affine.in_features} -> '
             f'{run.pair.affine.out_features}')
     _logger.info(
-        f'Input {data_config["input_size"]}, {args.num_classes} classes, {updates_per_epoch} updates an epoch, '
+        f'Input {data_config["input_size"]}, {args.num_classes} classes, {run.updates_per_epoch} updates an epoch, '
         f'{run.num_epochs} epochs, device {run.device}, {args.world_size} process(es), '
         f'{torch.get_num_threads()} CPU thread(s)')
     negatives = args.batch_size * (args.world_size if getattr(criterion, 'gather', False) else 1)
@@ -232,20 +270,43 @@ def _log_plan(run, data_config, lrs, updates_per_epoch):
             f'Gradient accumulation: the contrastive term sees the {negatives} images of a micro-batch, not the '
             f'{negatives * args.grad_accum_steps} of an update')
     each = checkpoint_bytes(run.task, run.optimizer)
-    files = args.checkpoint_hist + 2 + len(run.pair.sides)  # history, last, model_best, a best for each branch
+    # History, last, a best for each branch, one being written; recovery checkpoints; milestones.
+    files = args.checkpoint_hist + 2 + len(run.pair.sides)
+    files += 2 * bool(args.recovery_interval) + len(args.save_epochs or ())
     _logger.info(
         f'Checkpoints: about {each / 2**20:.0f} MiB each, at most {files} of them, {files * each / 2**30:.2f} GiB in '
         f'{run.output_dir} ({shutil.disk_usage(run.output_dir).free / 2**30:.0f} GiB free)')
 
 
-def resume(run: Run) -> int:
-    """Restore a run from the checkpoint of --resume and return the epoch to start with.
+def find_checkpoint(args) -> dict[str, Any] | None:
+    """Return the checkpoint of --resume; None where there is none to resume.
 
     Raises:
-        RunError: The checkpoint can't be read, or is one of other models.
+        RunError: The checkpoint can't be read, or lacks what a run needs to go on.
+    """
+    if args.resume == 'auto':
+        last = os.path.join(args.output or OUTPUT, args.experiment, 'last.pth.tar')
+        args.resume = last if os.path.exists(last) else ''
+        _logger.info(f'--resume auto: {last}' if args.resume else f'--resume auto: no {last} yet, a fresh start')
+    if not args.resume:
+        return None
+    checkpoint = read_checkpoint(args.resume)
+    missing = [key for key, needed in (
+        ('epoch', args.start_epoch is None), ('optimizer', not args.no_resume_opt)) if needed and key not in checkpoint]
+    if missing:
+        raise RunError(
+            f'--resume {args.resume}: holds weights, but no {" and no ".join(missing)}; --no-resume-opt and '
+            f'--start-epoch N go on without')
+    return checkpoint
+
+
+def resume(run: Run, checkpoint: dict[str, Any]) -> int:
+    """Restore a run from a checkpoint and return the epoch to start with.
+
+    Raises:
+        RunError: The checkpoint is one of other models.
     """
     args, task = run.args, run.task
-    checkpoint = read_checkpoint(args.resume)
     try:
         task.load_checkpoint_state(checkpoint['state_dict'], task_state=checkpoint.get('task_state'))
         if task.has_ema():
@@ -256,32 +317,33 @@ def resume(run: Run) -> int:
                 run.scaler.load_state_dict(checkpoint['amp_scaler'])
     except (KeyError, RuntimeError, ValueError) as e:
         raise RunError(f'--resume {args.resume}: does not fit this pair ({str(e).splitlines()[0]})') from e
-    _logger.info(f'Resumed {args.resume}, the checkpoint of epoch {checkpoint["epoch"]}')
+    epoch = checkpoint.get('epoch', -1)
+    _logger.info(f'Resumed {args.resume}, the checkpoint of epoch {epoch}')
     same_folder = run.saver and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(run.output_dir)
-    if same_folder:
+    if same_folder and 'saver' in checkpoint:
         run.saver.load_state_dict(checkpoint['saver'])
-    return checkpoint['epoch'] + 1
+    return epoch + 1
 
 
 def fit(run: Run, start_epoch: int = 0) -> None:
     """Train and validate from `start_epoch` to the end, saving each epoch."""
     args, task, saver = run.args, run.task, run.saver
-    updates_per_epoch = math.ceil(len(run.loader_train) / args.grad_accum_steps)
     if run.scheduler is not None and start_epoch > 0:
         run.scheduler.step(start_epoch)
-        run.scheduler.step_update(start_epoch * updates_per_epoch)
+        run.scheduler.step_update(start_epoch * run.updates_per_epoch)
     if saver is not None:
         trim_summary(os.path.join(run.output_dir, SUMMARY), start_epoch)
-    best_metric = best_epoch = None
     metrics: dict[str, float] = {}
     started = time.time()
-    for epoch in range(start_epoch, min(run.num_epochs, args.stop_epoch or run.num_epochs)):
+    end_epoch = min(run.num_epochs, args.stop_epoch or run.num_epochs)
+    if start_epoch >= end_epoch:
+        _logger.info(f'Nothing to train: epoch {start_epoch} would come next, the run ends with epoch {end_epoch - 1}')
+    for epoch in range(start_epoch, end_epoch):
         task.set_epoch(epoch)
         train_metrics = train_one_epoch(run, epoch)
         if args.distributed and args.dist_bn in ('broadcast', 'reduce'):
             distribute_bn(run.pair, args.world_size, args.dist_bn == 'reduce')
-        last_epoch = epoch + 1 == run.num_epochs
-        evaluated = last_epoch or (epoch + 1) % args.val_interval == 0
+        evaluated = epoch + 1 == end_epoch or (epoch + 1) % args.val_interval == 0
         eval_metrics = validate(run) if evaluated else {}
         if run.scheduler is not None:
             run.scheduler.step(epoch + 1, eval_metrics.get(args.eval_metric))
@@ -295,12 +357,12 @@ def fit(run: Run, start_epoch: int = 0) -> None:
             import wandb
             wandb.log(row)
         metrics = eval_metrics or metrics
-        best_metric, best_epoch = saver.save(
+        saver.save(
             epoch, metric=eval_metrics.get(args.eval_metric), branch_metrics=_branch_metrics(run, eval_metrics))
         if args.save_epochs and epoch + 1 in args.save_epochs:
             saver.save_milestone(epoch + 1)
     if saver is not None:
-        _log_result(run, metrics, best_metric, best_epoch, time.time() - started)
+        _log_result(run, metrics, time.time() - started)
 
 
 def train_one_epoch(run: Run, epoch: int) -> dict[str, Any]:
@@ -312,12 +374,11 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, Any]:
     """
     args, task, optimizer, loader = run.args, run.task, run.optimizer, run.loader_train
     task.train()
-    second_order = getattr(optimizer, 'is_second_order', False)
     clip_limits = {side: getattr(args, f'clip_grad_{side}') for side in run.pair.sides}
     accum_steps = args.grad_accum_steps
     num_batches = len(loader)
     tail = num_batches % accum_steps or accum_steps  # batches in the last update
-    num_updates = epoch * math.ceil(num_batches / accum_steps)
+    num_updates = epoch * run.updates_per_epoch
     lrs = _learning_rates(optimizer)
     sums: dict[str, torch.Tensor] = {}
     data_time, batch_time = AverageMeter(), AverageMeter()
@@ -332,7 +393,7 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, Any]:
         with contextlib.nullcontext() if need_update else task.no_sync():
             with run.autocast():
                 result = task(input, target, sample_ids)
-            run.scaler.scale(result['loss'] / in_update).backward(create_graph=second_order)
+            run.scaler.scale(result['loss'] / in_update).backward()
         # Sums stay on the device: reading a value back would make the host wait for it.
         for name, value in result.items():
             if name.endswith('loss'):
@@ -351,7 +412,7 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, Any]:
         end = time.time()
         if run.saver is not None:
             if last_batch or batch % args.log_interval == 0:
-                _log_batch(run, epoch, batch, result, lrs, batch_time, data_time)
+                _log_batch(run, epoch, batch, result, batch_time, data_time)
                 if args.save_images:
                     torchvision.utils.save_image(
                         input, os.path.join(run.output_dir, f'train-batch-{batch}.jpg'), padding=0, normalize=True)
@@ -385,7 +446,8 @@ def _learning_rates(optimizer) -> dict[str, float]:
     return lrs
 
 
-def _log_batch(run, epoch, batch, result, lrs, batch_time, data_time):
+def _log_batch(run, epoch, batch, result, batch_time, data_time):
+    lrs = _learning_rates(run.optimizer)
     names = [name for name in result if name.endswith('loss')]
     values = torch.stack([result[name].detach() for name in names]).tolist()
     losses = '  '.join(f'{name.removesuffix("_loss")} {value:#.4g}' for name, value in zip(names, values, strict=True))
@@ -435,16 +497,18 @@ def _append_row(path, row):
         writer.writerow(row)
 
 
-def _log_result(run, metrics, best_metric, best_epoch, seconds):
+def _log_result(run, metrics, seconds):
     _logger.info(f'Trained in {seconds:.0f} s.')
     for side in run.pair.sides:
         best, epoch = run.saver.best_branches[side]
         if best is None:
             continue
-        ema = f', EMA {metrics[f"ema_top1_{side}"]:.2f} %' if f'ema_top1_{side}' in metrics else ''
+        last = ', '.join(
+            f'{name} {metrics[column]:.2f} %'
+            for name, column in (('top-1', f'top1_{side}'), ('EMA', f'ema_top1_{side}')) if column in metrics)
         _logger.info(
-            f'Branch {side} ({getattr(run.args, f"model_{side}")}): top-1 {metrics[f"top1_{side}"]:.2f} %{ema}; best '
-            f'{best:.2f} % at epoch {epoch}: {os.path.join(run.output_dir, f"best_{side}.pth.tar")}')
-    if best_metric is not None:
-        _logger.info(f'*** Best metric: {best_metric} (epoch {best_epoch})')
+            f'Branch {side} ({getattr(run.args, f"model_{side}")}): {last}; best {best:.2f} % at epoch {epoch}: '
+            f'{os.path.join(run.output_dir, f"best_{side}.pth.tar")}')
+    if run.saver.best_metric is not None:
+        _logger.info(f'*** Best metric: {run.saver.best_metric:.4g} (epoch {run.saver.best_epoch})')
     _logger.info(f'Checkpoints, {SUMMARY} and args.yaml: {run.output_dir}')
