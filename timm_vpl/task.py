@@ -21,13 +21,14 @@ class PairTask(TrainingTask):
     """Training of a pair, in the place of timm's ClassificationTask.
 
     In a loop that knows nothing of pairs the stages follow from the steps passed to `update_ema` (optimizer updates);
-    that count is part of the checkpoint. A loop of ours calls `set_position` too.
+    that count is part of the checkpoint.
 
     Args:
         pair: The pair to train.
         criterion: VPLLoss or another StagedLoss.
         updates_per_epoch: Optimizer updates in an epoch; None: the stages are the loop's to set (`set_epoch`).
-        streams: Seeds each branch's dropout and drop path for a batch; None leaves the generators alone.
+        streams: Seeds each branch's dropout and drop path for a batch, whose place the loop sets before it
+            (`streams.set_position`); None leaves the generators alone.
         device: Device for task tensors/buffers.
         dtype: Dtype for task tensors/buffers.
         verbose: Enable info logging.
@@ -71,12 +72,13 @@ class PairTask(TrainingTask):
                 self._ddp[name] = DistributedDataParallel(part, device_ids=device_ids, **ddp_kwargs)
         return self
 
+    @contextlib.contextmanager
     def no_sync(self):
-        """Return a context in which gradients are accumulated without being reduced."""
-        stack = contextlib.ExitStack()
-        for part in self._ddp.values():
-            stack.enter_context(part.no_sync())
-        return stack
+        """Accumulate gradients without reducing them, inside this context."""
+        with contextlib.ExitStack() as stack:
+            for part in self._ddp.values():
+                stack.enter_context(part.no_sync())
+            yield
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs) -> nn.Module:
         """Compile each branch, for training and evaluation, before the distributed wrapping."""
