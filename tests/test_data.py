@@ -214,3 +214,14 @@ def test_no_image_can_be_decoded(capsys, folder, tmp_path):
         path.write_bytes(b'not an image')
     error = refused(capsys, folder, '-b', 8, '--output', tmp_path / 'out', status=1)
     assert 'Failed to load 10 consecutive samples' in error
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (['--sched', 'wsd', '--epochs', '5', '--warmup-epochs', '8'], '--sched wsd'),
+    (['--opt', 'nosuch'], '--opt nosuch'),
+    (['--torchcompile', 'nobackend'], '--torchcompile nobackend: expected one of'),
+    (['--model-a', 'local-dir:/tmp'], '--model-a local-dir:/tmp'),
+    (['--train-split', 'validation'], 'validates on training images'),
+])
+def test_what_timm_does_not_take(capsys, folder, options, message):
+    assert message in refused(capsys, folder, '-b', 8, *options)

@@ -54,4 +54,4 @@ def test_a_pair_learns_cifar10_on_one_process_as_on_two(cifar10, tmp_path):
     assert float(one[-1]['train_ce_a_loss']) < float(one[0]['train_ce_a_loss']) - 0.01
     assert [row['stage'] for row in one] == ['1', '2', '2']
     for name in ('train_loss', 'train_ce_a_loss', 'train_ce_b_loss', 'train_contrastive_loss', 'eval_loss_a'):
-        assert float(two[-1][name]) == pytest.approx(float(one[-1][name]), rel=2e-3), name
+        assert float(two[-1][name]) == pytest.approx(float(one[-1][name]), rel=1e-4), name

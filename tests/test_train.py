@@ -128,6 +128,14 @@ def test_resume_auto_and_a_finished_run(digits_folder, tmp_path, caplog):
         assert 'resume' not in yaml.safe_load(f)
 
 
+def test_recovery_checkpoint_repeats_its_epoch(digits_folder, tmp_path):
+    folder = run(digits_folder, tmp_path, '--epochs', '1', '--recovery-interval', '2')
+    recovery = folder / 'recovery-0-4.pth.tar'
+    assert read_checkpoint(str(recovery))['epoch'] == -1
+    run(digits_folder, tmp_path, '--epochs', '2', '--resume', str(recovery), name='resumed')
+    assert [row['epoch'] for row in rows(tmp_path / 'resumed')] == ['0', '1']
+
+
 def test_stopped_run_is_validated(digits_folder, tmp_path):
     folder = run(digits_folder, tmp_path, '--stop-epoch', '1', '--val-interval', '2', '--sched', 'none')
     assert len(rows(folder)) == 1 and float(rows(folder)[0]['eval_top1']) > 0 and (folder / 'best_b.pth.tar').exists()

@@ -10,6 +10,7 @@ from timm.data.loader import adapt_to_chs
 from timm.loss import create_classification_loss
 from timm.models import create_model, get_pretrained_cfg
 from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from .criterion import StagedLoss
 from .errors import UsageError
@@ -249,6 +250,23 @@ def create_optimizer(args, pair: PairWrapper, lrs: dict[str, float]) -> torch.op
             f'{optimizer.defaults[clips[0]]}), which couples them; --opt-kwargs {clips[0]}=None and --clip-grad clip '
             f'each branch by its own norm')
     return optimizer
+
+
+def create_scheduler(args, optimizer: torch.optim.Optimizer, updates_per_epoch: int):
+    """Create the learning rate scheduler and return it (None for --sched none) with the epochs that it runs.
+
+    Raises:
+        UsageError: Options that timm's scheduler does not take.
+    """
+    try:
+        scheduler, num_epochs = create_scheduler_v2(
+            optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
+    except (AssertionError, ValueError) as e:
+        raise UsageError(f'--sched {args.sched}: {e}') from e
+    if scheduler is None:
+        for group in optimizer.param_groups:  # timm leaves the scale of a layer to the scheduler
+            group['lr'] *= group.get('lr_scale', 1.)
+    return scheduler, num_epochs
 
 
 def create_criterion(args, epochs: int) -> StagedLoss:

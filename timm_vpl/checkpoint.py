@@ -30,6 +30,7 @@ class PairCheckpointSaver(CheckpointSaver):
         super().__init__(task.get_trainable_module(), optimizer, task=task, **kwargs)
         self.options = args
         self.best_branches = {side: (None, None) for side in sides}  # (metric, epoch)
+        self._in_epoch = False
 
     def save(self, epoch: int, metric=None, branch_metrics=None):
         """Save an epoch, ranked by `metric`, and link each branch's best by `branch_metrics` ({side: value}).
@@ -47,12 +48,20 @@ class PairCheckpointSaver(CheckpointSaver):
             self._duplicate(self._path('last'), self._path(f'best_{side}'))
         return best
 
+    def save_recovery(self, epoch: int, batch_idx: int = 0) -> None:
+        """Save within an epoch; a run that resumes from there repeats the epoch, with these weights."""
+        self._in_epoch = True
+        try:
+            super().save_recovery(epoch, batch_idx)
+        finally:
+            self._in_epoch = False
+
     def _path(self, name):
         return os.path.join(self.checkpoint_dir, name + self.extension)
 
     def _save(self, save_path, epoch, metric=None):
         state = {
-            'epoch': epoch,
+            'epoch': epoch - self._in_epoch,  # the last one completed
             'arch': '+'.join(self.options[f'model_{side}'] for side in self.best_branches),
             'args': self.options,
             'optimizer': self.optimizer.state_dict(),

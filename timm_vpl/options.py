@@ -383,7 +383,8 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
     add('--stop-epoch', None, 'end after so many completed epochs, on the schedule of --epochs', type=COUNT)
     add('--start-epoch', None, 'first epoch, for a restart by hand', type=WHOLE)
     add('--decay-milestones', [90, 180, 270], 'epochs of the steps of multistep', nargs='+', type=WHOLE)
-    add('--decay-epochs', 90., 'epochs from step to step, or of the decay of wsd and rsqrt', type=POSITIVE)
+    add('--decay-epochs', None, 'epochs from step to step, or of the decay of wsd and rsqrt (below 1: a fraction)',
+        shown='90, of wsd and rsqrt 0.2', type=POSITIVE)
     add('--warmup-epochs', 5, 'epochs of warm-up', type=WHOLE)
     add('--warmup-prefix', False, 'add the warm-up to the epochs, do not take it from them')
     add('--cooldown-epochs', 0, 'epochs at the lowest learning rate after the schedule', type=WHOLE)

@@ -17,7 +17,6 @@ import torch
 import torchvision
 import yaml
 from timm.models import safe_model_name
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import AverageMeter, distribute_bn, get_outdir, init_distributed_device, setup_default_logging
 from timm.utils.summary import trim_summary
 
@@ -141,14 +140,7 @@ def create_run(args, device: torch.device, options: dict[str, Any]) -> Run:
     loader_eval = create_eval_loader(args, dataset_eval, data_config, device)
 
     updates_per_epoch = math.ceil(len(loader_train) / args.grad_accum_steps)
-    scheduler, num_epochs = create_scheduler_v2(
-        optimizer,
-        **scheduler_kwargs(args),
-        updates_per_epoch=updates_per_epoch,
-    )
-    if scheduler is None:
-        for group in optimizer.param_groups:  # timm leaves the scale of a layer to the scheduler
-            group['lr'] *= group.get('lr_scale', 1.)
+    scheduler, num_epochs = build.create_scheduler(args, optimizer, updates_per_epoch)
     criterion = build.create_criterion(args, num_epochs)
     task = PairTask(
         pair,
