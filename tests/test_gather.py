@@ -1,23 +1,17 @@
 """Gathered negatives in real gloo processes against one process on the concatenated batch."""
-import datetime
 import itertools
-import os
 import re
-import signal
-import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from processes import GLOO_SECONDS, load_results, run_ranks, run_script
 from torch import nn
 
 from timm_vpl import PairOutput, VPLLoss
 
-TOTAL_SECONDS = 120
-GLOO_SECONDS = 20
 NUM_CLASSES = 3
 TERMS = ('ce_a_loss', 'ce_b_loss', 'contrastive_loss', 'kl_loss', 'loss')
 
@@ -190,45 +184,13 @@ def run_guards(rank, world):
 SCENARIOS = [(2, run_steps), (3, run_steps), (3, run_guards)]
 
 
-def run_rank(scenario, rank, world, folder):
-    """Run a scenario as one rank and write its result."""
-    torch.distributed.init_process_group(
-        'gloo',
-        init_method=f'file://{folder}/rendezvous',
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=GLOO_SECONDS),
-    )
-    torch.save(scenario(rank, world), folder / f'{rank}.part')
-    os.replace(folder / f'{rank}.part', folder / f'{rank}.pt')
-    # Gloo now and then aborts at teardown, and a process that leaves early breaks the others' last call.
-    deadline = time.monotonic() + GLOO_SECONDS
-    while not all((folder / f'{other}.pt').exists() for other in range(world)) and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
 def main(folder):
     """Run all scenarios one after the other, each in a process group of its own."""
     torch.set_num_threads(1)
     for world, scenario in SCENARIOS:
         place = Path(folder) / f'{scenario.__name__}_{world}'
         place.mkdir()
-        pids = []
-        # Forked, so that torch and timm are imported once.
-        for rank in range(world):
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    run_rank(scenario, rank, world, place)
-                except BaseException:
-                    print(f'{scenario.__name__}, rank {rank} of {world}', file=sys.stderr)
-                    traceback.print_exc()
-                    sys.stderr.flush()
-                finally:
-                    os._exit(0)
-            pids.append(pid)
-        for pid in pids:
-            os.waitpid(pid, 0)
+        run_ranks(place, world, scenario)
 
 
 # what looks at the results
@@ -237,32 +199,13 @@ def main(folder):
 def results(tmp_path_factory):
     """Function (scenario, world) -> results of all ranks; a hang or a crash fails with the processes' messages."""
     folder = tmp_path_factory.mktemp('gather')
-    log = folder / 'log.txt'
-    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get('PYTHONPATH', '')]
-    environ = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(filter(None, paths))}
-    with open(log, 'wb') as stream:
-        process = subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            stdout=stream,
-            stderr=stream,
-            env=environ,
-            start_new_session=True,
-        )
-    try:
-        process.wait(TOTAL_SECONDS)
-        end = 'ended'
-    except subprocess.TimeoutExpired:
-        end = f'hung for {TOTAL_SECONDS} s'
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    end = run_script(__file__, folder)
 
     def load(scenario, world):
-        files = [folder / f'{scenario.__name__}_{world}' / f'{rank}.pt' for rank in range(world)]
-        if not all(file.exists() for file in files):
-            pytest.fail(f'no results of {scenario.__name__} on {world} processes, {end}:\n{log.read_text()[-5000:]}')
-        return [torch.load(file) for file in files]
+        found = load_results(folder / f'{scenario.__name__}_{world}', world)
+        if None in found:
+            pytest.fail(f'no results of {scenario.__name__} on {world} processes, {end}')
+        return found
 
     return load
 

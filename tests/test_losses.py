@@ -597,3 +597,9 @@ def test_mismatched_target_shapes(num_targets, soft):
     with pytest.raises(ValueError) as error:
         make_criterion()(make_output(), make_target(num_targets, soft=soft))
     assert '4' in str(error.value) and str(num_targets) in str(error.value)
+
+
+def test_base_loss_follows_the_criterion_to_its_device():
+    base_loss = BinaryCrossEntropy(pos_weight=torch.ones(3))
+    criterion = VPLLoss(10, base_loss=base_loss).to('meta')
+    assert base_loss.pos_weight.device.type == 'meta' and criterion.base_loss is base_loss

@@ -1,12 +1,7 @@
 """PairTask in a loop written for timm's own tasks, its streams, clipping and EMA, and in real gloo processes."""
 import copy
-import datetime
 import logging
-import os
-import signal
-import subprocess
 import sys
-import time
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from processes import load_results, run_ranks, run_script
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, adaptive_clip_grad
@@ -651,8 +647,6 @@ def test_quiet_task_logs_nothing(caplog):
 # what runs in the processes: float64, no BatchNorm
 
 WORLD = 2
-TOTAL_SECONDS = 150
-GLOO_SECONDS = 30
 LOCAL_SIZE = 3
 MICRO_BATCHES = 2
 AFFINE = ('none', 'a', 'b')
@@ -816,48 +810,20 @@ CASES = {
 }
 
 
-def run_rank(rank, folder):
+def run_cases(rank, world):
     """Run all cases as one of the processes; an error is that case's result."""
-    torch.distributed.init_process_group(
-        'gloo',
-        init_method=f'file://{folder}/rendezvous',
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=GLOO_SECONDS),
-    )
     results = {}
     for name, (function, kwargs) in CASES.items():
-        start = time.perf_counter()
         try:
             results[name] = function(rank, **kwargs)
         except Exception:
             results[name] = traceback.format_exc()
-        print(f'rank {rank}: {name}, {time.perf_counter() - start:.1f} s', file=sys.stderr, flush=True)
-    torch.save(results, folder / f'{rank}.part')
-    os.replace(folder / f'{rank}.part', folder / f'{rank}.pt')
-    # Gloo now and then aborts at teardown, and a process that leaves early breaks the others' last call.
-    deadline = time.monotonic() + GLOO_SECONDS
-    while not all((folder / f'{other}.pt').exists() for other in range(WORLD)) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    return results
 
 
 def main(folder):
-    """Fork the processes, so that torch and timm are imported once."""
     torch.set_num_threads(1)
-    pids = []
-    for rank in range(WORLD):
-        pid = os.fork()
-        if pid == 0:
-            try:
-                run_rank(rank, folder)
-            except BaseException:
-                traceback.print_exc()
-                sys.stderr.flush()
-            finally:
-                os._exit(0)
-        pids.append(pid)
-    for pid in pids:
-        os.waitpid(pid, 0)
+    run_ranks(Path(folder), WORLD, run_cases)
 
 
 # what looks at the results
@@ -866,33 +832,12 @@ def main(folder):
 def processes(tmp_path_factory):
     """Function name -> results of all ranks; a hang, a crash or a case's error fails with its message."""
     folder = tmp_path_factory.mktemp('processes')
-    log = folder / 'log.txt'
-    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get('PYTHONPATH', '')]
-    environ = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(filter(None, paths))}
-    with open(log, 'wb') as stream:
-        process = subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            stdout=stream,
-            stderr=stream,
-            env=environ,
-            start_new_session=True,
-        )
-    try:
-        process.wait(TOTAL_SECONDS)
-        end = 'ended'
-    except subprocess.TimeoutExpired:
-        end = f'hung for {TOTAL_SECONDS} s'
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-    files = [folder / f'{rank}.pt' for rank in range(WORLD)]
-    results = [torch.load(file) if file.exists() else {} for file in files]
+    end = run_script(__file__, folder)
+    results = [found or {} for found in load_results(folder, WORLD)]
 
     def find(name):
         for rank in range(WORLD):
-            result = results[rank].get(name, f'no result, {end}:\n{log.read_text()[-5000:]}')
+            result = results[rank].get(name, f'no result, {end}')
             if isinstance(result, str):
                 pytest.fail(f'{name}, rank {rank}: {result}')
         return [result[name] for result in results]

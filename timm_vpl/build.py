@@ -269,13 +269,14 @@ def create_scheduler(args, optimizer: torch.optim.Optimizer, updates_per_epoch: 
     return scheduler, num_epochs
 
 
-def create_criterion(args, epochs: int) -> StagedLoss:
+def create_criterion(args, epochs: int, device: torch.device) -> StagedLoss:
     """Create the criterion of --method, on timm's classification loss.
 
     Args:
         epochs: Number of epochs that the learning rate scheduler runs.
+        device: Where the loss is computed.
     """
-    base_loss: nn.Module | None = None
+    base_loss = None
     if args.bce_loss:
         base_loss = create_classification_loss(
             'bce',
@@ -287,4 +288,6 @@ def create_criterion(args, epochs: int) -> StagedLoss:
         )
     elif args.smoothing and not mixup_active(args):
         base_loss = create_classification_loss('ce', smoothing=args.smoothing)
+    if base_loss is not None:
+        base_loss.to(device)  # its class weights
     return METHODS[args.method].criterion(args, epochs, base_loss)

@@ -164,6 +164,7 @@ class VPLLoss(StagedLoss):
             Term('contrastive_loss', self._contrastive, contrastive_weight, schedule.contrastive),
             Term('kl_loss', self._kl, kl_weight, schedule.kl),
         ])
+        self.base_loss = base_loss  # a module's tensors follow the criterion to its device
         self.schedule = schedule
         self.tau = tau
         self.rho = rho

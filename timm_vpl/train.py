@@ -141,7 +141,7 @@ def create_run(args, device: torch.device, options: dict[str, Any]) -> Run:
 
     updates_per_epoch = math.ceil(len(loader_train) / args.grad_accum_steps)
     scheduler, num_epochs = build.create_scheduler(args, optimizer, updates_per_epoch)
-    criterion = build.create_criterion(args, num_epochs)
+    criterion = build.create_criterion(args, num_epochs, device)
     task = PairTask(
         pair,
         criterion,
