@@ -115,6 +115,15 @@ def test_empty_class_folder(capsys, folder):
     assert 'class9 holds no image' in refused(capsys, folder)
 
 
+def test_class_map(folder, tmp_path):
+    class_map = tmp_path / 'classes.txt'
+    class_map.write_text('class2\nclass0\n')
+    options = ['-b', '8', '--epochs', '1', '--output', str(tmp_path / 'out'), '--experiment', 'map', '--no-model-ema']
+    assert train([*MODELS, str(folder), '--class-map', str(class_map), *options]) == 0
+    args = read_checkpoint(str(tmp_path / 'out' / 'map' / 'last.pth.tar'))['args']
+    assert (args['num_classes'], args['class_names']) == (2, ['class2', 'class0'])
+
+
 def test_splits_of_different_classes(capsys, folder):
     shutil.rmtree(folder / 'validation' / 'class2')
     error = refused(capsys, folder)

@@ -92,11 +92,13 @@ def create_split(args, split: str, is_training: bool) -> Dataset:
         raise UsageError(f'{where}: split {split!r} could not be read: {e}') from e
     if args.dataset.lower() in ('', 'torch/folder', 'torch/image_folder'):
         source = getattr(dataset, 'reader', dataset)
-        _check_folder(_class_to_idx(source), Path(source.root), Path(args.data_dir), split, is_training)
+        _check_split(Path(source.root), Path(args.data_dir), split, is_training)
+        if not args.class_map:
+            _check_class_folders(Path(source.root), _class_to_idx(source))
     return dataset
 
 
-def _check_folder(class_to_idx, root, data_dir, split, is_training):
+def _check_split(root, data_dir, split, is_training):
     if root == data_dir:
         # timm falls back to all that is there, which would train and validate on the same images.
         flag = '--train-split' if is_training else '--val-split'
@@ -106,9 +108,10 @@ def _check_folder(class_to_idx, root, data_dir, split, is_training):
                 f'({flag} {data_dir.name})')
         entries = ', '.join(sorted(e.name for e in data_dir.iterdir() if e.is_dir() or e.suffix == '.tar')[:8])
         raise UsageError(f'{flag} {split}: no such folder or tar in {data_dir}, which has {entries or "none"}')
-    if root.is_file():
-        return
-    for entry in sorted(root.iterdir()):
+
+
+def _check_class_folders(root, class_to_idx):
+    for entry in sorted(root.iterdir()) if root.is_dir() else ():
         if entry.is_dir() and entry.name not in class_to_idx and not entry.name.startswith('.'):
             if not any(child.is_dir() for child in entry.iterdir()):
                 raise UsageError(
@@ -123,7 +126,12 @@ def _class_to_idx(source) -> dict[str, int] | None:
 def class_names(dataset) -> list[str] | None:
     """Return the names of a data set's classes in the order of their indices, None where it has no names."""
     class_to_idx = _class_to_idx(getattr(dataset, 'reader', dataset))
-    return [str(name) for name, _ in sorted(class_to_idx.items(), key=lambda item: item[1])] if class_to_idx else None
+    if not class_to_idx:
+        return None
+    names = [str(index) for index in range(max(class_to_idx.values()) + 1)]
+    for name, index in reversed(class_to_idx.items()):  # a class map may give several names one index: the first
+        names[index] = str(name)
+    return names
 
 
 def resolve_classes(args, dataset_train, dataset_eval) -> list[str] | None:
