@@ -77,8 +77,9 @@ class StagedLoss(nn.Module):
             raise ValueError(f'target has shape {tuple(target.shape)} for logits of shape {tuple(logits.shape)}')
         with torch.autocast(logits.device.type, enabled=False):
             output = PairOutput(*(_at_least_float32(field) for field in output))
-            values = {term.name: term.function(output, target) for term in self.active_terms()}
-            values['loss'] = sum(term.weight * values[term.name] for term in self.active_terms())
+            active = self.active_terms()
+            values = {term.name: term.function(output, target) for term in active}
+            values['loss'] = sum(term.weight * values[term.name] for term in active)
         return values
 
     def forward(self, output: PairOutput, target: torch.Tensor) -> torch.Tensor:
@@ -196,8 +197,11 @@ class VPLLoss(StagedLoss):
     def terms(self, output: PairOutput, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the unweighted terms that are on, and 'loss', their weighted sum."""
         values = super().terms(output, target)
-        if not self.uses_embeddings and self._distributed():
-            values['loss'] = losses.keep_in_graph(values['loss'], output.embed_a, output.embed_b)
+        if 'contrastive_loss' not in values and self._distributed():
+            # Only an affine layer that was run is not in the graph by the other terms.
+            unused = [getattr(output, f'embed_{side}') for side in SIDES
+                      if getattr(output, f'stopped_{side}') is not None]
+            values['loss'] = losses.keep_in_graph(values['loss'], *unused)
         return values
 
     def _distributed(self) -> bool:

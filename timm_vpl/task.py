@@ -146,6 +146,8 @@ class PairTask(TrainingTask):
             limits: Limit by side, None for no clipping.
             mode: 'norm', 'value' or 'agc', as timm's --clip-mode.
         """
+        if all(limit is None for limit in limits.values()):
+            return
         for side, group in self.clip_groups(exclude_head='agc' in mode).items():
             if limits.get(side) is not None:
                 dispatch_clip_grad(group, limits[side], mode=mode)
