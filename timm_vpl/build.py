@@ -31,7 +31,7 @@ def resolve_data(args) -> dict[str, Any]:
     Raises:
         UsageError: The branches' sizes differ and none was given.
     """
-    cfgs = {side: _pretrained_cfg(args, side) for side in args.sides}
+    cfgs = {side: pretrained_cfg_of(getattr(args, f'model_{side}'), f'--model-{side}') for side in args.sides}
     configs = {side: resolve_data_config(vars(args), pretrained_cfg=cfg) for side, cfg in cfgs.items()}
     sizes = {side: config['input_size'] for side, config in configs.items()}
     if len(set(sizes.values())) > 1:
@@ -60,21 +60,34 @@ def _is_pretrained(args, side):
         or getattr(args, f'initial_checkpoint_{side}'))
 
 
-def _pretrained_cfg(args, side) -> dict[str, Any]:
-    name = getattr(args, f'model_{side}')
+def pretrained_cfg_of(name: str, flag: str) -> dict[str, Any]:
+    """Return timm's pretrained configuration of a model, {} where it has none; `flag` named the model."""
     if ':' in name:  # a source such as hf-hub: or local-dir: brings its own configuration
         with torch.device('meta'):
-            return _create(args, side, name).pretrained_cfg
+            return create_named(name, f'{flag} {name}').pretrained_cfg
     cfg = get_pretrained_cfg(name)
     return cfg.to_dict() if cfg else {}
 
 
-def _create(args, side, name, **kwargs) -> nn.Module:
+def size_kwargs(cfg: dict[str, Any], input_size) -> dict[str, Any]:
+    """Return the argument that builds a model for images of this size, where its architecture depends on the size."""
+    height, width = input_size[-2:]
+    if not cfg.get('fixed_input_size') or tuple(cfg['input_size'][-2:]) == (height, width):
+        return {}
+    return {'img_size': height if height == width else (height, width)}
+
+
+def create_named(name: str, where: str, **kwargs) -> nn.Module:
+    """Create a model with timm.
+
+    Raises:
+        UsageError: timm can't; the message begins with `where`.
+    """
     try:
         return create_model(name, **kwargs)
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
         message = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UsageError(f'--model-{side} {name}: can not be built: {message}') from e
+        raise UsageError(f'{where}: can not be built: {message}') from e
 
 
 def create_branch(args, side: str, data_config: dict[str, Any]) -> nn.Module:
@@ -87,10 +100,9 @@ def create_branch(args, side: str, data_config: dict[str, Any]) -> nn.Module:
         return getattr(args, f'{name}_{side}')
 
     name = option('model')
-    in_chans, height, width = data_config['input_size']
     kwargs = {
         'pretrained': option('pretrained') or bool(option('pretrained_path')),
-        'in_chans': in_chans,
+        'in_chans': data_config['input_size'][0],
         'num_classes': args.num_classes,
         'drop_rate': option('drop'),
         'drop_path_rate': option('drop_path') if option('drop_path') is not None else option('drop_connect'),
@@ -103,12 +115,10 @@ def create_branch(args, side: str, data_config: dict[str, Any]) -> nn.Module:
     if option('pretrained_path'):
         # As in timm's script: a file's weights, whatever its number of classes.
         kwargs['pretrained_cfg_overlay'] = {'file': option('pretrained_path'), 'num_classes': -1}
-    cfg = _pretrained_cfg(args, side)
-    if cfg.get('fixed_input_size') and tuple(cfg['input_size'][-2:]) != (height, width):
-        kwargs['img_size'] = height if height == width else (height, width)
+    kwargs.update(size_kwargs(pretrained_cfg_of(name, f'--model-{side}'), data_config['input_size']))
     kwargs.update(option('model_kwargs') or {})
     seed_all(args.seed, 'init', side)
-    model = _create(args, side, name, **{key: value for key, value in kwargs.items() if value is not None})
+    model = create_named(name, f'--model-{side} {name}', **kwargs)
     _initialize_head(model, option('head_init_scale'), option('head_init_bias'))
     if option('grad_checkpointing'):
         model.set_grad_checkpointing(enable=True)

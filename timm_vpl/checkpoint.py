@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from timm.utils import CheckpointSaver
 
@@ -22,22 +23,25 @@ class PairCheckpointSaver(CheckpointSaver):
         task: The task to save.
         optimizer: Its optimizer.
         args: Options of the run, a plain dict.
-        sides: The branches of the pair.
+        branches: timm's config of each branch, by side: what rebuilds it as a plain timm model.
         **kwargs: timm's further arguments.
     """
 
-    def __init__(self, task, optimizer, args: dict[str, Any], sides, **kwargs):
+    def __init__(self, task, optimizer, args: dict[str, Any], branches: dict[str, dict], **kwargs):
         super().__init__(task.get_trainable_module(), optimizer, task=task, **kwargs)
         self.options = args
-        self.best_branches = {side: (None, None) for side in sides}  # (metric, epoch)
+        self.branches = branches
+        self.best_branches = {side: (None, None) for side in branches}  # (metric, epoch)
+        self._metrics = {}
         self._in_epoch = False
 
-    def save(self, epoch: int, metric=None, branch_metrics=None):
-        """Save an epoch, ranked by `metric`, and link each branch's best by `branch_metrics` ({side: value}).
+    def save(self, epoch: int, metric=None, branch_metrics=None, metrics=None):
+        """Save an epoch and its `metrics`, ranked by `metric`; link each branch's best by `branch_metrics`.
 
         Returns:
             Tuple of (best_metric, best_epoch), both None until a ranked checkpoint has been saved.
         """
+        self._metrics = metrics or {}
         improved = []
         for side, value in (branch_metrics or {}).items():
             if self.best_branches[side][0] is None or value > self.best_branches[side][0]:
@@ -62,8 +66,10 @@ class PairCheckpointSaver(CheckpointSaver):
     def _save(self, save_path, epoch, metric=None):
         state = {
             'epoch': epoch - self._in_epoch,  # the last one completed
-            'arch': '+'.join(self.options[f'model_{side}'] for side in self.best_branches),
+            'arch': '+'.join(config['architecture'] for config in self.branches.values()),
             'args': self.options,
+            'branches': self.branches,
+            'metrics': {} if self._in_epoch else self._metrics,
             'optimizer': self.optimizer.state_dict(),
             'version': 2,
             **self.task.get_checkpoint_state(unwrap_fn=self.unwrap_fn),
@@ -104,22 +110,31 @@ class PairCheckpointSaver(CheckpointSaver):
                 self._duplicate(self._path('last'), self._path(f'best_{side}'))
 
 
-def read_checkpoint(path: str) -> dict[str, Any]:
+def read_checkpoint(path: str, bare: bool = False) -> dict[str, Any]:
     """Read a checkpoint on the CPU, tensors and plain types only (and timm's argparse.Namespace).
+
+    Args:
+        path: File of torch.save, or of safetensors.
+        bare: Take a file of nothing but weights too, as timm's avg_checkpoints.py and clean_checkpoint.py write it.
 
     Raises:
         RunError: The file can't be read, or would need other classes.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        if str(path).endswith('.safetensors'):
+            checkpoint = safetensors.torch.load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         raise RunError(
             f'{path}: refused, it is not a checkpoint of tensors and plain types ({_first_line(e)})') from e
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError) as e:
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as e:
         size = os.path.getsize(path) if os.path.exists(path) else 0
         raise RunError(f'{path} ({size} bytes): truncated, or not a checkpoint ({_first_line(e)[:80]})') from e
-    if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
+    if bare and isinstance(checkpoint, dict) and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        return {'state_dict': checkpoint}
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('state_dict'), dict):
         raise RunError(f"{path}: not a training checkpoint, it has no 'state_dict'")
     return checkpoint
 

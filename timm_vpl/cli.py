@@ -1,38 +1,184 @@
 """The command line: `timm-vpl SUBCOMMAND`, `python -m timm_vpl SUBCOMMAND`, and train_vpl.py."""
+import argparse
 import os
 import sys
+from collections.abc import Callable
 
 from . import __version__
 from .errors import RunError, UsageError
-
-USAGE = """usage: timm-vpl COMMAND [options]
-
-commands:
-  train     train a pair of timm models (timm-vpl train --help)
-
-options:
-  --help, --version
-"""
+from .options import INTERPOLATIONS, add_dataset_options, check_dataset, check_model_name, parse_args
+from .parsing import ANY_NUMBER, COUNT, POSITIVE, WHOLE, KeyValues, OptionParser
 
 
 def train(argv: list[str] | None = None, prog: str = 'train_vpl.py') -> int:
-    """Train a pair; return the exit status: 0, 1 for a failure, 2 for a usage error, 130 for an interrupt."""
-    from .options import parse_args
+    """Train; return the exit status: 0, 1 for a failure, 2 for a usage error, 130 for an interrupt."""
     args = parse_args(argv, prog)
-    try:
+
+    def work():
         from .train import train  # torch and timm, once the options are known to be good
         train(args)
+    return _finish(prog, work, interrupted='interrupted; checkpoints of completed epochs are kept')
+
+
+def export(argv: list[str], prog: str) -> int:
+    """Export the branches of a trained pair; return the exit status."""
+    def work():
+        args = _parse(export_parser(prog), argv)
+        for side in ('a', 'b'):
+            if getattr(args, f'model_{side}'):
+                check_model_name(f'--model-{side}', getattr(args, f'model_{side}'))
+        from .export import export
+        export(args)
+    return _finish(prog, work)
+
+
+def validate(argv: list[str], prog: str) -> int:
+    """Validate trained models; return the exit status."""
+    def work():
+        args = _parse(validate_parser(prog), argv)
+        check_dataset(args, (args.val_split,))
+        from .validation import validate
+        validate(args)
+    return _finish(prog, work)
+
+
+def report(argv: list[str], prog: str) -> int:
+    """Print the table of several runs; return the exit status."""
+    def work():
+        args = _parse(report_parser(prog), argv)
+        from .report import report
+        print(report(args.run_dirs, args.format), end='')
+    return _finish(prog, work)
+
+
+def _finish(prog: str, work: Callable[[], None], interrupted: str = 'interrupted') -> int:
+    """Do the work of a command and return its exit status; an expected error becomes one line."""
+    try:
+        work()
     except (RunError, UsageError) as e:
         print(f'{prog}: error: {e}', file=sys.stderr)
         return e.exit_status
     except KeyboardInterrupt:
         if os.environ.get('LOCAL_RANK', '0') == '0':
-            print(f'{prog}: interrupted; checkpoints of completed epochs are kept', file=sys.stderr)
+            print(f'{prog}: {interrupted}', file=sys.stderr)
         return 130
     return 0
 
 
-COMMANDS = {'train': train}
+# The parsers of the smaller commands; that of training is in options.py.
+
+
+def _parse(parser: OptionParser, argv: list[str]) -> argparse.Namespace:
+    """Return all options, with their defaults where they were not given."""
+    return argparse.Namespace(**{**parser.presets, **parser.parse(argv)})
+
+
+def export_parser(prog: str = 'timm-vpl export') -> OptionParser:
+    """Return the parser of `timm-vpl export`."""
+    parser = OptionParser(
+        prog=prog,
+        usage='%(prog)s CHECKPOINT_OR_RUN_DIR [options]',
+        description='Write each branch of a trained pair as a folder that timm loads without this package.',
+    )
+    add = parser.option
+    parser.add_argument('source', metavar='CHECKPOINT_OR_RUN_DIR', help="checkpoint, or folder of a run: each branch's "
+                        'best epoch')
+    add('--branch', 'both', 'branch to export', choices=['a', 'b', 'both'])
+    add('--ema', None, 'averaged weights (--no-ema: the raw ones)', shown='averaged where there are any',
+        action=argparse.BooleanOptionalAction)
+    add('--out', None, 'folder of the exported folders', shown='export, in the folder of the run', metavar='DIR')
+    add('--name-a', None, 'name of branch a', shown='the method and the architecture', metavar='NAME')
+    add('--name-b', None, 'name of branch b', shown='likewise', metavar='NAME')
+    add('--overwrite', False, 'replace folders that exist')
+    add('--license', 'unknown', "licence of the weights, by the Hub's identifier", metavar='ID')
+    add('--onnx', False, 'write model.onnx too, compared with torch (extra: onnx)')
+    parser.section('Hugging Face Hub')
+    add('--push-to', None, 'upload each branch to this organisation or user, a repository each', metavar='ORG')
+    add('--private', False, 'create private repositories')
+    add('--revision', None, 'branch of the repository to upload to, created if need be', shown='main', metavar='REV')
+    parser.section('Weights that do not say what they belong to')
+    for side in ('a', 'b'):
+        add(f'--model-{side}', None, f'timm name of branch {side}', metavar='MODEL')
+        add(f'--model-kwargs-{side}', {}, 'further arguments of this model', nargs='*', action=KeyValues,
+            metavar='KEY=VALUE')
+    add('--num-classes', None, 'number of classes', shown='that of --class-map', type=COUNT)
+    add('--class-map', '', "file of the classes' names in order of their indices", metavar='FILENAME')
+    _add_input_options(parser)
+    return parser
+
+
+def validate_parser(prog: str = 'timm-vpl validate') -> OptionParser:
+    """Return the parser of `timm-vpl validate`."""
+    parser = OptionParser(
+        prog=prog,
+        usage='%(prog)s MODEL DIR [options]',
+        description='Validate trained models: loss, top-1 and top-5 accuracy.',
+    )
+    add = parser.option
+    parser.add_argument('model', metavar='MODEL', help='folder of a run or checkpoint (both branches, raw and '
+                        'averaged), exported folder, hf-hub:ID or timm name')
+    add_dataset_options(parser)
+    add('--split', 'validation', 'split to validate on', metavar='NAME', dest='val_split')
+    add('--num-samples', None, 'images, where the data set does not tell', type=COUNT, dest='val_num_samples')
+    add('--real-labels', None, "score ImageNet's validation images by their ReaL labels too (timm's, or those of a "
+        'JSON file)', nargs='?', const='', metavar='FILE')
+    add('--imagenet-v2', False, 'the folders are the class numbers 0 to 999, as ImageNet-V2 has them')
+    add('--file-list', None, 'validate only on the files that this file names, one a line', metavar='FILE')
+    parser.section('Model parameters')
+    _add_input_options(parser)
+    add('-b --batch-size', 256, 'images a step, of each process', type=COUNT)
+    add('--channels-last', False, 'use the channels-last memory layout')
+    add('--results-file', None, 'CSV or JSON file for the results', shown='validation.csv, in the folder of a run',
+        metavar='FILE')
+    parser.section('Device parameters')
+    add('--device', None, 'device', shown='cuda, then mps, then cpu', metavar='DEVICE')
+    add('--amp', False, 'run in mixed precision')
+    add('--amp-dtype', 'float16', 'the lower precision', choices=['float16', 'bfloat16'])
+    add('-j --workers', 4, 'processes that load data', type=WHOLE)
+    add('--pin-mem', False, 'pin the memory of the loader')
+    add('--no-prefetcher', False, 'do not use the prefetching loader')
+    add('--local-rank --local_rank', 0, argparse.SUPPRESS, type=WHOLE)
+    return parser
+
+
+def report_parser(prog: str = 'timm-vpl report') -> OptionParser:
+    """Return the parser of `timm-vpl report`."""
+    parser = OptionParser(
+        prog=prog,
+        usage='%(prog)s RUN_DIR... [options]',
+        description='Compare finished runs: accuracy over seeds, cost, speed of convergence.',
+    )
+    parser.add_argument('run_dirs', nargs='+', metavar='RUN_DIR', help='folder of a run')
+    parser.option('--format', 'md', 'format of the table', choices=['md', 'csv', 'json'])
+    return parser
+
+
+def _add_input_options(parser: OptionParser) -> None:
+    """Add the options that say how images are prepared, where that is not the model's own way."""
+    add = parser.option
+    add('--img-size', None, 'height and width of the images', shown="the model's", type=COUNT)
+    add('--in-chans', None, 'channels of the images', shown="the model's", type=COUNT)
+    add('--input-size', None, 'channels, height, width of the images', shown="the model's", nargs=3, type=COUNT)
+    add('--crop-pct', None, 'centre crop', shown="the model's", type=POSITIVE)
+    add('--mean', None, 'mean of the pixels', shown="the model's", nargs='+', type=ANY_NUMBER)
+    add('--std', None, 'deviation of the pixels', shown="the model's", nargs='+', type=POSITIVE)
+    add('--interpolation', '', 'interpolation', shown="the model's", choices=['', *INTERPOLATIONS], metavar='NAME')
+
+
+COMMANDS = {'train': train, 'validate': validate, 'export': export, 'report': report}
+
+USAGE = """usage: timm-vpl COMMAND [options]
+
+commands:
+  train     train a pair of timm models, or one
+  validate  measure the accuracy of trained models
+  export    write each branch as a plain timm model, and push it to the Hub
+  report    compare runs
+(timm-vpl COMMAND --help)
+
+options:
+  --help, --version
+"""
 
 
 def main(argv: list[str] | None = None) -> int:

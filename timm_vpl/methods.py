@@ -1,17 +1,22 @@
-"""The methods: what each computes for a batch, as data that the build reads once. The training loop knows none."""
-from collections.abc import Callable
-from typing import NamedTuple
+"""The methods: what each computes for a batch, as data that the build reads once. The training loop knows none.
 
-from .criterion import StagedLoss, VPLLoss, base_term
+Nothing heavy is imported here: the options and the report read this table too.
+"""
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 
 class Method(NamedTuple):
-    """One way to train: `criterion(args, epochs, base_loss)` -> StagedLoss."""
+    """One way to train."""
     description: str
-    criterion: Callable[[object, int, Callable | None], StagedLoss]
+    models: tuple[int, ...]  # how many models it trains
+    criterion: Callable  # criterion(args, epochs, base_loss) -> StagedLoss
+    passes: Callable[[Mapping[str, Any]], int]  # forwards for an image, over all networks, by the options
+    citation: str = ''
 
 
 def _vpl(args, epochs, base_loss):
+    from .criterion import VPLLoss
     return VPLLoss(
         epochs,
         x=args.x,
@@ -30,10 +35,27 @@ def _vpl(args, epochs, base_loss):
 
 
 def _solo(args, epochs, base_loss):
+    from .criterion import StagedLoss, base_term
     return StagedLoss([base_term(side, base_loss) for side in args.sides])
 
 
 METHODS: dict[str, Method] = {
-    'vpl': Method('Vision Pair Learning, AAAI 2022', _vpl),
-    'solo': Method('one model alone, on the same pipeline', _solo),
+    'vpl': Method(
+        'Vision Pair Learning',
+        models=(2,),
+        criterion=_vpl,
+        passes=lambda options: 2,
+        citation='''@inproceedings{tong2022vpl,
+  title = {Vision Pair Learning: An Efficient Training Framework for Image Classification},
+  author = {Tong, Bei and Yu, Xiaoyuan},
+  booktitle = {AAAI Conference on Artificial Intelligence},
+  year = {2022}
+}''',
+    ),
+    'solo': Method(
+        'one model alone',
+        models=(1,),
+        criterion=_solo,
+        passes=lambda options: 1,
+    ),
 }

@@ -7,32 +7,45 @@ the command line answer at once.
 `python -m timm_vpl.options` prints the page `docs/options.md`, which is made from the tables and the parser below.
 """
 import argparse
-import ast
 import copy
 import functools
 import logging
-import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+from .methods import METHODS
 from .names import DEFAULT_TAU, SAME_CLASS, SIDES, SIMILARITIES
+from .parsing import (
+    ANY_NUMBER,
+    BELOW_ONE,
+    COUNT,
+    INSIDE_0_1,
+    NON_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    REPEATS,
+    WHOLE,
+    KeyValues,
+    OptionParser,
+    did_you_mean,
+    option_tokens,
+    read_recipe,
+    show,
+)
 
 __all__ = [
     'build_parser', 'mixup_active', 'options_markdown', 'parse_args', 'recipe_path', 'recipe_values',
     'timm_model_names']
 
 _logger = logging.getLogger('timm_vpl')
-
-# The number of models that each method trains.
-METHODS = {'vpl': 2, 'solo': 1}
 
 # timm's kinds of data set that are written KIND/NAME, and those of them that find their data without a folder.
 DATASET_KINDS = ('hfds', 'hfids', 'tfds', 'torch', 'wds')
@@ -75,187 +88,23 @@ REFUSED = {
 }
 
 _PAPER = 'the paper'
-_SAME = object()  # the default is timm's
 
 
-# Types of option values
-
-
-def number(kind: type, wanted: str, valid: Callable = lambda value: True) -> Callable[[str], Any]:
-    """Return the argparse type of a finite number for which `valid` holds; errors name what is `wanted`."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        # NaN fails the comparison, an integer of any size passes it.
-        if not (-math.inf < value < math.inf and valid(value)):
-            raise argparse.ArgumentTypeError(f'{text!r} is not {wanted}')
-        return value
-    parse.metavar = 'N' if kind is int else 'X'
-    return parse
-
-
-ANY_NUMBER = number(float, 'a finite number')
-POSITIVE = number(float, 'a number > 0', lambda value: value > 0)
-NON_NEGATIVE = number(float, 'a number >= 0', lambda value: value >= 0)
-PROBABILITY = number(float, 'a number from 0 to 1', lambda value: 0 <= value <= 1)
-BELOW_ONE = number(float, 'a number >= 0 and < 1', lambda value: 0 <= value < 1)
-INSIDE_0_1 = number(float, 'a number > 0 and < 1', lambda value: 0 < value < 1)
-REPEATS = number(float, '0 or a number >= 1', lambda value: value == 0 or value >= 1)
-COUNT = number(int, 'a whole number >= 1', lambda value: value >= 1)
-WHOLE = number(int, 'a whole number >= 0', lambda value: value >= 0)
-
-
-def _literal(text: str) -> Any:
-    """Return the Python value that `text` spells, or `text` itself if it spells none."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return text
-
-
-class KeyValues(argparse.Action):
-    """Collect `key=value` pairs in a dict, as `timm.utils.ParseKwargs` does (which is slow to import).
-
-    Several pairs may also come as one quoted argument: `--model-kwargs 'a=1 b=x'`.
-    """
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        pairs = {}
-        for text in values:
-            spelled = text.partition('=')[2]
-            is_one_value = _literal(spelled) is not spelled
-            for pair in [text] if is_one_value else re.split(r'\s+(?=[^\W\d]\w*=)', text.strip()):
-                key, equals, value = pair.partition('=')
-                if not equals or not key.isidentifier():
-                    raise argparse.ArgumentError(self, f'{pair!r} is not of the form key=value')
-                pairs[key] = _literal(value)
-        setattr(namespace, self.dest, pairs)
-
-
-# The parser
-
-
-def _show(value: Any) -> str:
-    if value is None or value == '' or value == [] or value == {}:
-        return 'none'
-    if isinstance(value, bool):
-        return 'on' if value else 'off'
-    if isinstance(value, (list, tuple)):
-        return ' '.join(map(_show, value))
-    return f'{value:g}' if isinstance(value, float) else str(value)
-
-
-class OptionParser(argparse.ArgumentParser):
-    """A parser that knows more of each option: our default and timm's, and whether a branch can have its own.
-
-    It never fills in defaults itself: what it returns is what the user gave, so that a recipe and the command line can
-    be laid over each other.
-
-    Attributes:
-        presets: Default by dest.
-        changed: `(flag, our default, timm's, why)` of every option whose default differs from timm's.
-        branch_options: Dests of the options that each branch can override.
-        nulls: What `null` in a recipe means, by dest, where it does not mean 'not given'.
-    """
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, exit_on_error=False, **kwargs)
-        self.presets: dict[str, Any] = {}
-        self.changed: list[tuple] = []
-        self.branch_options: list[str] = []
-        self.nulls: dict[str, str] = {}
-        self._section = self
-
-    def error(self, message):
-        raise UsageError(message)
-
-    def section(self, title: str) -> None:
-        """Begin the group that the options added from here on belong to."""
-        self._section = self.add_argument_group(title)
-
-    def option(
-            self, flags, default, help, *, shown=None, timm=_SAME, why='', note='', null=None, **kwargs,
-    ) -> argparse.Action:
-        """Add an option.
-
-        Args:
-            flags: All its spellings, separated by spaces.
-            default: Its default. A bool makes an on/off flag with a `--no-` form, unless it begins with `--no-` itself.
-            help: What it does; the defaults are added.
-            shown: How the default reads in the help, if not as its value.
-            timm: timm's default, where ours differs.
-            why: Why it differs.
-            note: Added to the end of the help.
-            null: What `null` in a recipe means, if not 'not given'.
-        """
-        names = flags.split()
-        if isinstance(default, bool):
-            kwargs['action'] = 'store_true' if names[0].startswith('--no-') else argparse.BooleanOptionalAction
-        elif hasattr(kwargs.get('type'), 'metavar'):
-            kwargs.setdefault('metavar', kwargs['type'].metavar)
-        action = self._section.add_argument(*names, default=argparse.SUPPRESS, **kwargs)
-        self.presets[action.dest] = default
-        if null is not None:
-            self.nulls[action.dest] = null
-        defaults = f'default: {shown or _show(default)}'
-        if timm is not _SAME:
-            self.changed.append((names[-1], shown or _show(default), _show(timm), why))
-            defaults += f'; timm: {_show(timm)}'
-        # Set here because BooleanOptionalAction adds its own idea of the default in some Python versions.
-        action.help = help if help is argparse.SUPPRESS else f'{help} ({defaults}){note}'.replace('%', '%%')
-        return action
-
-    def branch_option(self, flag, default, help, *, default_b=_SAME, **kwargs) -> None:
-        """Add an option that sets both branches, and its forms `-a` and `-b` that set one.
-
-        `default` is that of both branches, or of branch a where `default_b` is given.
-        """
-        if default_b is _SAME:
-            default_b = default
-        else:
-            kwargs['shown'] = f'{_show(default)} for a, {_show(default_b)} for b'
-        action = self.option(flag, default, help, note=f' (also {flag}-a, {flag}-b)', **kwargs)
-        self.branch_options.append(action.dest)
-        self.presets[action.dest] = None
-        for name in ('shown', 'timm', 'why'):
-            kwargs.pop(name, None)
-        self.option(f'{flag}-a', default, argparse.SUPPRESS, **kwargs)
-        self.option(f'{flag}-b', default_b, argparse.SUPPRESS, **kwargs)
-
-    def actions(self) -> dict[str, argparse.Action]:
-        """Return the action of every option by dest, `--help` aside."""
-        return {action.dest: action for action in self._actions if action.dest in self.presets}
-
-    def parse(self, tokens: Sequence[str], where: str = '') -> dict[str, Any]:
-        """Return the values that `tokens` give, by dest. Errors begin with `where`, or else with the flag."""
-        try:
-            given, unknown = self.parse_known_args(tokens)
-        except argparse.ArgumentError as error:
-            message = re.sub('^ignored explicit argument (.*)$', r'takes no value, not \1', error.message)
-            raise UsageError(f'{where or error.argument_name}: {message}') from None
-        for token in unknown:
-            if token.startswith('-') and token != '-':
-                flag = token.partition('=')[0]
-                near = _did_you_mean(flag, self._option_string_actions)
-                raise UsageError(f'unknown option {flag}{near} (see --help)')
-        if unknown:
-            raise UsageError(f'unexpected argument {unknown[0]!r} (see --help)')
-        return vars(given)
-
-
-def _did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return ', did you mean X or Y?' of the nearest names, or nothing if none is near."""
-    def plain(text):
-        return text.lstrip('-').replace('_', '-')
-
-    by_plain = {plain(other): other for other in sorted(names)}
-    found = [plain(name)] if plain(name) in by_plain else get_close_matches(plain(name), by_plain)
-    near = [by_plain[text] for text in found]
-    if not near:
-        return ''
-    return ', did you mean ' + ' or '.join([', '.join(near[:-1]), near[-1]] if near[1:] else near) + '?'
+def add_dataset_options(parser: OptionParser) -> None:
+    """Add the options that name a data set, for every command that reads one."""
+    add = parser.option
+    parser.section('Dataset parameters')
+    parser.add_argument('data', nargs='?', default=argparse.SUPPRESS, metavar='DIR', help='same as --data-dir')
+    parser.presets['data'] = None
+    add('--data-dir', None, 'folder or .tar of images; of a named data set, where it lies or is cached', metavar='DIR')
+    add('--dataset', '', 'KIND/NAME with KIND one of ' + ', '.join(DATASET_KINDS) + '; or digits, which comes with the '
+        'package', shown='a folder or .tar', metavar='NAME')
+    add('--dataset-download', False, 'allow torch/, tfds/ and hfids/ data sets to be downloaded')
+    add('--class-map', '', 'file that maps class names to indices', metavar='FILENAME')
+    add('--input-img-mode', None, 'mode that images are converted to', shown='RGB', metavar='MODE')
+    add('--input-key', None, 'key of the images in a data set', metavar='KEY')
+    add('--target-key', None, 'key of the labels in a data set', metavar='KEY')
+    add('--dataset-trust-remote-code', False, 'allow a Hugging Face data set to run code of its own')
 
 
 def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
@@ -294,22 +143,11 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
         'the paper)', choices=list(SIDES))
     add('--gather', True, 'take the negatives of all processes, not the own ones only (not given in the paper)')
 
-    parser.section('Dataset parameters')
-    parser.add_argument('data', nargs='?', default=argparse.SUPPRESS, metavar='DIR', help='same as --data-dir')
-    parser.presets['data'] = None
-    add('--data-dir', None, 'folder or .tar of images; of a named data set, where it lies or is cached', metavar='DIR')
-    add('--dataset', '', 'KIND/NAME with KIND one of ' + ', '.join(DATASET_KINDS) + '; or digits, which comes with the '
-        'package', shown='a folder or .tar', metavar='NAME')
+    add_dataset_options(parser)
     add('--train-split', 'train', 'split to train on', metavar='NAME')
     add('--val-split', 'validation', 'split to validate on', metavar='NAME')
     add('--train-num-samples', None, 'training samples, where the data set does not tell', type=COUNT)
     add('--val-num-samples', None, 'validation samples, where the data set does not tell', type=COUNT)
-    add('--dataset-download', False, 'allow torch/, tfds/ and hfids/ data sets to be downloaded')
-    add('--class-map', '', 'file that maps class names to indices', metavar='FILENAME')
-    add('--input-img-mode', None, 'mode that images are converted to', shown='RGB', metavar='MODE')
-    add('--input-key', None, 'key of the images in a data set', metavar='KEY')
-    add('--target-key', None, 'key of the labels in a data set', metavar='KEY')
-    add('--dataset-trust-remote-code', False, 'allow a Hugging Face data set to run code of its own')
 
     parser.section('Model parameters')
     add_branch('--pretrained', False, 'start with the pretrained weights of the model')
@@ -458,6 +296,7 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
     add('--experiment', '', "name of the run's folder", shown='from the time and the models', metavar='NAME')
     add('--eval-metric', 'top1', 'what the best checkpoint is best in: top1 (mean of the branches) or a column of the '
         'summary', metavar='METRIC')
+    add('--export', True, 'export each branch, from its best epoch, at the end of the run')
     add('--log-wandb', False, 'log to Weights & Biases')
     add('--wandb-project', None, 'name of the project there', metavar='NAME')
     add('--wandb-tags', [], 'tags of the run there', nargs='+', metavar='TAG')
@@ -493,93 +332,11 @@ def recipe_path(name: str) -> Path:
     raise UsageError(f"--config {name} is {kind}; recipes: {', '.join(near) or 'none'}")
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
-    """Return what a recipe file holds: text as written, bools, None, and lists and dicts of these.
-
-    Only the nodes that PyYAML's safe loader composes are read, and no object is made of them: what a value means is
-    left to the parser, as on the command line.
-    """
-    import yaml
-    try:
-        root = yaml.compose(path.read_text(encoding='utf-8'), Loader=yaml.SafeLoader)
-        if root is None:
-            raise UsageError(f'{path} is empty')
-        if not isinstance(root, yaml.MappingNode):
-            raise UsageError(f'{path} is not a mapping of options to values (epochs: 100)')
-        return _node_value(root, path)
-    except OSError as error:
-        raise UsageError(f'{path} can not be read: {error.strerror}') from None
-    except UnicodeDecodeError:
-        raise UsageError(f'{path} is not a text file in UTF-8') from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, 'problem_mark', None)
-        line = f', line {mark.line + 1}' if mark else ''
-        raise UsageError(f"{path}{line} is not YAML: {getattr(error, 'problem', None) or error}") from None
-    except RecursionError:
-        raise UsageError(f'{path} is nested too deeply') from None
-
-
-def _node_value(node, path: Path) -> Any:
-    where = f'{path}, line {node.start_mark.line + 1}'
-    kind = node.tag.replace('tag:yaml.org,2002:', '')
-    if kind not in ('null', 'bool', 'int', 'float', 'str', 'timestamp', 'value', 'merge', 'seq', 'map'):
-        raise UsageError(f'{where}: the tag {node.tag} is not allowed')
-    if kind == 'seq':
-        return [_node_value(item, path) for item in node.value]
-    if kind == 'map':
-        values = {}
-        for key_node, value_node in node.value:
-            key = _node_value(key_node, path)
-            if not isinstance(key, str):
-                raise UsageError(f'{where}: {key!r} is not the name of an option')
-            if key in values:
-                raise UsageError(f'{path}, line {key_node.start_mark.line + 1}: {key} is given twice')
-            values[key] = _node_value(value_node, path)
-        return values
-    if kind == 'null':
-        return None
-    return node.value.lower() in ('true', 'yes', 'on') if kind == 'bool' else node.value
-
-
-def _spell(value: Any) -> str:
-    """Return the Python expression of a value of `model_kwargs` in a recipe."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(_spell, value))}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{key!r}: {_spell(item)}' for key, item in value.items())}}}"
-    return repr(_literal(value) if isinstance(value, str) else value)
-
-
-def _tokens(action: argparse.Action, value: Any) -> list[str]:
-    """Return the command line that says what a recipe says of one option."""
-    flag = next((name for name in action.option_strings if name.startswith('--')), None)
-    if action.nargs == 0 or (action.nargs == '?' and flag and isinstance(value, bool)):
-        if not isinstance(value, bool):
-            raise UsageError(f'{value!r} is not true or false')
-        if isinstance(action, argparse.BooleanOptionalAction):
-            return [flag if value else f'--no-{flag[2:]}']
-        return [flag] if value else []
-    if isinstance(action, KeyValues) and isinstance(value, dict):
-        return [flag, *(f'{key}={_spell(item)}' for key, item in value.items())]
-    many = action.nargs not in (None, '?')
-    values = value if isinstance(value, list) and many else [value]
-    for item in values:
-        # Text that looks like an option would be taken for one.
-        if not isinstance(item, str) or (many and re.match(r'-[^\d.]', item)):
-            wanted = 'a list of values' if many else 'one value'
-            raise UsageError(f'{_spell(item)} is not {wanted} (text that YAML takes for something else needs quotes)')
-    if isinstance(action.nargs, int) and len(values) != action.nargs:
-        raise UsageError(f'{_spell(values)} is not a list of {action.nargs} values')
-    if many:
-        return [flag, *values] if values else []
-    return [f'{flag}={values[0]}'] if flag else ['--', values[0]]
-
-
 def _load_recipe(parser: OptionParser, path: Path) -> dict[str, Any]:
     """Return the options that a recipe file gives, by dest."""
     actions = parser.actions()
     given = {}
-    for key, value in _read_recipe(path).items():
+    for key, value in read_recipe(path).items():
         dest = key.replace('-', '_')
         where = f'{path}: {key}'
         value = parser.nulls.get(dest) if value is None else value
@@ -589,11 +346,11 @@ def _load_recipe(parser: OptionParser, path: Path) -> dict[str, Any]:
         if dest == 'config':
             raise UsageError(f'{where}: a recipe can not name another recipe')
         if dest not in actions:
-            raise UsageError(f'{where} is not an option{_did_you_mean(key, actions)}')
+            raise UsageError(f'{where} is not an option{did_you_mean(key, actions)}')
         if dest in given:
             raise UsageError(f'{where} is given twice')
         try:
-            tokens = _tokens(actions[dest], value)
+            tokens = option_tokens(actions[dest], value)
         except UsageError as error:
             raise UsageError(f'{where}: {error}') from None
         given.update(parser.parse(tokens, where))
@@ -689,7 +446,9 @@ def _resolve(parser: OptionParser, given: dict[str, Any]) -> argparse.Namespace:
 def _check(args: argparse.Namespace) -> None:
     """Raise UsageError where options contradict each other or name something that is not there."""
     _check_models(args)
-    _check_data(args)
+    if args.train_split == args.val_split:
+        raise UsageError(f'--train-split and --val-split are both {args.val_split}, which validates on training images')
+    check_dataset(args, (args.train_split, args.val_split))
     for dest in ('resume', 'initial_checkpoint_a', 'initial_checkpoint_b', 'pretrained_path_a', 'pretrained_path_b'):
         path = getattr(args, dest)
         if path and not os.path.isfile(path) and (dest, path) != ('resume', 'auto'):
@@ -699,7 +458,7 @@ def _check(args: argparse.Namespace) -> None:
     for dest in ('scale', 'ratio', 'cutmix_minmax'):
         values = getattr(args, dest)
         if values and values[0] > values[1]:
-            raise UsageError(f'{_flag(dest)} {_show(values)}: the first is larger than the second')
+            raise UsageError(f'{_flag(dest)} {show(values)}: the first is larger than the second')
     # The decimals as written: 33.4 + 66.6 is 100.
     if Fraction(str(args.x)) + Fraction(str(args.y)) > 100:
         raise UsageError(f'--x {args.x:g} and --y {args.y:g} add up to more than 100 percent of the epochs')
@@ -711,23 +470,26 @@ def _check(args: argparse.Namespace) -> None:
     for dest in ('mean', 'std'):
         values = getattr(args, dest)
         if values and len(values) not in (1, in_chans):
-            raise UsageError(f'--{dest} {_show(values)} has {len(values)} values, the images have {in_chans} channels')
+            raise UsageError(f'--{dest} {show(values)} has {len(values)} values, the images have {in_chans} channels')
 
 
 def _check_models(args: argparse.Namespace) -> None:
-    if len(args.sides) != METHODS[args.method]:
-        if METHODS[args.method] == 2:
+    models = METHODS[args.method].models
+    if len(args.sides) not in models:
+        if models == (2,):
             missing = ' and '.join(f'--model-{side}' for side in SIDES if side not in args.sides)
             raise UsageError(f'--method {args.method} needs two models; missing: {missing}')
         given = ' '.join(f"--model-{side} {getattr(args, f'model_{side}')}" for side in args.sides)
+        wanted = 'one model' if models == (1,) else 'one or two models'
         raise UsageError(
-            f"--method {args.method} needs one model, --model-a or --model-b; given: {given or 'none'}"
+            f"--method {args.method} needs {wanted}, --model-a or --model-b; given: {given or 'none'}"
             " (--model-b '' drops that of a recipe)")
     for side in args.sides:
-        _check_model_name(f'--model-{side}', getattr(args, f'model_{side}'))
+        check_model_name(f'--model-{side}', getattr(args, f'model_{side}'))
 
 
-def _check_model_name(flag: str, name: str) -> None:
+def check_model_name(flag: str, name: str) -> None:
+    """Raise UsageError unless a model's name is one of timm's, hf-hub:ID or local-dir:FOLDER."""
     source, colon, place = name.partition(':')
     if colon:
         source = source.lower().replace('_', '-')
@@ -741,7 +503,7 @@ def _check_model_name(flag: str, name: str) -> None:
         arch = name.partition('.')[0]
         names = timm_model_names()
         if arch not in names and not _is_renamed(arch):
-            raise UsageError(f'{flag} {name}: timm has no model of this name{_did_you_mean(arch, names)}')
+            raise UsageError(f'{flag} {name}: timm has no model of this name{did_you_mean(arch, names)}')
 
 
 def _timm_sources() -> Iterator[str]:
@@ -766,19 +528,18 @@ def _is_renamed(name: str) -> bool:
     return any(f"'{name}': '" in text.partition('register_model_deprecations(')[2] for text in _timm_sources())
 
 
-def _check_data(args: argparse.Namespace) -> None:
+def check_dataset(args: argparse.Namespace, splits: Sequence[str]) -> None:
+    """Raise UsageError where the data set that the options name, or one of its splits, can't be."""
     kind, slash, name = args.dataset.partition('/')
     kind, place = kind.lower(), args.data_dir
-    if args.train_split == args.val_split:
-        raise UsageError(f'--train-split and --val-split are both {args.val_split}, which validates on training images')
     if args.class_map and not any(
             os.path.exists(path) for path in (args.class_map, os.path.join(place or '', args.class_map))):
         raise UsageError(f'--class-map {args.class_map}: no such file')
     if args.dataset == 'digits':
         if place:
             raise UsageError(f'--dataset digits comes with the package, but a folder is given: {place}')
-        if (args.train_split, args.val_split) != ('train', 'validation'):
-            raise UsageError('--train-split and --val-split: the digits have the splits train and validation')
+        if not set(splits) <= {'train', 'validation'}:
+            raise UsageError(f'split {" or ".join(splits)}: the digits have the splits train and validation')
     elif args.dataset and not (kind in DATASET_KINDS and name):
         kinds = ', '.join(f'{kind}/NAME' for kind in DATASET_KINDS)
         raise UsageError(f'--dataset {args.dataset} is not one of digits, {kinds}; leave it out for a folder or .tar')

@@ -24,9 +24,11 @@ from . import build
 from .checkpoint import PairCheckpointSaver, checkpoint_bytes, read_checkpoint
 from .data import TrainLoader, create_eval_loader, create_split, create_train_loader, resolve_classes
 from .errors import RunError, UsageError
+from .export import export_run
 from .options import recipe_values
 from .seeding import BranchStreams
 from .task import PairTask
+from .trained import branch_config
 from .validation import evaluate
 
 _logger = logging.getLogger('train')
@@ -183,7 +185,7 @@ def create_run(args, device: torch.device, options: dict[str, Any]) -> Run:
             task,
             optimizer,
             {**options, 'num_classes': args.num_classes, 'class_names': class_names, 'data_config': data_config},
-            pair.sides,
+            {side: branch_config(pair.branch(side), data_config, class_names) for side in pair.sides},
             amp_scaler=run.scaler if run.scaler.is_enabled() else None,
             checkpoint_dir=run.output_dir,
             recovery_dir=run.output_dir,
@@ -350,11 +352,17 @@ def fit(run: Run, start_epoch: int = 0) -> None:
             wandb.log(row)
         metrics = eval_metrics or metrics
         saver.save(
-            epoch, metric=eval_metrics.get(args.eval_metric), branch_metrics=_branch_metrics(run, eval_metrics))
+            epoch,
+            metric=eval_metrics.get(args.eval_metric),
+            branch_metrics=_branch_metrics(run, eval_metrics),
+            metrics=dict(eval_metrics),
+        )
         if args.save_epochs and epoch + 1 in args.save_epochs:
             saver.save_milestone(epoch + 1)
     if saver is not None:
         _log_result(run, metrics, time.time() - started)
+        if args.export and any(epoch is not None for _, epoch in saver.best_branches.values()):
+            export_run(run.output_dir)
 
 
 def train_one_epoch(run: Run, epoch: int) -> dict[str, Any]:

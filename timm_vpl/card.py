@@ -1,0 +1,142 @@
+"""The model card of an exported branch: its README.md with the Hub's metadata, from figures that its run measured."""
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from . import __version__
+from .methods import METHODS
+from .names import SIDES
+from .options import build_parser
+from .trained import TrainedModel
+
+VALIDATION = 'validation.csv'  # where `timm-vpl validate` leaves its figures, in the folder of a run
+
+# Options that say where and how a run was kept, not what it was.
+_PRIVATE = (
+    'data_dir', 'output', 'experiment', 'log_wandb', 'wandb_project', 'wandb_tags', 'workers', 'pin_mem',
+    'log_interval', 'save_images', 'dataset_trust_remote_code', 'num_classes', 'class_names', 'data_config', 'export',
+    'teacher', 'pretrained_path_a', 'pretrained_path_b', 'initial_checkpoint_a', 'initial_checkpoint_b')
+_SETS = {'val': 'validation', 'real': 'ReaL labels', 'v2': 'ImageNet-V2'}
+
+
+def model_card(trained: TrainedModel, name: str, repo_id: str, license: str = 'unknown') -> ModelCard:
+    """Return the card of a branch.
+
+    Args:
+        trained: The branch.
+        name: Name of the model.
+        repo_id: What `hf-hub:` loads it by.
+        license: Identifier of its licence on the Hub.
+    """
+    args = trained.checkpoint.get('args', {})
+    results = _results(trained)
+    data_name = dataset_name(args)
+    metadata = ModelCardData(
+        model_name=name,
+        library_name='timm',
+        pipeline_tag='image-classification',
+        license=license,
+        tags=['image-classification', 'timm', 'timm-vpl', *([args['method']] if 'method' in args else [])],
+        datasets=[data_name] if data_name else None,
+        eval_results=[
+            EvalResult(
+                task_type='image-classification',
+                task_name='Image Classification',
+                dataset_type=data_name,
+                dataset_name=f'{data_name} ({_SETS[subset]})',
+                dataset_split='validation' if subset == 'val' else subset,
+                metric_type='accuracy',
+                metric_name=metric,
+                metric_value=value,
+            )
+            for (subset, weights), figures in results.items()
+            if data_name and weights == ('ema' if trained.ema else 'raw')
+            for metric, value in zip(('Top-1', 'Top-5'), figures, strict=True)
+        ] or None,
+    )
+    return ModelCard(f'---\n{metadata.to_yaml()}\n---\n\n{_text(trained, args, results, name, repo_id, data_name)}')
+
+
+def dataset_name(args: dict[str, Any]) -> str | None:
+    """Return the name of a run's data set: the one given, or that of the folder."""
+    return args.get('dataset') or (args.get('data_dir') and Path(args['data_dir']).resolve().name) or None
+
+
+def _results(trained: TrainedModel) -> dict[tuple[str, str], tuple[float, float]]:
+    """Return (top-1, top-5) by (set, weights), as far as the run or `timm-vpl validate` measured them."""
+    results = {}
+    metrics, side = trained.checkpoint.get('metrics', {}), trained.side
+    for weights, prefix in (('ema', 'ema_'), ('raw', '')):
+        if f'{prefix}top1_{side}' in metrics:
+            results['val', weights] = (metrics[f'{prefix}top1_{side}'], metrics[f'{prefix}top5_{side}'])
+    file = os.path.join(os.path.dirname(trained.source), VALIDATION)
+    if side and 'epoch' in trained.checkpoint and os.path.isfile(file):
+        with open(file, newline='') as f:
+            for row in csv.DictReader(f):
+                if (row['branch'], row['epoch']) == (side, str(trained.checkpoint['epoch'])) and row['set'] != 'val':
+                    results[row['set'], row['weights']] = (float(row['top1']), float(row['top5']))
+    return results
+
+
+def _text(trained, args, results, name, repo_id, data_name):
+    config = trained.data_config
+    height, width = config['input_size'][-2:]
+    weights = {True: ' (averaged weights, EMA)', False: ' (raw weights)', None: ''}[trained.ema]
+    parameters = sum(parameter.numel() for parameter in trained.model.parameters())
+    lines = [
+        f'# {name}',
+        '',
+        f'A `{trained.architecture}` image classification model{weights}, trained with '
+        f'timm-vpl {__version__}. It is a plain timm model: nothing but timm is '
+        f'needed to load it.',
+        '',
+        '## Model',
+        '',
+        f'- Architecture: `{trained.architecture}`, {parameters / 1e6:.2f} M parameters',
+        f'- Images: {height} x {width}, {trained.model.num_classes} classes',
+    ]
+    if 'method' in args:
+        method = METHODS[args['method']]
+        lines.append(f'- Method: {method.description} (`--method {args["method"]}`)')
+        partner = args.get(f'model_{SIDES[trained.side == SIDES[0]]}')
+        if partner:
+            lines.append(f'- Partner in training: `{partner}`')
+        if args.get('teacher'):
+            lines.append(f'- Teacher: `{os.path.basename(str(args["teacher"]).rstrip("/"))}`')
+    if data_name:
+        lines.append(f'- Data: {data_name}')
+    if 'epoch' in trained.checkpoint:
+        lines.append(f'- Epoch: {trained.checkpoint["epoch"]}, counted from 0')
+    if results:
+        lines += ['', '## Results', '', '| set | weights | top-1 | top-5 |', '|---|---|---|---|']
+        lines += [f'| {_SETS[subset]} | {weights} | {top1:.3f} | {top5:.3f} |'
+                  for (subset, weights), (top1, top5) in results.items()]
+        lines += ['', 'In percent, as measured by the run; the epoch was chosen on the validation set.']
+    lines += [
+        '',
+        '## Usage',
+        '',
+        '```python',
+        'import timm',
+        'from PIL import Image',
+        '',
+        f"model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()",
+        'transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)',
+        "logits = model(transform(Image.open('image.jpg').convert('RGB')).unsqueeze(0))",
+        '```',
+        '',
+        "From a folder: `timm.create_model('local-dir:FOLDER', pretrained=True)`.",
+    ]
+    presets = build_parser().presets
+    recipe = {key: value for key, value in args.items() if key not in _PRIVATE and value != presets.get(key)}
+    if recipe:
+        lines += [
+            '', '## Recipe', '', 'Options of `timm-vpl train --config FILE`, others at their defaults:', '', '```yaml',
+            yaml.safe_dump(recipe, default_flow_style=None).rstrip(), '```']
+    if 'method' in args and METHODS[args['method']].citation:
+        lines += ['', '## Citation', '', '```bibtex', METHODS[args['method']].citation, '```']
+    return '\n'.join(lines) + '\n'

@@ -1,0 +1,258 @@
+"""Export: each branch of a pair as a folder that timm loads by itself, on the Hub too, and as ONNX."""
+import contextlib
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from timm.data import resolve_data_config
+from timm.models import create_model, save_for_hf
+
+from .build import create_named, pretrained_cfg_of, size_kwargs
+from .card import model_card
+from .errors import RunError, UsageError
+from .names import SIDES
+from .trained import TrainedModel, branch_config, load_branches
+
+_logger = logging.getLogger(__name__)
+
+EXPORT = 'export'  # the folder, in that of a run
+ONNX_TOLERANCE = 1e-4
+
+
+def export(args) -> list[Path]:
+    """Export as the options of `timm-vpl export` say, and return the folders."""
+    sides = ''.join(SIDES) if args.branch == 'both' else args.branch
+    trained = load_branches(
+        args.source, None if args.branch == 'both' else sides, args.ema, configs=_named_configs(args))
+    names = branch_names(trained, {side: getattr(args, f'name_{side}') for side in SIDES})
+    repo_ids = {side: f'{args.push_to}/{name}' for side, name in names.items()} if args.push_to else {}
+    if repo_ids:
+        _check_repo_ids(repo_ids.values())
+    run_dir = args.source if os.path.isdir(args.source) else os.path.dirname(args.source)
+    out = Path(args.out or os.path.join(run_dir, EXPORT))
+    folders = {branch.side: out / names[branch.side] for branch in trained}
+    for folder in folders.values() if args.out else ():  # those in a run's own folder follow the run
+        if folder.exists() and not args.overwrite:
+            raise UsageError(f'--out {out}: {folder} exists; --overwrite replaces it, another --out keeps it')
+    for branch in trained:
+        export_branch(
+            branch, folders[branch.side], repo_ids.get(branch.side), license=args.license, onnx=args.onnx)
+        print(f'{branch.label}: {folders[branch.side]}')
+    for side, repo_id in repo_ids.items():
+        print(f'{folders[side]}: {push(folders[side], repo_id, private=args.private, revision=args.revision)}')
+    return list(folders.values())
+
+
+def export_run(run_dir: str) -> None:
+    """Export each branch of a finished run from its best epoch, replacing earlier exports."""
+    trained = load_branches(run_dir)
+    names = branch_names(trained)
+    for branch in trained:
+        folder = Path(run_dir) / EXPORT / names[branch.side]
+        export_branch(branch, folder)
+        _logger.info(f"Exported {branch.label}: timm.create_model('local-dir:{folder}', pretrained=True)")
+
+
+def branch_names(trained: list[TrainedModel], given: dict[str, str | None] | None = None) -> dict[str, str]:
+    """Return a name for each branch: as given, or the method and the architecture."""
+    names = {}
+    architectures = [branch.architecture for branch in trained]
+    for branch in trained:
+        method = branch.checkpoint.get('args', {}).get('method')
+        parts = [method] if method else []
+        parts.append(branch.architecture)
+        if architectures.count(branch.architecture) > 1:
+            parts.append(branch.side)
+        names[branch.side] = (given or {}).get(branch.side) or '-'.join(parts)
+    if len(set(names.values())) < len(names):
+        raise UsageError(f'--name-a and --name-b are both {next(iter(names.values()))}')
+    return names
+
+
+def _named_configs(args):
+    """Return timm's config of each model that the options name, for weights that do not say what they belong to."""
+    configs = {}
+    class_names = _read_class_map(args.class_map)
+    for side in SIDES:
+        name = getattr(args, f'model_{side}')
+        if name:
+            num_classes = args.num_classes or (len(class_names) if class_names else None)
+            if num_classes is None:
+                raise UsageError(f'--num-classes: needed with --model-{side} (or --class-map)')
+            cfg = pretrained_cfg_of(name, f'--model-{side}')
+            data_config = resolve_data_config(vars(args), pretrained_cfg=cfg)
+            with torch.device('meta'):
+                model = create_named(name, f'--model-{side} {name}', **{
+                    'num_classes': num_classes,
+                    'in_chans': data_config['input_size'][0],
+                    **size_kwargs(cfg, data_config['input_size']),
+                    **getattr(args, f'model_kwargs_{side}'),
+                })
+            configs[side] = branch_config(model, data_config, class_names)
+    return configs
+
+
+def _read_class_map(path):
+    if not path:
+        return None
+    from timm.data.readers.class_map import load_class_map
+    try:
+        indices = load_class_map(path)
+    except (AssertionError, OSError, ValueError) as e:
+        raise UsageError(f'--class-map {path}: can not be read ({e})') from e
+    return [name for name, _ in sorted(indices.items(), key=lambda item: item[1])]
+
+
+def export_branch(
+        trained: TrainedModel,
+        folder: Path,
+        repo_id: str | None = None,
+        license: str = 'unknown',
+        onnx: bool = False,
+) -> None:
+    """Write a branch's folder: model.safetensors, config.json, README.md, and model.onnx on request.
+
+    The folder appears complete or not at all, and only after timm has loaded it back with equal weights and logits.
+
+    Args:
+        trained: The branch.
+        folder: Where to; a folder that is there is replaced.
+        repo_id: What `hf-hub:` will load it by, for the card.
+        license: Identifier of its licence on the Hub.
+        onnx: Write model.onnx too.
+
+    Raises:
+        RunError: It can't be written, or what was written does not give the same model.
+    """
+    model = trained.model.to(memory_format=torch.contiguous_format)  # safetensors takes no other layout
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}-') as work:
+            part = Path(work) / folder.name
+            save_for_hf(
+                model,
+                str(part),
+                model_config={'label_names': trained.class_names, 'pretrained_cfg': {'license': license}},
+                data_config=trained.data_config,
+                safe_serialization=True,
+            )
+            _check_reload(trained, part)
+            card = model_card(trained, folder.name, repo_id or f'ORG/{folder.name}', license)
+            (part / 'README.md').write_text(str(card), encoding='utf-8')
+            if onnx:
+                export_onnx(trained, part / 'model.onnx')
+            if folder.exists():
+                os.replace(folder, Path(work) / 'replaced')
+            os.replace(part, folder)
+    except OSError as e:
+        raise RunError(f'{folder}: can not be written: {e.strerror or e}') from e
+
+
+@torch.inference_mode()
+def _check_reload(trained, folder):
+    """Load an exported folder as a user will, and compare it with the branch to the bit."""
+    with _quiet('timm.models'):
+        reloaded = create_model(f'local-dir:{folder}', pretrained=True).eval()
+    state, written = trained.model.state_dict(), reloaded.state_dict()
+    input = example_images(trained, 1)
+    equal = state.keys() == written.keys() and all(torch.equal(state[key], written[key]) for key in state)
+    if not (equal and torch.equal(trained.model(input), reloaded(input))):
+        raise RunError(f'{folder.name}: the exported model, loaded back, is not the trained one')
+
+
+@contextlib.contextmanager
+def _quiet(name):
+    """Hold back what a logger has to say below warnings."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def example_images(trained: TrainedModel, count: int) -> torch.Tensor:
+    """Return random images (count, C, H, W), the same for each call."""
+    return torch.randn(count, *trained.data_config['input_size'], generator=torch.Generator().manual_seed(0))
+
+
+def export_onnx(trained: TrainedModel, path: Path) -> None:
+    """Write a model as ONNX with a dynamic batch, and compare it with torch through onnxruntime.
+
+    Raises:
+        UsageError: The packages of the extra `onnx` are missing.
+        RunError: torch can't export the model, or onnxruntime's logits differ by more than 1e-4.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as e:
+        raise UsageError(f"--onnx: needs the package {e.name} (pip install 'timm-vpl[onnx]')") from e
+    from timm.utils.onnx import onnx_export
+    try:
+        onnx_export(trained.model, str(path), example_images(trained, 2), use_dynamo=True, input_names=['images'],
+                    output_names=['logits'])
+    except Exception as e:  # the exporter raises errors of its own, of many classes
+        raise RunError(f'--onnx: torch can not export {trained.architecture}: {str(e).strip().splitlines()[0]}') from e
+    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    for count in (1, 3):
+        images = example_images(trained, count)
+        logits = torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
+        with torch.inference_mode():
+            difference = (trained.model(images) - logits).abs().max().item()
+        if not difference <= ONNX_TOLERANCE:
+            raise RunError(f'--onnx: {trained.architecture} differs from torch by {difference:.2g}, more than '
+                           f'{ONNX_TOLERANCE:g}')
+
+
+def _check_repo_ids(repo_ids):
+    """Refuse names that break the Hub's rules, before anything is sent."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+    for repo_id in repo_ids:
+        try:
+            validate_repo_id(repo_id)
+            if repo_id.count('/') != 1 or repo_id.startswith('/'):
+                raise HFValidationError('expected ORG without a slash')
+        except HFValidationError as e:
+            raise UsageError(f'--push-to: {repo_id} is not a name that the Hub takes: {str(e).splitlines()[0]}') from e
+
+
+def push(folder: Path, repo_id: str, private: bool = False, revision: str | None = None) -> str:
+    """Upload a folder to the Hub and return its address; the repository and the revision are created if need be.
+
+    Raises:
+        RunError: No token, no rights, no network.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
+    api = HfApi(library_name='timm-vpl')
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=str(folder),
+            revision=revision,
+            commit_message=f'Upload {folder.name}',
+        )
+    except LocalTokenNotFoundError as e:
+        raise RunError(f'{repo_id}: no token for the Hub (`hf auth login` or HF_TOKEN); {folder} is kept') from e
+    except (HTTPError, OSError) as e:  # the Hub's errors, those of the connection, and an offline mode
+        raise RunError(f'{repo_id}: not uploaded, {_reason(e)}; {folder} is kept') from e
+
+
+def _reason(error) -> str:
+    """Return what went wrong at the Hub, in words."""
+    status = getattr(getattr(error, 'response', None), 'status_code', None)
+    known = {
+        401: 'the token is missing or not valid (401)',
+        403: 'the token has no right to write there (403)',
+        404: 'there is no such repository or revision (404)',
+    }
+    return known.get(status) or f'{type(error).__name__}: {" ".join(str(error).split())[:160]}'

@@ -1,0 +1,171 @@
+"""Trained models, each a plain timm model, from where they are: a run, a checkpoint, an export, the Hub, timm."""
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.nn as nn
+from timm.data import resolve_model_data_config
+from timm.models._hub import save_config_for_hf
+
+from .build import create_named
+from .checkpoint import read_checkpoint
+from .errors import RunError, UsageError
+from .names import SIDES
+
+_logger = logging.getLogger(__name__)
+
+
+class TrainedModel(NamedTuple):
+    """A trained model by itself, in evaluation mode on the CPU, and what its images are prepared by."""
+    model: nn.Module
+    source: str  # file, folder or name that it was read from
+    architecture: str
+    data_config: dict[str, Any]  # input_size, mean, std, interpolation, crop_pct, crop_mode
+    class_names: list[str] | None = None
+    side: str | None = None  # of the pair that it was a branch of
+    ema: bool | None = None  # whether these are averaged weights
+    checkpoint: dict[str, Any] = {}  # what else the checkpoint says: epoch, args, metrics
+
+    @property
+    def label(self) -> str:
+        """Return a short name: the architecture, and of a branch the side and the kind of its weights."""
+        if self.side is None:
+            return self.architecture
+        return f'{self.architecture} ({self.side}{"" if self.ema is None else ", EMA" if self.ema else ", raw"})'
+
+
+# What timm's configuration says of the weights that it would have downloaded, not of ours.
+_PROVENANCE = (
+    'tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes', 'label_names',
+    'label_descriptions')
+
+
+def branch_config(model: nn.Module, data_config: dict[str, Any], class_names: list[str] | None) -> dict[str, Any]:
+    """Return timm's config.json of a model: what rebuilds it and prepares its images, without its weights."""
+    cfg = model.pretrained_cfg
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'config.json'
+        model.pretrained_cfg = {key: value for key, value in cfg.items() if key not in _PROVENANCE}
+        try:
+            save_config_for_hf(
+                model, str(path), model_config={'label_names': class_names or None}, data_config=data_config)
+        finally:
+            model.pretrained_cfg = cfg
+        return json.loads(path.read_text())  # with lists for tuples, as whoever loads it will have it
+
+
+def load_branches(
+        source: str,
+        sides: str | None = None,
+        ema: bool | None = None,
+        configs: dict[str, dict[str, Any]] | None = None,
+) -> list[TrainedModel]:
+    """Load branches of a pair from a checkpoint, or from a run's folder each from its own best epoch.
+
+    Args:
+        source: Checkpoint, or folder of a run.
+        sides: 'a', 'b' or 'ab'; None for those that there are.
+        ema: Averaged weights (True), raw ones (False), or averaged ones where there are any (None).
+        configs: timm's config by side, for a file of weights that does not say what they belong to.
+
+    Raises:
+        UsageError: There is no such file; it has no such branch or no averaged weights.
+        RunError: A file can't be read or does not hold what it should.
+    """
+    loaded = []
+    for side, path in _checkpoint_files(source).items():
+        if sides is not None and side not in sides:
+            continue
+        checkpoint = read_checkpoint(path, bare=True)
+        branches = {**checkpoint.get('branches', {}), **(configs or {})}
+        if not branches:
+            raise UsageError(
+                f'{path}: does not say which models its weights belong to; name them: --model-a, --model-b (one or '
+                f'both), --num-classes')
+        if side in branches:
+            loaded.append(_load_branch(path, checkpoint, branches[side], side, ema))
+        elif sides is not None:
+            raise UsageError(f'{path}: has no branch {side}, only {" and ".join(branches)}')
+    return loaded
+
+
+def _checkpoint_files(source: str) -> dict[str, str]:
+    """Return the file to read each side from."""
+    if os.path.isfile(source):
+        return dict.fromkeys(SIDES, source)
+    if not os.path.isdir(source):
+        raise UsageError(f'{source}: no such file or folder')
+    files = {side: path for side in SIDES if os.path.isfile(path := os.path.join(source, f'best_{side}.pth.tar'))}
+    if files:
+        return files
+    # Killed before its first epoch was ranked.
+    found = [path for path in Path(source).glob('*.pth.tar') if path.stat().st_size]
+    if not found:
+        raise UsageError(f'{source}: no checkpoint in this folder (best_a.pth.tar, best_b.pth.tar, last.pth.tar, ...)')
+    newest = max(found, key=lambda path: (path.name == 'last.pth.tar', path.stat().st_mtime_ns))
+    _logger.warning(f'{source}: no branch has a best epoch yet, taking {newest.name}')
+    return dict.fromkeys(SIDES, str(newest))
+
+
+def _load_branch(path, checkpoint, config, side, ema):
+    averaged = 'state_dict_ema' in checkpoint
+    if ema and not averaged:
+        raise UsageError(f'--ema: {path} has no averaged weights')
+    use_ema = averaged if ema is None else ema
+    state = checkpoint['state_dict_ema' if use_ema else 'state_dict']
+    prefix = f'model_{side}.'
+    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    model = _build(config, path)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        found = f'{len(state)} weights under {prefix}*' if state else f'no weights under {prefix}*'
+        raise RunError(f'{path}: {found}, which do not fit {config["architecture"]} '
+                       f'({" ".join(str(e).split())[:160]})') from e
+    return TrainedModel(
+        model.eval(),
+        source=path,
+        architecture=config['architecture'],
+        data_config=resolve_model_data_config(model),
+        class_names=config.get('label_names'),
+        side=side,
+        ema=use_ema if averaged else None,
+        checkpoint={key: checkpoint[key] for key in ('epoch', 'args', 'metrics') if key in checkpoint},
+    )
+
+
+def _build(config, where) -> nn.Module:
+    """Build a model from timm's config, without weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / 'config.json').write_text(json.dumps(config))
+        return create_named(f'local-dir:{folder}', where)
+
+
+def load_trained(source: str, ema: bool | None = None, side: str | None = None) -> list[TrainedModel]:
+    """Load what a source names, with its trained weights.
+
+    Args:
+        source: Folder of a run or checkpoint (each branch, or that of `side`), folder of an export (also
+            local-dir:DIR), hf-hub:ID, or a timm name (its pretrained weights).
+        ema: As in `load_branches`.
+        side: Branch of a pair, 'a' or 'b'.
+
+    Raises:
+        UsageError: There is nothing of this name.
+        RunError: It can't be read.
+    """
+    if os.path.isfile(source) or (os.path.isdir(source) and not os.path.isfile(os.path.join(source, 'config.json'))):
+        return load_branches(source, side, ema)
+    name = f'local-dir:{source}' if os.path.isdir(source) else source
+    model = create_named(name, source, pretrained=True).eval()
+    cfg = model.pretrained_cfg
+    return [TrainedModel(
+        model,
+        source=source,
+        architecture=cfg.get('architecture', source),
+        data_config=resolve_model_data_config(model),
+        class_names=cfg.get('label_names'),
+    )]
