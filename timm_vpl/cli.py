@@ -2,11 +2,20 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
 
 from . import __version__
 from .errors import RunError, UsageError
-from .options import INTERPOLATIONS, add_dataset_options, check_dataset, check_model_name, parse_args
+from .options import (
+    INTERPOLATIONS,
+    add_dataset_options,
+    check_dataset,
+    check_model_name,
+    name_data_dir,
+    parse_args,
+    speaks,
+)
 from .parsing import ANY_NUMBER, COUNT, POSITIVE, WHOLE, KeyValues, OptionParser
 
 
@@ -35,11 +44,41 @@ def export(argv: list[str], prog: str) -> int:
 def validate(argv: list[str], prog: str) -> int:
     """Validate trained models; return the exit status."""
     def work():
-        args = _parse(validate_parser(prog), argv)
-        check_dataset(args, (args.val_split,))
+        try:
+            args = _validate_args(argv, prog)
+        except UsageError as e:
+            if speaks():
+                raise
+            time.sleep(2)  # torchrun ends all processes when the first ends; let the one that speaks be it
+            raise SystemExit(e.exit_status) from None
         from .validation import validate
         validate(args)
     return _finish(prog, work)
+
+
+def _validate_args(argv: list[str], prog: str) -> argparse.Namespace:
+    """Return the options of `timm-vpl validate`, checked as far as that needs no data."""
+    parser = validate_parser(prog)
+    args = argparse.Namespace(**{**parser.presets, **name_data_dir(parser.parse(argv))})
+    args.prefetcher = not args.no_prefetcher
+    if not os.path.exists(args.model):
+        if os.path.dirname(args.model) and ':' not in args.model:
+            raise UsageError(f'MODEL {args.model}: no such file or folder (on the Hub: hf-hub:{args.model})')
+        check_model_name('MODEL', args.model)
+    check_dataset(args, (args.val_split,))
+    if args.imagenet_v2:
+        for flag, given in (('--class-map', args.class_map), ('--real-labels', args.real_labels is not None)):
+            if given:
+                raise UsageError(f'--imagenet-v2: says what the labels are, it can not go with {flag}')
+    for flag, path in (('--real-labels', args.real_labels), ('--file-list', args.file_list)):
+        if path and not os.path.isfile(path):
+            raise UsageError(f'{flag} {path}: no such file')
+    if args.results_file:
+        if os.path.splitext(args.results_file)[1].lower() not in ('.csv', '.json'):
+            raise UsageError(f'--results-file {args.results_file}: ends neither in .csv nor in .json')
+        if not os.path.isdir(os.path.dirname(args.results_file) or '.'):
+            raise UsageError(f'--results-file {args.results_file}: no such folder')
+    return args
 
 
 def report(argv: list[str], prog: str) -> int:
@@ -47,7 +86,7 @@ def report(argv: list[str], prog: str) -> int:
     def work():
         args = _parse(report_parser(prog), argv)
         from .report import report
-        print(report(args.run_dirs, args.format), end='')
+        print(report(args.run_dirs, args.format))
     return _finish(prog, work)
 
 
@@ -118,7 +157,7 @@ def validate_parser(prog: str = 'timm-vpl validate') -> OptionParser:
     parser.add_argument('model', metavar='MODEL', help='folder of a run or checkpoint (both branches, raw and '
                         'averaged), exported folder, hf-hub:ID or timm name')
     add_dataset_options(parser)
-    add('--split', 'validation', 'split to validate on', metavar='NAME', dest='val_split')
+    add('--val-split --split', 'validation', 'split to validate on', metavar='NAME')
     add('--num-samples', None, 'images, where the data set does not tell', type=COUNT, dest='val_num_samples')
     add('--real-labels', None, "score ImageNet's validation images by their ReaL labels too (timm's, or those of a "
         'JSON file)', nargs='?', const='', metavar='FILE')

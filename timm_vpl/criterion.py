@@ -17,9 +17,10 @@ from .stages import StageSchedule
 class Term(NamedTuple):
     """One term of a loss: `function(output, target)` -> scalar, its weight, and the epochs at which it is on."""
     name: str  # ends in '_loss'
-    function: Callable[[PairOutput, torch.Tensor], torch.Tensor]
+    function: Callable[[PairOutput, torch.Tensor], torch.Tensor]  # may have an attribute uses_embeddings
     weight: float = 1.0
     active: Callable[[int], bool] = lambda epoch: True
+    phase: int = 0  # optimizer phase of a batch in which it counts
 
 
 class StagedLoss(nn.Module):
@@ -30,13 +31,16 @@ class StagedLoss(nn.Module):
     is in float32 at least, whatever autocast says.
 
     Args:
-        terms: The terms in the order in which they are logged.
+        terms: The terms in the order in which they are logged. Modules among their functions follow the criterion.
+        phases: Branches that learn in each optimizer phase of a batch, 'ab' for both at once.
+        views: 2 for one network that gives two outputs for a batch, in the places of the branches.
 
     Raises:
-        ValueError: Two terms of one name, a name that doesn't end in '_loss', a negative or non-finite weight.
+        ValueError: Two terms of one name, a name that doesn't end in '_loss', a negative or non-finite weight, a
+            term of a phase that there is not.
     """
 
-    def __init__(self, terms: Sequence[Term]):
+    def __init__(self, terms: Sequence[Term], phases: Sequence[str] = ('ab',), views: int = 1):
         super().__init__()
         names = [term.name for term in terms]
         for term in terms:
@@ -44,7 +48,12 @@ class StagedLoss(nn.Module):
                 raise ValueError(f"term {term.name!r}: names are unique and end in '_loss'")
             if not math.isfinite(term.weight) or term.weight < 0:
                 raise ValueError(f'{term.name}: weight is {term.weight}, expected a finite number of at least 0')
+            if not 0 <= term.phase < len(phases):
+                raise ValueError(f'{term.name}: phase is {term.phase}, expected one of {len(phases)}')
         self.all_terms = tuple(terms)
+        self.functions = nn.ModuleList(term.function for term in terms if isinstance(term.function, nn.Module))
+        self.phases = tuple(phases)
+        self.views = views
         self._epoch = None
 
     @property
@@ -57,6 +66,9 @@ class StagedLoss(nn.Module):
         if epoch < 0:
             raise ValueError(f'epoch is {epoch}, expected 0 or more')
         self._epoch = epoch
+        for function in self.functions:
+            if hasattr(function, 'start_epoch'):
+                function.start_epoch()
 
     def active_terms(self):
         """Return the terms that are on at the present epoch."""
@@ -66,8 +78,19 @@ class StagedLoss(nn.Module):
         """Return a line that names the terms that are on."""
         return 'terms ' + ', '.join(f'{term.weight:g} x {term.name}' for term in self.active_terms())
 
-    def terms(self, output: PairOutput, target: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the unweighted terms that are on, and 'loss', their weighted sum."""
+    @property
+    def uses_embeddings(self) -> bool:
+        """Whether a term that is on reads the embeddings."""
+        return any(getattr(term.function, 'uses_embeddings', False) for term in self.active_terms())
+
+    def terms(self, output: PairOutput, target: torch.Tensor, phase: int | None = None) -> dict[str, torch.Tensor]:
+        """Return the unweighted terms that are on, and 'loss', their weighted sum.
+
+        Args:
+            output: What the pair computed.
+            target: Class indices (N,) or soft targets (N, C).
+            phase: Only the terms of this optimizer phase; None for all.
+        """
         if self._epoch is None:
             warnings.warn(
                 f'{type(self).__name__}.set_epoch() was never called: the terms of epoch 0 are used', stacklevel=4)
@@ -77,9 +100,14 @@ class StagedLoss(nn.Module):
             raise ValueError(f'target has shape {tuple(target.shape)} for logits of shape {tuple(logits.shape)}')
         with torch.autocast(logits.device.type, enabled=False):
             output = PairOutput(*(_at_least_float32(field) for field in output))
-            active = self.active_terms()
+            active = [term for term in self.active_terms() if phase in (None, term.phase)]
             values = {term.name: term.function(output, target) for term in active}
             values['loss'] = sum(term.weight * values[term.name] for term in active)
+        if not self.uses_embeddings and _distributed(self):
+            # Only an affine layer that was run is not in the graph by the other terms.
+            unused = [getattr(output, f'embed_{side}') for side in SIDES
+                      if getattr(output, f'stopped_{side}') is not None]
+            values['loss'] = losses.keep_in_graph(values['loss'], *unused)
         return values
 
     def forward(self, output: PairOutput, target: torch.Tensor) -> torch.Tensor:
@@ -96,6 +124,120 @@ def base_term(side: str, base_loss: Callable | None = None) -> Term:
     base_loss = base_loss or losses.cross_entropy
     field = f'logits_{side}'
     return Term(f'ce_{side}_loss', lambda output, target: base_loss(getattr(output, field), target))
+
+
+class ContrastiveLoss(nn.Module):
+    """The contrastive term of a PairOutput (VPL, eq. 3 to 5).
+
+    Args:
+        learner: Who learns from it: 'a', 'b' or 'both'; the affine layer always does.
+        tau: Temperature.
+        similarity: 'cosine' or 'dot'.
+        same_class: What other images of an anchor's class are to it: 'negative', 'ignore' or 'positive'.
+        gather: Take negatives from all processes, in training.
+
+    Raises:
+        ValueError: An argument outside its range; embeddings that are missing or of different shape.
+        RuntimeError: Processes with batches of different sizes, seen at an epoch's first batch.
+    """
+
+    uses_embeddings = True
+
+    def __init__(
+            self,
+            learner: str = 'b',
+            tau: float = DEFAULT_TAU,
+            similarity: str = 'cosine',
+            same_class: str = 'negative',
+            gather: bool = True,
+    ):
+        super().__init__()
+        _check_positive(tau=tau)
+        _check_choice('contrastive_to', learner, (*SIDES, 'both'))
+        _check_choice('similarity', similarity, SIMILARITIES)
+        _check_choice('same_class', same_class, SAME_CLASS)
+        self.learner = learner
+        self.tau = tau
+        self.similarity = similarity
+        self.same_class = same_class
+        self.gather = gather
+        self._gathered_rows = None
+
+    def start_epoch(self) -> None:
+        """Compare the processes' batch sizes anew at the next batch."""
+        self._gathered_rows = None
+
+    def forward(self, output: PairOutput, target: torch.Tensor) -> torch.Tensor:
+        embed_a, embed_b = (self._embed(output, side) for side in SIDES)
+        if embed_a.shape != embed_b.shape or len(embed_a) != len(output.logits_a):
+            raise ValueError(
+                f'embeddings have shapes {tuple(embed_a.shape)} (a) and {tuple(embed_b.shape)} (b) for logits of '
+                f'shape {tuple(output.logits_a.shape)}, expected (N, d) each')
+        if output.sample_ids is not None and output.sample_ids.shape != embed_a.shape[:1]:
+            raise ValueError(
+                f'sample_ids has shape {tuple(output.sample_ids.shape)}, expected ({len(embed_a)},), one an image')
+        gather = self.gather and _distributed(self) and dist.get_world_size() > 1
+        if gather:
+            self._check_rows(len(embed_a), embed_a.device)
+        return losses.contrastive(
+            embed_a,
+            embed_b,
+            tau=self.tau,
+            similarity=self.similarity,
+            same_class=self.same_class,
+            classes=target.argmax(dim=1) if target.ndim == 2 else target,
+            sample_ids=output.sample_ids,
+            gather=gather,
+        )
+
+    def _embed(self, output, side):
+        """Return a side's embedding with the gradient that it may have."""
+        embed, stopped = getattr(output, f'embed_{side}'), getattr(output, f'stopped_{side}')
+        if embed is None:
+            raise ValueError(f'embed_{side} is None, the contrastive term needs it (pair(x) with project=True)')
+        if self.learner in (side, 'both'):
+            return embed
+        return embed.detach() if stopped is None else stopped
+
+    def _check_rows(self, rows, device):
+        """Refuse batches of different sizes: among processes at an epoch's first batch, then each for itself."""
+        if self._gathered_rows is None:
+            sizes = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+            dist.all_gather(sizes, torch.tensor([rows], device=device))
+            sizes = torch.cat(sizes).tolist()
+            if len(set(sizes)) > 1:
+                raise RuntimeError(
+                    f'the processes have batches of different sizes, {sizes}: negatives can only be gathered from '
+                    f'equal batches (drop_last=True, or gather=False)')
+            self._gathered_rows = rows
+        elif rows != self._gathered_rows:
+            raise RuntimeError(
+                f'the batch size changed from {self._gathered_rows} to {rows} within an epoch: negatives can only be '
+                f'gathered from equal batches (drop_last=True, or gather=False)')
+
+
+def kl_loss(learner: str = 'a', rho: float = 1.0) -> Callable[[PairOutput, torch.Tensor], torch.Tensor]:
+    """Return the KL term of a PairOutput as a function (VPL, eq. 6): the learner follows its partner's prediction.
+
+    Args:
+        learner: 'a', 'b', or 'both': KL(p_b || p_a) with a gradient into both.
+        rho: Temperature.
+
+    Raises:
+        ValueError: An argument outside its range; logits of different shape.
+    """
+    _check_positive(rho=rho)
+    _check_choice('kl_to', learner, (*SIDES, 'both'))
+
+    def function(output, target):
+        z_a, z_b = output.logits_a, output.logits_b
+        if z_a.shape != z_b.shape:
+            raise ValueError(f'logits have shapes {tuple(z_a.shape)} (a) and {tuple(z_b.shape)} (b), expected equal')
+        if learner == 'b':
+            return losses.kl_divergence(z_b, z_a.detach(), rho)
+        return losses.kl_divergence(z_a, z_b if learner == 'both' else z_b.detach(), rho)
+
+    return function
 
 
 class VPLLoss(StagedLoss):
@@ -144,17 +286,6 @@ class VPLLoss(StagedLoss):
             base_loss: Callable | None = None,
             gather: bool = True,
     ):
-        for name, value in (('tau', tau), ('rho', rho)):
-            if not math.isfinite(value) or value <= 0:
-                raise ValueError(f'{name} is {value}, expected a finite number above 0')
-        for name, value, choices in (
-                ('similarity', similarity, SIMILARITIES),
-                ('contrastive_to', contrastive_to, (*SIDES, 'both')),
-                ('kl_to', kl_to, (*SIDES, 'both')),
-                ('same_class', same_class, SAME_CLASS),
-        ):
-            if value not in choices:
-                raise ValueError(f'{name} is {value!r}, expected one of {choices}')
         for name, value in (('contrastive_weight', contrastive_weight), ('kl_weight', kl_weight)):
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f'{name} is {value}, expected a finite number of at least 0')
@@ -162,8 +293,9 @@ class VPLLoss(StagedLoss):
         super().__init__([
             base_term('a', base_loss),
             base_term('b', base_loss),
-            Term('contrastive_loss', self._contrastive, contrastive_weight, schedule.contrastive),
-            Term('kl_loss', self._kl, kl_weight, schedule.kl),
+            Term('contrastive_loss', ContrastiveLoss(contrastive_to, tau, similarity, same_class, gather),
+                 contrastive_weight, schedule.contrastive),
+            Term('kl_loss', kl_loss(kl_to, rho), kl_weight, schedule.kl),
         ])
         self.base_loss = base_loss  # a module's tensors follow the criterion to its device
         self.schedule = schedule
@@ -174,12 +306,6 @@ class VPLLoss(StagedLoss):
         self.kl_to = kl_to
         self.same_class = same_class
         self.gather = gather
-        self._gathered_rows = None
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the stage of this epoch, counted from 0; epochs past the last count as the last."""
-        super().set_epoch(epoch)
-        self._gathered_rows = None
 
     def stage(self) -> int:
         """Return the present stage: 1 contrastive term only, 2 both, 3 KL term only."""
@@ -189,79 +315,21 @@ class VPLLoss(StagedLoss):
         """Return a line that names the stage and the terms that are on."""
         return f'stage {self.stage()}, {super().describe()}'
 
-    @property
-    def uses_embeddings(self) -> bool:
-        """Whether a term that is on reads the embeddings."""
-        return any(term.name == 'contrastive_loss' for term in self.active_terms())
 
-    def terms(self, output: PairOutput, target: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the unweighted terms that are on, and 'loss', their weighted sum."""
-        values = super().terms(output, target)
-        if 'contrastive_loss' not in values and self._distributed():
-            # Only an affine layer that was run is not in the graph by the other terms.
-            unused = [getattr(output, f'embed_{side}') for side in SIDES
-                      if getattr(output, f'stopped_{side}') is not None]
-            values['loss'] = losses.keep_in_graph(values['loss'], *unused)
-        return values
+def _distributed(module) -> bool:
+    """Return whether this is a training step of several processes."""
+    return module.training and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
 
-    def _distributed(self) -> bool:
-        return self.training and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
 
-    def _contrastive(self, output, target):
-        embed_a, embed_b = (self._embed(output, side) for side in SIDES)
-        if embed_a.shape != embed_b.shape or len(embed_a) != len(output.logits_a):
-            raise ValueError(
-                f'embeddings have shapes {tuple(embed_a.shape)} (a) and {tuple(embed_b.shape)} (b) for logits of '
-                f'shape {tuple(output.logits_a.shape)}, expected (N, d) each')
-        if output.sample_ids is not None and output.sample_ids.shape != embed_a.shape[:1]:
-            raise ValueError(
-                f'sample_ids has shape {tuple(output.sample_ids.shape)}, expected ({len(embed_a)},), one an image')
-        gather = self.gather and self._distributed() and dist.get_world_size() > 1
-        if gather:
-            self._check_rows(len(embed_a), embed_a.device)
-        return losses.contrastive(
-            embed_a,
-            embed_b,
-            tau=self.tau,
-            similarity=self.similarity,
-            same_class=self.same_class,
-            classes=target.argmax(dim=1) if target.ndim == 2 else target,
-            sample_ids=output.sample_ids,
-            gather=gather,
-        )
+def _check_positive(**values) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value) or value <= 0:
+            raise ValueError(f'{name} is {value}, expected a finite number above 0')
 
-    def _embed(self, output, side):
-        """Return a side's embedding with the gradient that it may have."""
-        embed, stopped = getattr(output, f'embed_{side}'), getattr(output, f'stopped_{side}')
-        if embed is None:
-            raise ValueError(f'embed_{side} is None, the contrastive term needs it (pair(x) with project=True)')
-        if self.contrastive_to in (side, 'both'):
-            return embed
-        return embed.detach() if stopped is None else stopped
 
-    def _kl(self, output, target):
-        z_a, z_b = output.logits_a, output.logits_b
-        if z_a.shape != z_b.shape:
-            raise ValueError(f'logits have shapes {tuple(z_a.shape)} (a) and {tuple(z_b.shape)} (b), expected equal')
-        if self.kl_to == 'b':
-            return losses.kl_divergence(z_b, z_a.detach(), self.rho)
-        return losses.kl_divergence(z_a, z_b if self.kl_to == 'both' else z_b.detach(), self.rho)
-
-    def _check_rows(self, rows, device):
-        """Refuse batches of different sizes: among processes at an epoch's first batch, then each for itself."""
-        if self._gathered_rows is None:
-            sizes = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
-            dist.all_gather(sizes, torch.tensor([rows], device=device))
-            sizes = torch.cat(sizes).tolist()
-            if len(set(sizes)) > 1:
-                raise RuntimeError(
-                    f'the processes have batches of different sizes, {sizes}: negatives can only be gathered from '
-                    f'equal batches (drop_last=True, or gather=False)')
-            self._gathered_rows = rows
-        elif rows != self._gathered_rows:
-            raise RuntimeError(
-                f'the batch size changed from {self._gathered_rows} to {rows} within an epoch: negatives can only be '
-                f'gathered from equal batches (drop_last=True, or gather=False)')
+def _check_choice(name, value, choices) -> None:
+    if value not in choices:
+        raise ValueError(f'{name} is {value!r}, expected one of {choices}')
 
 
 def _at_least_float32(tensor):

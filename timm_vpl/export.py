@@ -229,7 +229,7 @@ def push(folder: Path, repo_id: str, private: bool = False, revision: str | None
         RunError: No token, no rights, no network.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HTTPError
     api = HfApi(library_name='timm-vpl')
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -241,9 +241,7 @@ def push(folder: Path, repo_id: str, private: bool = False, revision: str | None
             revision=revision,
             commit_message=f'Upload {folder.name}',
         )
-    except LocalTokenNotFoundError as e:
-        raise RunError(f'{repo_id}: no token for the Hub (`hf auth login` or HF_TOKEN); {folder} is kept') from e
-    except (HTTPError, OSError) as e:  # the Hub's errors, those of the connection, and an offline mode
+    except (HTTPError, OSError, RuntimeError, ValueError) as e:  # the Hub's errors, the connection's, an upload's
         raise RunError(f'{repo_id}: not uploaded, {_reason(e)}; {folder} is kept') from e
 
 
@@ -251,8 +249,11 @@ def _reason(error) -> str:
     """Return what went wrong at the Hub, in words."""
     status = getattr(getattr(error, 'response', None), 'status_code', None)
     known = {
-        401: 'the token is missing or not valid (401)',
-        403: 'the token has no right to write there (403)',
-        404: 'there is no such repository or revision (404)',
+        401: 'the token is missing or not valid (`hf auth login`, or HF_TOKEN)',
+        403: 'the token has no right to write there',
+        404: 'there is no such repository or revision',
     }
-    return known.get(status) or f'{type(error).__name__}: {" ".join(str(error).split())[:160]}'
+    if status in known:
+        return f'{known[status]} ({status})'
+    message = getattr(error, 'server_message', None) or str(error.__cause__ or error)
+    return f'{type(error).__name__}: {" ".join(message.split())[:160]}'
