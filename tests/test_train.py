@@ -59,7 +59,8 @@ def test_run_folder(digits_folder, tmp_path):
     metrics = [f'{metric}_{name}' for name in ('a', 'b', 'ens') for metric in ('loss', 'top1', 'top5')]
     assert list(table[0]) == [
         'epoch', *(f'train_{term}' for term in terms), 'eval_top1', *(f'eval_{metric}' for metric in metrics),
-        *(f'eval_ema_{metric}' for metric in metrics), 'lr_a', 'lr_b', 'stage', 'seconds', 'images_per_second']
+        *(f'eval_ema_{metric}' for metric in metrics), 'lr_a', 'lr_b', 'stage', 'num_epochs', 'processes',
+        'images', 'seconds', 'images_per_second']
     assert [row['stage'] for row in table] == ['1', '2']  # epoch 0 is in the first 20 %, 1 of 2 not in the last
     assert table[0]['train_kl_loss'] == '' and float(table[1]['train_kl_loss']) >= 0
     means = [(float(row['eval_ema_top1_a']) + float(row['eval_ema_top1_b'])) / 2 for row in table]

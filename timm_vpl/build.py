@@ -8,16 +8,19 @@ import torch.nn as nn
 from timm.data import resolve_data_config
 from timm.data.loader import adapt_to_chs
 from timm.loss import create_classification_loss
-from timm.models import create_model, get_pretrained_cfg
+from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from .criterion import StagedLoss
 from .errors import UsageError
-from .methods import METHODS
+from .methods import METHODS, partner_of
 from .options import mixup_active
 from .pair import PairWrapper, classifiers_of
 from .seeding import seed_all
+from .stochastic_depth import set_uniform_drop_path
+from .teacher import Teacher
+from .trained import create_named, load_trained
 
 _logger = logging.getLogger(__name__)
 
@@ -77,19 +80,6 @@ def size_kwargs(cfg: dict[str, Any], input_size) -> dict[str, Any]:
     return {'img_size': height if height == width else (height, width)}
 
 
-def create_named(name: str, where: str, **kwargs) -> nn.Module:
-    """Create a model with timm.
-
-    Raises:
-        UsageError: timm can't; the message begins with `where`.
-    """
-    try:
-        return create_model(name, **kwargs)
-    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
-        message = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UsageError(f'{where}: can not be built: {message}') from e
-
-
 def create_branch(args, side: str, data_config: dict[str, Any]) -> nn.Module:
     """Create a branch's model with timm, its weights drawn from a stream of their own.
 
@@ -120,6 +110,12 @@ def create_branch(args, side: str, data_config: dict[str, Any]) -> nn.Module:
     seed_all(args.seed, 'init', side)
     model = create_named(name, f'--model-{side} {name}', **kwargs)
     _initialize_head(model, option('head_init_scale'), option('head_init_bias'))
+    if METHODS[args.method].uniform_drop_path:
+        rate = kwargs['drop_path_rate']
+        try:
+            set_uniform_drop_path(model, rate, skip=args.drop_path_skip)
+        except ValueError as e:
+            raise UsageError(f'--model-{side} {name}: --method {args.method} can not train it: {e}') from e
     if option('grad_checkpointing'):
         model.set_grad_checkpointing(enable=True)
     return model
@@ -135,7 +131,52 @@ def _initialize_head(model, scale, bias):
             nn.init.constant_(layer.bias, bias)
 
 
-def create_pair(args, data_config: dict[str, Any], device: torch.device) -> PairWrapper:
+def create_teacher(args, data_config: dict[str, Any], class_names: list[str] | None) -> Teacher | None:
+    """Create the frozen teacher of a method that has one, in the place of the branch that the pair has not.
+
+    Args:
+        args: Options.
+        data_config: Data configuration of the images that the student gets.
+        class_names: Names of the classes in the data, if they are known.
+
+    Raises:
+        UsageError: The teacher can't be read, is several, or knows other classes.
+    """
+    if not METHODS[args.method].has_teacher(args):
+        return None
+    [student] = args.sides
+    side = partner_of(student)
+    found = load_trained(args.teacher, side=args.teacher_branch)
+    if len(found) > 1:
+        found = [branch for branch in found if branch.side == side]
+    if not found:
+        raise UsageError(f'--teacher {args.teacher}: has no branch {args.teacher_branch}')
+    [trained] = found
+    if trained.model.num_classes != args.num_classes:
+        raise UsageError(
+            f'--teacher {args.teacher}: {trained.label} knows {trained.model.num_classes} classes, the data has '
+            f'{args.num_classes}')
+    if trained.class_names and class_names and list(trained.class_names) != class_names[:len(trained.class_names)]:
+        first = next(i for i, name in enumerate(trained.class_names) if name != class_names[i])
+        raise UsageError(
+            f'--teacher {args.teacher}: {trained.label} knows other classes, class {first} is '
+            f'{trained.class_names[first]!r} to it and {class_names[first]!r} in the data')
+    try:
+        teacher = Teacher(trained.model, side, trained.data_config, data_config)
+        with torch.no_grad():
+            teacher(torch.zeros(1, *data_config['input_size']))
+    except (AssertionError, IndexError, RuntimeError, ValueError) as e:
+        raise UsageError(f'--teacher {args.teacher}: {trained.label} can not teach: {str(e).splitlines()[0]}') from e
+    _logger.info(f'Teacher: {trained.label} of {trained.source}')
+    return teacher
+
+
+def create_pair(
+        args,
+        data_config: dict[str, Any],
+        device: torch.device,
+        teacher: Teacher | None = None,
+) -> PairWrapper:
     """Create the pair on its device, ready to train.
 
     Raises:
@@ -152,9 +193,16 @@ def create_pair(args, data_config: dict[str, Any], device: torch.device) -> Pair
         if batch_norm and args.batch_size == 1 and not sync_bn:
             raise UsageError(f'--batch-size 1: --model-{side} {getattr(args, f"model_{side}")} has BatchNorm, which '
                              f'needs at least 2 images a process')
+    if METHODS[args.method].distilled:
+        _set_distilled(args, models)
     seed_all(args.seed, 'init', 'affine')
     try:
-        pair = PairWrapper(models.get('a'), models.get('b'), affine_side=args.affine_side)
+        pair = PairWrapper(
+            models.get('a'),
+            models.get('b'),
+            affine_side=args.affine_side,
+            partner_dim=teacher.embed_dim if METHODS[args.method].projects(args) else None,
+        )
     except ValueError as e:
         raise UsageError(str(e)) from e
     _try_forward(args, pair, data_config['input_size'])
@@ -171,6 +219,16 @@ def create_pair(args, data_config: dict[str, Any], device: torch.device) -> Pair
             f'--model-a {args.model_a} has attention and --model-b {args.model_b} has not: the paper has the CNN as a '
             f'and the transformer as b, here their roles are swapped')
     return pair
+
+
+def _set_distilled(args, models):
+    """Choose the branch that has a distillation token as the student, b where both have, and switch its heads."""
+    able = [side for side, model in models.items() if hasattr(model, 'set_distilled_training')]
+    if not able:
+        names = ', '.join(f'--model-{side} {getattr(args, f"model_{side}")}' for side in models)
+        raise UsageError(f'--method {args.method}: {names} has no distillation token')
+    args.student = able[-1]
+    models[args.student].set_distilled_training(True)
 
 
 @torch.no_grad()
@@ -207,7 +265,7 @@ def learning_rates(args) -> dict[str, float]:
 def param_groups(args, pair: PairWrapper, lrs: dict[str, float]) -> list[dict[str, Any]]:
     """Return the optimizer's groups, named by branch, each branch's as timm makes them for the model alone.
 
-    The affine layer has branch b's learning rate and weight decay.
+    The affine layer has the learning rate and weight decay of branch b, or of the only one.
     """
     opt_kwargs = args.opt_kwargs or {}
     fallback = {key: opt_kwargs[key] for key in ('fallback_list', 'fallback_no_weight_decay') if key in opt_kwargs}
@@ -230,7 +288,7 @@ def param_groups(args, pair: PairWrapper, lrs: dict[str, float]) -> list[dict[st
                 no_opt_scale=getattr(args, f'layer_decay_no_opt_scale_{side}'),
                 **kwargs,
             )
-        if side == 'b' and pair.affine is not None:
+        if side == pair.sides[-1] and pair.affine is not None:
             branch_groups += param_groups_weight_decay(pair.affine, weight_decay=kwargs['weight_decay'])
         groups += [{**group, 'lr': lrs[side], 'name': f'{side}.{i}'} for i, group in enumerate(branch_groups)]
     return groups
@@ -287,7 +345,7 @@ def create_criterion(args, epochs: int, device: torch.device) -> StagedLoss:
         device: Where the loss is computed.
     """
     base_loss = None
-    if args.bce_loss:
+    if args.bce_loss or METHODS[args.method].bce:
         base_loss = create_classification_loss(
             'bce',
             smoothing=args.smoothing,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 
 from . import losses
 from .names import DEFAULT_TAU, SAME_CLASS, SIDES, SIMILARITIES
@@ -216,26 +217,83 @@ class ContrastiveLoss(nn.Module):
                 f'gathered from equal batches (drop_last=True, or gather=False)')
 
 
-def kl_loss(learner: str = 'a', rho: float = 1.0) -> Callable[[PairOutput, torch.Tensor], torch.Tensor]:
-    """Return the KL term of a PairOutput as a function (VPL, eq. 6): the learner follows its partner's prediction.
+def kl_loss(
+        learner: str = 'a',
+        rho: float = 1.0,
+        leader: str | None = None,
+) -> Callable[[PairOutput, torch.Tensor], torch.Tensor]:
+    """Return the KL term of a PairOutput as a function (VPL, eq. 6): KL(p_leader || p_follower).
 
     Args:
-        learner: 'a', 'b', or 'both': KL(p_b || p_a) with a gradient into both.
+        learner: Who learns from it: 'a', 'b', or 'both'.
         rho: Temperature.
+        leader: Whose prediction is followed; by default the learner's partner, b where both learn.
 
     Raises:
         ValueError: An argument outside its range; logits of different shape.
     """
     _check_positive(rho=rho)
     _check_choice('kl_to', learner, (*SIDES, 'both'))
+    leader = leader or ('a' if learner == 'b' else 'b')
 
     def function(output, target):
         z_a, z_b = output.logits_a, output.logits_b
         if z_a.shape != z_b.shape:
             raise ValueError(f'logits have shapes {tuple(z_a.shape)} (a) and {tuple(z_b.shape)} (b), expected equal')
-        if learner == 'b':
-            return losses.kl_divergence(z_b, z_a.detach(), rho)
-        return losses.kl_divergence(z_a, z_b if learner == 'both' else z_b.detach(), rho)
+        follower, followed = (z_a, z_b) if leader == 'b' else (z_b, z_a)
+        return losses.kl_divergence(follower, followed if learner == 'both' else followed.detach(), rho)
+
+    return function
+
+
+def token_loss(
+        student: str,
+        temperature: float | None = None,
+) -> Callable[[PairOutput, torch.Tensor], torch.Tensor]:
+    """Return the term of a distillation token as a function (DeiT, arXiv 2012.12877, eq. 2 and 3).
+
+    Hard: cross-entropy of the token's logits and the class that the partner predicts. Soft, at temperature T:
+    T^2 KL(softmax(z_partner / T) || softmax(z_token / T)), the mean over the batch.
+
+    Args:
+        student: Side of the branch with the token.
+        temperature: T; None for hard labels.
+
+    Raises:
+        ValueError: The branch gives no logits of a token, or others than its partner.
+    """
+    partner = SIDES[student == SIDES[0]]
+    if temperature is not None:
+        _check_positive(distillation_tau=temperature)
+
+    def function(output, target):
+        token, reference = getattr(output, f'dist_logits_{student}'), getattr(output, f'logits_{partner}').detach()
+        if token is None:
+            raise ValueError(f'dist_logits_{student} is None: model_{student}.set_distilled_training(True) is missing')
+        if token.shape != reference.shape:
+            raise ValueError(f'the token has logits {tuple(token.shape)}, its teacher {tuple(reference.shape)}')
+        if temperature is None:
+            return losses.cross_entropy(token, reference.argmax(dim=-1))
+        return temperature ** 2 * losses.kl_divergence(token, reference, temperature)
+
+    return function
+
+
+def submodel_loss(side: str, sum_classes: bool = False) -> Callable[[PairOutput, torch.Tensor], torch.Tensor]:
+    """Return the term by which a submodel follows the other, as a function (cosub, arXiv 2212.04884, eq. 3).
+
+    B(o_side, stop_gradient(sigmoid(o_other))), B the binary cross-entropy with logits.
+
+    Args:
+        side: Place of the submodel that learns.
+        sum_classes: Sum over classes, not mean, as the labels' loss does with --bce-sum.
+    """
+    other = SIDES[side == SIDES[0]]
+
+    def function(output, target):
+        logits, reference = getattr(output, f'logits_{side}'), getattr(output, f'logits_{other}').detach().sigmoid()
+        loss = F.binary_cross_entropy_with_logits(logits, reference)
+        return loss * logits.shape[1] if sum_classes else loss
 
     return function
 

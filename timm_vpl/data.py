@@ -1,6 +1,7 @@
 """Data sets and loaders: timm's, with every draw of the training pipeline seeded by its place in the run."""
 import io
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -52,8 +53,14 @@ class DigitsReader(Reader):
         return f'{self.labels[index]}/{index}.pgm'
 
 
-def create_split(args, split: str, is_training: bool) -> Dataset:
+def create_split(args, split: str, is_training: bool, whole: bool = False) -> Dataset:
     """Create the data set of one split with timm's create_dataset, or from the embedded digits.
+
+    Args:
+        args: Options of the data set.
+        split: Name of the split.
+        is_training: Whether it is trained on.
+        whole: Take a folder of class folders, or a tar, for the split itself.
 
     Raises:
         UsageError: The data can't be read as asked.
@@ -92,10 +99,23 @@ def create_split(args, split: str, is_training: bool) -> Dataset:
         raise UsageError(f'{where}: split {split!r} could not be read: {e}') from e
     if args.dataset.lower() in ('', 'torch/folder', 'torch/image_folder'):
         source = getattr(dataset, 'reader', dataset)
-        _check_split(Path(source.root), Path(args.data_dir), split, is_training)
+        root, data_dir = Path(source.root), Path(args.data_dir)
+        if not (whole and (data_dir.is_file() or not _has_splits(data_dir))):
+            _check_split(root, data_dir, split, is_training)
         if not args.class_map:
-            _check_class_folders(Path(source.root), _class_to_idx(source))
+            _check_class_folders(root, _class_to_idx(source))
     return dataset
+
+
+def _has_splits(data_dir):
+    """Return whether the folders in a folder hold folders, so that they are not those of classes."""
+    with os.scandir(data_dir) as entries:
+        folders = [entry.path for entry in entries if entry.is_dir()]
+    for folder in folders:
+        with os.scandir(folder) as entries:
+            if any(entry.is_dir() for entry in entries):
+                return True
+    return False
 
 
 def _check_split(root, data_dir, split, is_training):

@@ -9,11 +9,11 @@ import torch
 from timm.data import resolve_data_config
 from timm.models import create_model, save_for_hf
 
-from .build import create_named, pretrained_cfg_of, size_kwargs
+from .build import pretrained_cfg_of, size_kwargs
 from .card import model_card
 from .errors import RunError, UsageError
 from .names import SIDES
-from .trained import TrainedModel, branch_config, load_branches
+from .trained import TrainedModel, branch_config, create_named, load_branches
 
 _logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
-from .methods import METHODS
+from .methods import METHOD_OPTIONS, METHODS
 from .names import DEFAULT_TAU, SAME_CLASS, SIDES, SIMILARITIES
 from .parsing import (
     ANY_NUMBER,
@@ -55,8 +55,7 @@ SCHEDULERS = ('cosine', 'tanh', 'step', 'multistep', 'constant', 'poly', 'platea
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 
 # Options of timm's train script that have no meaning for a pair (`*` ends a prefix): the reason, the alternative.
-_KD = ('there is no teacher beside a pair (--method distill is planned)',
-       'use the pair losses: --tau, --rho, --contrastive-weight, --kl-weight')
+_KD = ('distillation is a method here', 'use --method distill or deit with --teacher')
 _SIZES = ('both branches train at one fixed resolution', 'use --img-size or --input-size')
 REFUSED = {
     '--model': ('a pair has two models', 'use --model-a and --model-b'),
@@ -88,6 +87,8 @@ REFUSED = {
 }
 
 _PAPER = 'the paper'
+
+REGISTERED = re.compile(r'@register_model\ndef (\w+)\(')  # a model, in timm's sources
 
 
 def add_dataset_options(parser: OptionParser) -> None:
@@ -125,7 +126,8 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
     parser.section('Vision Pair Learning parameters')
     add('--model-a', None, 'branch a, in the paper the CNN: a timm name, hf-hub:ID or local-dir:PATH', metavar='MODEL')
     add('--model-b', None, 'branch b, in the paper the transformer', metavar='MODEL')
-    add('--method', 'vpl', 'how to train: a pair, or one model alone', choices=list(METHODS))
+    methods = '; '.join(f'{name}, {row.description}' for name, row in METHODS.items())
+    add('--method', 'vpl', f'how to train: {methods}', choices=list(METHODS))
     add('--x', 20., 'percent of the epochs before the KL term starts (paper: 20)', type=NON_NEGATIVE)
     add('--y', 20., 'percent of the epochs after the contrastive term has ended (paper: 20)', type=NON_NEGATIVE)
     add('--tau', DEFAULT_TAU, 'temperature of the contrastive term (not given in the paper)', type=POSITIVE)
@@ -142,6 +144,22 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
     add('--affine-side', 'b', 'branch whose embedding the affine layer maps to the width of the other (not given in '
         'the paper)', choices=list(SIDES))
     add('--gather', True, 'take the negatives of all processes, not the own ones only (not given in the paper)')
+
+    parser.section('Parameters of the other methods')
+    add('--dml-joint', False, 'deep mutual learning with one update of both branches a batch, not one after the other')
+    add('--teacher', None, "frozen teacher of distill and deit: a run's folder or checkpoint, an exported folder, "
+        'hf-hub:ID or a timm name', metavar='SOURCE')
+    add('--teacher-branch', None, 'branch to take, where the teacher was trained in a pair', shown="not the student's "
+        'side', choices=list(SIDES))
+    add('--distill-terms', None, 'terms of distill', shown='kl for --model-a, contrastive for --model-b, as in VPL',
+        choices=['contrastive', 'kl', 'both'])
+    add('--distillation-type', 'hard', "what deit's token learns: the teacher's class or its probabilities",
+        choices=['hard', 'soft'])
+    add('--distillation-alpha', None, "weight of deit's token, 1 - alpha that of the labels", shown='0.5 for hard, '
+        '0.1 for soft', type=PROBABILITY)
+    add('--distillation-tau', 3., "temperature of deit's soft labels", type=POSITIVE)
+    add('--drop-path-skip', False, "let cosub run a block only on the images that keep it, where the block's structure "
+        'allows')
 
     add_dataset_options(parser)
     add('--train-split', 'train', 'split to train on', metavar='NAME')
@@ -388,27 +406,27 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = 'train_vpl.py') ->
         argv = sys.argv[1:] if argv is None else list(argv)
         for token in argv[:argv.index('--')] if '--' in argv else argv:
             _check_not_refused(token.partition('=')[0])
-        command_line = _name_data_dir(parser.parse(argv))
+        command_line = name_data_dir(parser.parse(argv))
         config = command_line.get('config')
-        recipe = _name_data_dir(_load_recipe(parser, recipe_path(config))) if config else {}
+        recipe = name_data_dir(_load_recipe(parser, recipe_path(config))) if config else {}
         for dest in parser.branch_options:
             if dest in command_line:  # wins over a branch's own value in the recipe, too
                 recipe.pop(f'{dest}_a', None)
                 recipe.pop(f'{dest}_b', None)
         args = _resolve(parser, {**recipe, **command_line})
         _check(args)
-        if _speaks():
+        if speaks():
             _warn_without_effect(parser, args, {**recipe, **command_line})
         return args
     except UsageError as error:
-        if _speaks():
+        if speaks():
             print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         else:
             time.sleep(2)  # torchrun ends all processes when the first ends; let the one that speaks be it
         raise SystemExit(error.exit_status) from None
 
 
-def _speaks() -> bool:
+def speaks() -> bool:
     """Return whether this is the first process on its machine: files may be missing on one machine only."""
     return os.environ.get('LOCAL_RANK', '0') == '0'
 
@@ -419,7 +437,7 @@ def _check_not_refused(flag: str, where: str = '') -> None:
             raise UsageError(f'{where or flag} is not available: {reason}; {alternative}')
 
 
-def _name_data_dir(given: dict[str, Any]) -> dict[str, Any]:
+def name_data_dir(given: dict[str, Any]) -> dict[str, Any]:
     """Move the positional argument DIR to `data_dir`."""
     data = given.pop('data', None)
     if data is None:
@@ -486,6 +504,61 @@ def _check_models(args: argparse.Namespace) -> None:
             " (--model-b '' drops that of a recipe)")
     for side in args.sides:
         check_model_name(f'--model-{side}', getattr(args, f'model_{side}'))
+    _check_method(args)
+
+
+def _check_method(args: argparse.Namespace) -> None:
+    method = METHODS[args.method]
+    if method.has_teacher(args) and not args.teacher:
+        other = ', or a second model that teaches while it learns' if 2 in method.models else ''
+        raise UsageError(
+            f"--method {args.method}: needs --teacher (a run's folder, a checkpoint, an exported folder, hf-hub:ID or "
+            f'a timm name){other}')
+    if args.teacher and not method.has_teacher(args):
+        why = 'has two models, the teacher is the partner' if 2 in method.models else 'has no teacher'
+        raise UsageError(f'--teacher {args.teacher}: --method {args.method} {why}')
+    if args.teacher and not os.path.exists(args.teacher):
+        if os.sep in args.teacher and ':' not in args.teacher:
+            raise UsageError(f'--teacher {args.teacher}: no such file or folder')
+        check_model_name('--teacher', args.teacher)
+    if method.distilled and not any(_may_have_token(getattr(args, f'model_{side}')) for side in args.sides):
+        given = ' '.join(f'--model-{side} {getattr(args, f"model_{side}")}' for side in args.sides)
+        families = {name.partition('_')[0]: name for name in sorted(distilled_model_names(), reverse=True)}
+        raise UsageError(
+            f'--method {args.method}: {given} has no distillation token; timm models that have one: '
+            f'{", ".join(sorted(families.values()))} and others of these families')
+    if method.uniform_drop_path:
+        for side in args.sides:
+            rate = getattr(args, f'drop_path_{side}') or getattr(args, f'drop_connect_{side}')
+            if not rate:
+                raise UsageError(f'--drop-path {rate or 0:g}: --method {args.method} needs a rate above 0, its two '
+                                 f'submodels differ in nothing else')
+            if rate >= 1:
+                raise UsageError(f'--drop-path {rate:g}: --method {args.method} needs a rate below 1')
+    if method.updates(vars(args)) > 1:
+        if args.grad_accum_steps > 1:
+            raise UsageError(
+                f'--grad-accum-steps {args.grad_accum_steps}: --method {args.method} updates one branch before the '
+                f'other within a batch, 1 is the only value (or --dml-joint)')
+        if args.opt.startswith('lookahead'):
+            raise UsageError(f'--opt {args.opt}: --method {args.method} updates one branch before the other, which '
+                             f'Lookahead would count as two steps; leave it out (or --dml-joint)')
+
+
+def _may_have_token(name: str) -> bool:
+    """Return whether a model may have a distillation token; of one from elsewhere its configuration will tell."""
+    return ':' in name or name.partition('.')[0] in distilled_model_names()
+
+
+@functools.cache
+def distilled_model_names() -> frozenset[str]:
+    """Return the timm models that may have a distillation token: those of files with its switch, named so if any is."""
+    names: set[str] = set()
+    for text in _timm_sources():
+        if 'def set_distilled_training' in text:
+            found = REGISTERED.findall(text)
+            names.update([name for name in found if '_dist' in name] or found)
+    return frozenset(names)
 
 
 def check_model_name(flag: str, name: str) -> None:
@@ -519,8 +592,7 @@ def _timm_sources() -> Iterator[str]:
 @functools.cache
 def timm_model_names() -> frozenset[str]:
     """Return the names of the models that timm registers."""
-    pattern = re.compile(r'@register_model\ndef (\w+)\(')
-    return frozenset(name for text in _timm_sources() for name in pattern.findall(text))
+    return frozenset(name for text in _timm_sources() for name in REGISTERED.findall(text))
 
 
 def _is_renamed(name: str) -> bool:
@@ -567,17 +639,25 @@ def _flag(dest: str) -> str:
 
 _CONTRASTIVE = ('tau', 'similarity', 'contrastive_to', 'same_class', 'affine_side', 'gather')
 _KL = ('rho', 'kl_to')
+
+
+def _without_kl(args):
+    return args.kl_weight == 0 or ('x' in METHODS[args.method].options and args.x == 100)
+
+
+def _without_contrastive(args):
+    return args.contrastive_weight == 0 or ('y' in METHODS[args.method].options and args.y == 100)
+
 _AUGMENTATION = (
     'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob',
     'gaussian_blur_prob', 'aa', 'reprob', 'remode', 'recount', 'resplit')
 
 # Options, the reason why they have no effect, and when.
 WITHOUT_EFFECT = (
-    (('x', 'y', 'contrastive_weight', 'kl_weight', *_CONTRASTIVE, *_KL), '--method solo trains one model',
-     lambda args: len(args.sides) == 1),
-    (_CONTRASTIVE, 'the contrastive term is off (--contrastive-weight 0 or --y 100)',
-     lambda args: args.contrastive_weight == 0 or args.y == 100),
-    (_KL, 'the KL term is off (--kl-weight 0 or --x 100)', lambda args: args.kl_weight == 0 or args.x == 100),
+    (_CONTRASTIVE, 'the contrastive term is off (--contrastive-weight 0 or --y 100)', _without_contrastive),
+    (_KL, 'the KL term is off (--kl-weight 0 or --x 100)', _without_kl),
+    (('distillation_tau',), '--distillation-type is hard', lambda args: args.distillation_type == 'hard'),
+    (('bce_loss',), 'it is the loss of --method cosub anyway', lambda args: METHODS[args.method].bce),
     (('amp_dtype',), '--amp is off', lambda args: not args.amp),
     (('torchcompile_mode',), '--torchcompile is off', lambda args: not args.torchcompile),
     (('model_ema_force_cpu', 'model_ema_decay', 'model_ema_warmup'), '--model-ema is off',
@@ -591,7 +671,8 @@ WITHOUT_EFFECT = (
     (('remode', 'recount', 'resplit'), '--reprob is 0', lambda args: args.reprob == 0),
     (('mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch'), '--mixup and --cutmix are off',
      lambda args: not mixup_active(args)),
-    (('bce_sum', 'bce_target_thresh', 'bce_pos_weight'), '--bce-loss is off', lambda args: not args.bce_loss),
+    (('bce_sum', 'bce_target_thresh', 'bce_pos_weight'), '--bce-loss is off',
+     lambda args: not (args.bce_loss or METHODS[args.method].bce)),
     (('wandb_project', 'wandb_tags', 'wandb_resume_id'), '--log-wandb is off', lambda args: not args.log_wandb),
 )
 
@@ -603,7 +684,10 @@ def _warn_without_effect(parser: OptionParser, args: argparse.Namespace, given: 
         (tuple(f'{dest}_{side}' for dest in parser.branch_options), f'there is no --model-{side}', lambda args: True)
         for side in SIDES if side not in args.sides
     ]
-    for dests, reason, applies in (*WITHOUT_EFFECT, *absent):
+    unread = (
+        tuple(dest for dest in METHOD_OPTIONS if dest not in METHODS[args.method].options),
+        f'--method {args.method} does not read it', lambda args: True)
+    for dests, reason, applies in (unread, *WITHOUT_EFFECT, *absent):
         idle = [dest for dest in dests if dest in given]
         if idle and applies(args):
             _logger.warning(f"{', '.join(map(_flag, idle))}: no effect, {reason}")

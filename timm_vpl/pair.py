@@ -111,12 +111,20 @@ class PairWrapper(nn.Module):
         model_a: Model with `get_classifier()`, as timm's have it.
         model_b: Likewise.
         affine_side: Side of the affine layer, 'a' or 'b' (not given in the paper).
+        partner_dim: Width of the embedding of a partner that is not part of the pair, such as a frozen teacher; the
+            affine layer is then on the side that there is.
 
     Raises:
         ValueError: No model, different numbers of classes, or a model that has no embedding.
     """
 
-    def __init__(self, model_a: nn.Module | None, model_b: nn.Module | None, affine_side: str = 'b'):
+    def __init__(
+            self,
+            model_a: nn.Module | None,
+            model_b: nn.Module | None,
+            affine_side: str = 'b',
+            partner_dim: int | None = None,
+    ):
         super().__init__()
         if affine_side not in SIDES:
             raise ValueError(f"affine_side is {affine_side!r}, expected 'a' or 'b'")
@@ -133,10 +141,11 @@ class PairWrapper(nn.Module):
             classes = [getattr(model, 'num_classes', None) for model in (model_a, model_b)]
             if classes[0] != classes[1]:
                 raise ValueError(f'the branches classify {classes[0]} (a) and {classes[1]} (b) classes, expected equal')
-            widths = {side: self.parts[side].embed_dim for side in SIDES}
-            if widths['a'] != widths['b']:
-                other = 'a' if affine_side == 'b' else 'b'
-                self.affine = self.parts['affine'] = nn.Linear(widths[affine_side], widths[other])
+            partner_dim = self.parts['a' if affine_side == 'b' else 'b'].embed_dim
+        elif partner_dim is not None:
+            [self.affine_side] = self.sides
+        if partner_dim is not None and self.parts[self.affine_side].embed_dim != partner_dim:
+            self.affine = self.parts['affine'] = nn.Linear(self.parts[self.affine_side].embed_dim, partner_dim)
 
     @property
     def sides(self):

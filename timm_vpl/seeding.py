@@ -44,6 +44,6 @@ class BranchStreams:
         """Choose the streams of this batch of this epoch."""
         self.position = (epoch, batch)
 
-    def enter(self, side: str) -> None:
-        """Start the stream of a branch."""
-        seed_all(self.seed, 'forward', side, *self.position, self.rank, device=self.device)
+    def enter(self, side: str, what: str = 'forward') -> None:
+        """Start the stream of a branch, for one of its forwards of the batch."""
+        seed_all(self.seed, what, side, *self.position, self.rank, device=self.device)

@@ -13,6 +13,7 @@ from .criterion import StagedLoss
 from .pair import PairOutput, PairWrapper
 from .seeding import BranchStreams
 from .stages import StageHook
+from .teacher import Teacher
 
 _logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class PairTask(TrainingTask):
         updates_per_epoch: Optimizer updates in an epoch; None: the stages are the loop's to set (`set_epoch`).
         streams: Seeds each branch's dropout and drop path for a batch, whose place the loop sets before it
             (`streams.set_position`); None leaves the generators alone.
+        teacher: Frozen network in the place of the branch that the pair has not.
         device: Device for task tensors/buffers.
         dtype: Dtype for task tensors/buffers.
         verbose: Enable info logging.
@@ -40,6 +42,7 @@ class PairTask(TrainingTask):
             criterion: StagedLoss,
             updates_per_epoch: int | None = None,
             streams: BranchStreams | None = None,
+            teacher: Teacher | None = None,
             device: torch.device | None = None,
             dtype: torch.dtype | None = None,
             verbose: bool = True,
@@ -48,7 +51,9 @@ class PairTask(TrainingTask):
         self.trainable_module = pair
         self.criterion = criterion.to(self.device)
         self.streams = streams
+        self.teacher = None if teacher is None else teacher.to(self.device)
         self.num_updates = 0
+        self._output: PairOutput | None = None  # between the optimizer phases of a batch
         # One DistributedDataParallel a part, outside the module tree: a part that a stage does not use is not called,
         # so no step has unused parameters, and the keys of the state_dict stay the pair's.
         self._ddp: dict[str, DistributedDataParallel] = {}
@@ -82,6 +87,8 @@ class PairTask(TrainingTask):
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs) -> nn.Module:
         """Compile each branch, for training and evaluation, before the distributed wrapping."""
+        if self.teacher is not None:
+            self.teacher.branch.compile(backend=backend, mode=mode, **compile_kwargs)
         return self._compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
 
     def compile_ema(
@@ -124,7 +131,7 @@ class PairTask(TrainingTask):
             self._stage_hook.update(self.num_updates)
 
     def clip_groups(self, exclude_head: bool = False) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters that share a gradient norm, by branch; the affine layer belongs to branch b."""
+        """Return the parameters that share a gradient norm, by branch; the affine layer belongs to the last."""
         pair = unwrap_model(self.trainable_module)
         groups = {}
         for side in pair.sides:
@@ -132,36 +139,65 @@ class PairTask(TrainingTask):
             excluded = {parameter for head in heads for parameter in head.parameters()}
             groups[side] = [parameter for parameter in pair.branch(side).parameters() if parameter not in excluded]
         if pair.affine is not None:
-            groups['b'] += pair.affine.parameters()
+            groups[pair.sides[-1]] += pair.affine.parameters()
         return groups
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """Return all parameters to clip, for a loop that clips them by one norm."""
         return [parameter for group in self.clip_groups(exclude_head).values() for parameter in group]
 
-    def clip_gradients(self, limits: dict[str, float | None], mode: str = 'norm') -> None:
+    def clip_gradients(self, limits: dict[str, float | None], mode: str = 'norm', sides: str = 'ab') -> None:
         """Clip each branch's gradients by that branch's own norm.
 
         Args:
             limits: Limit by side, None for no clipping.
             mode: 'norm', 'value' or 'agc', as timm's --clip-mode.
+            sides: The branches to clip.
         """
         if all(limit is None for limit in limits.values()):
             return
         for side, group in self.clip_groups(exclude_head='agc' in mode).items():
-            if limits.get(side) is not None:
+            if side in sides and limits.get(side) is not None:
                 dispatch_clip_grad(group, limits[side], mode=mode)
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """The branches that learn in each optimizer phase of a batch: the loop does one backward and step for each."""
+        return getattr(self.criterion, 'phases', ('ab',))
 
     def _run(self, name, input):
         if self.streams is not None and name in self.trainable_module.sides:
             self.streams.enter(name)
         return self._ddp.get(name, self.trainable_module.parts[name])(input)
 
+    def _outputs(self, input) -> PairOutput:
+        """Run each network once."""
+        project = getattr(self.criterion, 'uses_embeddings', True)
+        if getattr(self.criterion, 'views', 1) == 2:
+            # One forward of the doubled batch: its halves differ by what the network draws.
+            [side] = self.trainable_module.sides
+            output = self.trainable_module(torch.cat([input, input]), project=project, run=self._run)
+            return PairOutput(*getattr(output, f'logits_{side}').chunk(2))
+        output = self.trainable_module(input, project=project, run=self._run)
+        return output if self.teacher is None else output._replace(**self.teacher(input))
+
+    @torch.no_grad()
+    def _refresh(self, output: PairOutput, sides: str, input) -> PairOutput:
+        """Return the output with what these branches say after their update, in training mode."""
+        fields = {}
+        for side in sides:
+            if self.streams is not None:
+                self.streams.enter(side, 'refresh')
+            with _resting_statistics(self.trainable_module.branch(side)):
+                fields[f'logits_{side}'] = self.trainable_module.run(side, input)[0]
+        return output._replace(**fields)
+
     def forward(
             self,
             input: torch.Tensor,
             target: torch.Tensor,
             sample_ids: torch.Tensor | None = None,
+            phase: int | None = None,
     ) -> dict[str, Any]:
         """Run the pair and its criterion.
 
@@ -169,13 +205,40 @@ class PairTask(TrainingTask):
             input: Images (N, C, H, W).
             target: Class indices (N,) or soft targets (N, num_classes).
             sample_ids: (N,) int64, equal for copies of one image; None if there are none.
+            phase: Optimizer phase of the batch, of several: each is a call, a backward and a step.
 
         Returns:
             Dictionary with 'loss', 'output' (a PairOutput, whose first element is branch a's logits) and each term
             that is on, unweighted.
+
+        Raises:
+            RuntimeError: The method has several phases and the loop names none.
         """
-        output: PairOutput = self.trainable_module(
-            input, project=getattr(self.criterion, 'uses_embeddings', True), run=self._run)
-        if sample_ids is not None:
-            output = output._replace(sample_ids=sample_ids)
-        return {**self.criterion.terms(output, target), 'output': output}
+        if phase is None and len(self.phases) > 1:
+            raise RuntimeError(f'this method has {len(self.phases)} optimizer phases a batch: call task(input, target, '
+                               f'phase=i) with a backward and a step for each i (or use --dml-joint)')
+        if not phase:
+            output = self._outputs(input)
+            if sample_ids is not None:
+                output = output._replace(sample_ids=sample_ids)
+        else:
+            output = self._refresh(self._output, self.phases[phase - 1], input)
+        # The graph of a branch that learns later waits for its phase.
+        self._output = output if phase is not None and phase + 1 < len(self.phases) else None
+        terms = self.criterion.terms(output, target) if phase is None else self.criterion.terms(output, target, phase)
+        return {**terms, 'output': output}
+
+
+@contextlib.contextmanager
+def _resting_statistics(model: nn.Module):
+    """Let BatchNorm normalise by the batch, as in training, and leave its running statistics alone."""
+    norms = [
+        module for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats]
+    for module in norms:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in norms:
+            module.track_running_stats = True

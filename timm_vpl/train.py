@@ -1,5 +1,6 @@
 """Training: build the parts, then train and validate epoch by epoch, and save."""
 import contextlib
+import copy
 import csv
 import logging
 import math
@@ -17,19 +18,20 @@ import torch
 import torchvision
 import yaml
 from timm.models import safe_model_name
-from timm.utils import AverageMeter, distribute_bn, get_outdir, init_distributed_device, setup_default_logging
+from timm.utils import AverageMeter, distribute_bn, get_outdir, setup_default_logging
 from timm.utils.summary import trim_summary
 
 from . import build
 from .checkpoint import PairCheckpointSaver, checkpoint_bytes, read_checkpoint
 from .data import TrainLoader, create_eval_loader, create_split, create_train_loader, resolve_classes
+from .device import agreement, init_device
 from .errors import RunError, UsageError
 from .export import export_run
 from .options import recipe_values
 from .seeding import BranchStreams
 from .task import PairTask
 from .trained import branch_config
-from .validation import evaluate
+from .validation import evaluate, evaluate_pair
 
 _logger = logging.getLogger('train')
 
@@ -85,43 +87,6 @@ def train(args) -> None:
             torch.distributed.destroy_process_group()
 
 
-@contextlib.contextmanager
-def agreement(args):
-    """Let an error of one process end all of them, with one line; no collective may run inside."""
-    error = None
-    try:
-        yield
-    except (RunError, UsageError) as e:
-        error = e
-    errors = [error]
-    if args.distributed:
-        errors = [None] * args.world_size
-        torch.distributed.all_gather_object(errors, error)
-    first = next((e for e in errors if e is not None), None)
-    if first is not None:
-        if args.rank:
-            raise SystemExit(first.exit_status)
-        raise first
-
-
-def init_device(args) -> torch.device:
-    """Choose the device (CUDA, then MPS, then CPU, unless named), join the other processes, set CPU threads."""
-    if args.device is None:
-        args.device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try:
-        device = init_distributed_device(args)
-    except (AssertionError, RuntimeError, ValueError) as e:
-        raise UsageError(f'--device {args.device}: {str(e).splitlines()[0]}') from e
-    if device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
-        # torch would take every core, and its threads and the loader's workers would wait for each other.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - args.workers))
-    elif device.type == 'cuda':
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    return device
-
-
 def create_run(args, device: torch.device, options: dict[str, Any]) -> Run:
     """Build everything that a run needs.
 
@@ -135,7 +100,8 @@ def create_run(args, device: torch.device, options: dict[str, Any]) -> Run:
     class_names = resolve_classes(args, dataset_train, dataset_eval)
     data_config = build.resolve_data(args)
 
-    pair = build.create_pair(args, data_config, device)
+    teacher = build.create_teacher(args, data_config, class_names)
+    pair = build.create_pair(args, data_config, device, teacher)
     lrs = build.learning_rates(args)
     optimizer = build.create_optimizer(args, pair, lrs)
     loader_train = create_train_loader(args, dataset_train, data_config, device)
@@ -148,6 +114,7 @@ def create_run(args, device: torch.device, options: dict[str, Any]) -> Run:
         pair,
         criterion,
         streams=BranchStreams(args.seed, args.rank, device),
+        teacher=teacher,
         device=device,
         verbose=args.rank == 0,
     )
@@ -327,6 +294,8 @@ def fit(run: Run, start_epoch: int = 0) -> None:
         run.scheduler.step_update(start_epoch * run.updates_per_epoch)
     if saver is not None:
         trim_summary(os.path.join(run.output_dir, SUMMARY), start_epoch)
+    if task.teacher is not None and start_epoch == 0:
+        validate_teacher(run)
     metrics: dict[str, float] = {}
     started = time.time()
     end_epoch = min(run.num_epochs, args.stop_epoch or run.num_epochs)
@@ -370,7 +339,8 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, Any]:
 
     Returns:
         Dictionary with 'terms' (mean of each loss term over the epoch and the processes, '' where off), the learning
-        rates, the stage, 'seconds' and 'images_per_second'.
+        rates, the stage, the epochs of the whole run, 'processes', 'images' of all of them, 'seconds' and
+        'images_per_second'.
     """
     args, task, optimizer, loader = run.args, run.task, run.optimizer, run.loader_train
     task.train()
@@ -390,20 +360,21 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, Any]:
         in_update = tail if batch >= num_batches - tail else accum_steps
         data_time.update(time.time() - end)
         task.streams.set_position(epoch, batch)
+        values: dict[str, torch.Tensor] = {}
         with contextlib.nullcontext() if need_update else task.no_sync():
-            with run.autocast():
-                result = task(input, target, sample_ids)
-            run.scaler.scale(result['loss'] / in_update).backward()
-        # Sums stay on the device: reading a value back would make the host wait for it.
-        for name, value in result.items():
-            if name.endswith('loss'):
-                sums[name] = sums.get(name, 0) + value.detach()
+            for phase, learners in enumerate(task.phases):
+                with run.autocast():
+                    result = task(input, target, sample_ids, phase=phase)
+                run.scaler.scale(result['loss'] / in_update).backward()
+                # Values stay on the device: reading one back would make the host wait for it.
+                for name, value in result.items():
+                    if name.endswith('loss'):
+                        values[name] = values.get(name, 0) + value.detach()
+                if need_update:
+                    update(run, learners, clip_limits)
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0) + value
         if need_update:
-            run.scaler.unscale_(optimizer)
-            task.clip_gradients(clip_limits, args.clip_mode)
-            run.scaler.step(optimizer)
-            run.scaler.update()
-            optimizer.zero_grad()
             num_updates += 1
             task.update_ema(step=num_updates)
             if run.scheduler is not None:
@@ -412,7 +383,7 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, Any]:
         end = time.time()
         if run.saver is not None:
             if last_batch or batch % args.log_interval == 0:
-                _log_batch(run, epoch, batch, result, batch_time, data_time)
+                _log_batch(run, epoch, batch, values, batch_time, data_time)
                 if args.save_images:
                     torchvision.utils.save_image(
                         input, os.path.join(run.output_dir, f'train-batch-{batch}.jpg'), padding=0, normalize=True)
@@ -434,7 +405,29 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, Any]:
     if hasattr(task.criterion, 'stage'):
         row['stage'] = task.criterion.schedule.stage(epoch)
     images = num_batches * args.batch_size * args.world_size
-    return {**row, 'seconds': round(seconds, 3), 'images_per_second': round(images / seconds, 2)}
+    return {
+        **row,
+        'num_epochs': min(run.num_epochs, args.stop_epoch or run.num_epochs),
+        'processes': args.world_size,
+        'images': images,
+        'seconds': round(seconds, 3),
+        'images_per_second': round(images / seconds, 2),
+    }
+
+
+def update(run: Run, learners: str, clip_limits: dict[str, float | None]) -> None:
+    """Clip the gradients of the branches that learn in this phase, and let the optimizer step with theirs alone."""
+    optimizer = run.optimizer
+    groups = optimizer.param_groups
+    optimizer.param_groups = [group for group in groups if group['name'][0] in learners]
+    try:
+        run.scaler.unscale_(optimizer)
+        run.task.clip_gradients(clip_limits, run.args.clip_mode, learners)
+        run.scaler.step(optimizer)
+        run.scaler.update()
+        optimizer.zero_grad()
+    finally:
+        optimizer.param_groups = groups
 
 
 def _learning_rates(optimizer) -> dict[str, float]:
@@ -446,11 +439,10 @@ def _learning_rates(optimizer) -> dict[str, float]:
     return lrs
 
 
-def _log_batch(run, epoch, batch, result, batch_time, data_time):
+def _log_batch(run, epoch, batch, values, batch_time, data_time):
     lrs = _learning_rates(run.optimizer)
-    names = [name for name in result if name.endswith('loss')]
-    values = torch.stack([result[name].detach() for name in names]).tolist()
-    losses = '  '.join(f'{name.removesuffix("_loss")} {value:#.4g}' for name, value in zip(names, values, strict=True))
+    read = torch.stack(list(values.values())).tolist()
+    losses = '  '.join(f'{name.removesuffix("_loss")} {value:#.4g}' for name, value in zip(values, read, strict=True))
     rate = run.args.batch_size * run.args.world_size / batch_time.avg
     _logger.info(
         f'Train: {epoch} [{batch:>4d}/{len(run.loader_train)} ({100 * (batch + 1) / len(run.loader_train):>3.0f}%)]  '
@@ -467,11 +459,11 @@ def validate(run: Run) -> dict[str, float]:
     args, task = run.args, run.task
     kwargs = {
         'sides': run.pair.sides, 'device': run.device, 'autocast': run.autocast, 'distributed': args.distributed}
-    metrics = evaluate(task.get_eval_model(), run.loader_eval, **kwargs)
+    metrics = evaluate_pair(task.get_eval_model(), run.loader_eval, **kwargs)
     if task.has_ema() and not args.model_ema_force_cpu:
         if args.distributed and args.dist_bn in ('broadcast', 'reduce'):
             distribute_bn(task.get_eval_model(ema=True), args.world_size, args.dist_bn == 'reduce')
-        ema = evaluate(task.get_eval_model(ema=True), run.loader_eval, **kwargs)
+        ema = evaluate_pair(task.get_eval_model(ema=True), run.loader_eval, **kwargs)
         metrics.update((f'ema_{name}', value) for name, value in ema.items())
     branches = _branch_metrics(run, metrics)
     metrics['top1'] = sum(branches.values()) / len(branches)
@@ -479,6 +471,17 @@ def validate(run: Run) -> dict[str, float]:
         names = [name for name in run.columns if 'top1' in name and name != 'top1']
         _logger.info('Test: ' + '  '.join(f'{name} {metrics[name]:.3f}' for name in names))
     return metrics
+
+
+def validate_teacher(run: Run) -> None:
+    """Evaluate the frozen teacher once, on images prepared its own way, and log what it knows."""
+    args, teacher = run.args, run.task.teacher
+    dataset = copy.copy(run.loader_eval.dataset)  # a loader gives its data set the transform
+    loader = create_eval_loader(args, dataset, teacher.data_config, run.device)
+    metrics = evaluate(
+        lambda input: {'teacher': teacher.branch(input)[0]}, ['teacher'], loader, run.device, run.autocast,
+        args.distributed)['teacher']
+    _logger.info(f'Teacher: top1 {metrics["top1"]:.3f}  top5 {metrics["top5"]:.3f}')
 
 
 def _branch_metrics(run, metrics) -> dict[str, float]:

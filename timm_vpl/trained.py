@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch.nn as nn
 from timm.data import resolve_model_data_config
+from timm.models import create_model
 from timm.models._hub import save_config_for_hf
 
-from .build import create_named
 from .checkpoint import read_checkpoint
 from .errors import RunError, UsageError
 from .names import SIDES
@@ -142,6 +142,19 @@ def _build(config, where) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / 'config.json').write_text(json.dumps(config))
         return create_named(f'local-dir:{folder}', where)
+
+
+def create_named(name: str, where: str, **kwargs) -> nn.Module:
+    """Create a model with timm.
+
+    Raises:
+        UsageError: timm can't; the message begins with `where`.
+    """
+    try:
+        return create_model(name, **kwargs)
+    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
+        message = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UsageError(f'{where}: can not be built: {message}') from e
 
 
 def load_trained(source: str, ema: bool | None = None, side: str | None = None) -> list[TrainedModel]:
