@@ -189,8 +189,8 @@ def test_model_names_are_those_that_timm_registers():
      '(see --help)'),
     ([*DIGITS, '--zzzzzz'], 'unknown option --zzzzzz (see --help)'),
     ([*DIGITS, '--model', 'resnet50'], '--model is not available: a pair has two models; use --model-a and --model-b'),
-    ([*DIGITS, '--kd-temperature=4'], '--kd-temperature is not available: there is no teacher beside a pair (--method '
-     'distill is planned); use the pair losses: --tau, --rho, --contrastive-weight, --kl-weight'),
+    ([*DIGITS, '--kd-temperature=4'], '--kd-temperature is not available: distillation is a method here; use '
+     '--method distill or deit with --teacher'),
     # recipes
     (['-c', '/no/where.yml'], '--config /no/where.yml is neither a file nor the name of a recipe; recipes: '
      'first, second'),
@@ -311,8 +311,8 @@ def test_folder_on_the_command_line_wins_over_the_recipe(recipe, tmp_path):
     ('input_size: [3, 32]', ': input_size: [3, 32] is not a list of 3 values'),
     ('amp: 1', ": amp: '1' is not true or false"),
     ('opt_kwargs: foreach', ": opt_kwargs: 'foreach' is not of the form key=value"),
-    ('kd_model_name: resnet50', ': kd_model_name is not available: there is no teacher beside a pair (--method distill '
-     'is planned); use the pair losses: --tau, --rho, --contrastive-weight, --kl-weight'),
+    ('kd_model_name: resnet50', ': kd_model_name is not available: distillation is a method here; use --method '
+     'distill or deit with --teacher'),
     ('opt: !!python/object/apply:os.system [id]', ', line 1: the tag tag:yaml.org,2002:python/object/apply:os.system '
      'is not allowed'),
     ('mean: &m [*m]', ' is nested too deeply'),
@@ -374,7 +374,7 @@ def test_values_of_a_run_are_a_recipe_of_it(recipe):
     (['--lr', '0.1', '--lr-base', '0.2'], ['--lr-base: no effect, the learning rates are given']),
     (['--no-aug', '--hflip', '0'], ['--hflip: no effect, --no-aug turns off all augmentation']),
     (['--method', 'solo', '--model-b', '', '--lr-b', '0.1', '--x', '30'],
-     ['--x: no effect, --method solo trains one model', '--lr-b: no effect, there is no --model-b']),
+     ['--x: no effect, --method solo does not read it', '--lr-b: no effect, there is no --model-b']),
 ])
 def test_warning_where_an_option_has_no_effect(argv, warnings, caplog):
     with caplog.at_level(logging.WARNING, logger='timm_vpl'):
