@@ -1,8 +1,11 @@
 """The examples run and learn."""
+import csv
 import re
 import runpy
 import sys
 from pathlib import Path
+
+from timm_vpl import METHODS
 
 EXAMPLES = Path(__file__).resolve().parent.parent / 'examples'
 
@@ -14,3 +17,21 @@ def test_own_loop(monkeypatch, capsys):
     assert [re.match(r'epoch (\d), stage (\d)', line).groups() for line in lines] == [('0', '1'), ('1', '2')]
     assert float(re.search(r'top-1 ([\d.]+) %', lines[-1])[1]) > 70  # the CNN; chance is 10 %
     assert len((EXAMPLES / 'own_loop.py').read_text().splitlines()) <= 60
+
+
+def test_own_method(monkeypatch, tmp_path):
+    before = dict(METHODS)
+    try:
+        monkeypatch.setattr(sys, 'argv', [
+            'own_method.py', '--config', 'quickstart', '--method', 'similarity', '--epochs', '2', '--stop-epoch', '1',
+            '--no-export', '--y', '50', '--output', str(tmp_path), '--experiment', 'run'])
+        try:
+            runpy.run_path(str(EXAMPLES / 'own_method.py'), run_name='__main__')
+        except SystemExit as e:
+            assert e.code == 0
+    finally:
+        METHODS.clear()
+        METHODS.update(before)
+    with open(tmp_path / 'run' / 'summary.csv', newline='') as f:
+        [row] = csv.DictReader(f)
+    assert float(row['train_similarity_loss']) > 0 and 'train_kl_loss' not in row

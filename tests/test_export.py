@@ -140,12 +140,12 @@ def test_card(run_dir):
 def test_card_takes_later_measurements(run_dir, tmp_path):
     run = shutil.copytree(run_dir, tmp_path / 'run')
     epoch = read_checkpoint(str(run / 'best_b.pth.tar'))['epoch']
-    lines = ['branch,epoch,weights,set,top1,top5', f'b,{epoch},ema,real,61.5,88.25', f'b,{epoch + 7},ema,v2,1,2',
-             f'a,{epoch},ema,v2,3,4']
+    lines = ['branch,epoch,weights,set,images,top1,top5,img_size', f'b,{epoch},ema,real,46837,61.5,88.25,32',
+             f'b,{epoch + 7},ema,v2,9,1,2,32', f'a,{epoch},ema,v2,9,3,4,32', f'b,{epoch},ema,v2,9,3,4,48']
     (run / 'validation.csv').write_text('\n'.join(lines) + '\n')
     assert main(['export', str(run), '--branch', 'b', '--license', 'mit']) == 0
     card = ModelCard.load(run / 'export' / 'vpl-test_vit' / 'README.md')
-    assert '| ReaL labels | ema | 61.500 | 88.250 |' in card.text and 'V2' not in card.text
+    assert '| ReaL labels, 46837 images | ema | 61.500 | 88.250 |' in card.text and 'V2' not in card.text
     assert card.data.license == 'mit' and len(card.data.eval_results) == 4
     model = timm.create_model(f'local-dir:{run / "export" / "vpl-test_vit"}')
     assert model.pretrained_cfg['license'] == 'mit'

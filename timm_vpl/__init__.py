@@ -8,10 +8,16 @@ _HOMES = {
     'PairOutput': 'pair',
     'PairWrapper': 'pair',
     'StageSchedule': 'stages',
+    'ContrastiveLoss': 'criterion',
     'StagedLoss': 'criterion',
     'Term': 'criterion',
     'VPLLoss': 'criterion',
+    'base_term': 'criterion',
+    'kl_loss': 'criterion',
+    'METHODS': 'methods',
+    'Method': 'methods',
     'PairTask': 'task',
+    'Teacher': 'teacher',
 }
 
 __all__ = sorted(_HOMES)

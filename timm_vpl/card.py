@@ -8,8 +8,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import __version__
-from .methods import METHODS
-from .names import SIDES
+from .methods import METHODS, partner_of
 from .options import build_parser
 from .trained import TrainedModel
 
@@ -47,8 +46,7 @@ def model_card(trained: TrainedModel, name: str, repo_id: str, license: str = 'u
                 task_type='image-classification',
                 task_name='Image Classification',
                 dataset_type=data_name,
-                dataset_name=f'{data_name} ({_SETS[subset]})',
-                dataset_split='validation' if subset == 'val' else subset,
+                dataset_name=f'{data_name} ({subset})',
                 metric_type='accuracy',
                 metric_name=metric,
                 metric_value=value,
@@ -72,13 +70,16 @@ def _results(trained: TrainedModel) -> dict[tuple[str, str], tuple[float, float]
     metrics, side = trained.checkpoint.get('metrics', {}), trained.side
     for weights, prefix in (('ema', 'ema_'), ('raw', '')):
         if f'{prefix}top1_{side}' in metrics:
-            results['val', weights] = (metrics[f'{prefix}top1_{side}'], metrics[f'{prefix}top5_{side}'])
+            results[_SETS['val'], weights] = (metrics[f'{prefix}top1_{side}'], metrics[f'{prefix}top5_{side}'])
     file = os.path.join(os.path.dirname(trained.source), VALIDATION)
-    if side and 'epoch' in trained.checkpoint and os.path.isfile(file):
+    epoch, size = str(trained.checkpoint.get('epoch')), str(trained.data_config['input_size'][-1])
+    if side and os.path.isfile(file):
         with open(file, newline='') as f:
             for row in csv.DictReader(f):
-                if (row['branch'], row['epoch']) == (side, str(trained.checkpoint['epoch'])) and row['set'] != 'val':
-                    results[row['set'], row['weights']] = (float(row['top1']), float(row['top5']))
+                ours = (row['branch'], row['epoch'], row['img_size']) == (side, epoch, size)
+                if ours and row['set'] in _SETS and row['set'] != 'val':
+                    name = f'{_SETS[row["set"]]}, {row["images"]} images'
+                    results[name, row['weights']] = (float(row['top1']), float(row['top5']))
     return results
 
 
@@ -99,10 +100,10 @@ def _text(trained, args, results, name, repo_id, data_name):
         f'- Architecture: `{trained.architecture}`, {parameters / 1e6:.2f} M parameters',
         f'- Images: {height} x {width}, {trained.model.num_classes} classes',
     ]
+    method = METHODS.get(args.get('method'))  # None of one that user code added
     if 'method' in args:
-        method = METHODS[args['method']]
-        lines.append(f'- Method: {method.description} (`--method {args["method"]}`)')
-        partner = args.get(f'model_{SIDES[trained.side == SIDES[0]]}')
+        lines.append(f'- Method: {f"{method.description} " if method else ""}(`--method {args["method"]}`)')
+        partner = args.get(f'model_{partner_of(trained.side)}')
         if partner:
             lines.append(f'- Partner in training: `{partner}`')
         if args.get('teacher'):
@@ -113,7 +114,7 @@ def _text(trained, args, results, name, repo_id, data_name):
         lines.append(f'- Epoch: {trained.checkpoint["epoch"]}, counted from 0')
     if results:
         lines += ['', '## Results', '', '| set | weights | top-1 | top-5 |', '|---|---|---|---|']
-        lines += [f'| {_SETS[subset]} | {weights} | {top1:.3f} | {top5:.3f} |'
+        lines += [f'| {subset} | {weights} | {top1:.3f} | {top5:.3f} |'
                   for (subset, weights), (top1, top5) in results.items()]
         lines += ['', 'In percent, as measured by the run; the epoch was chosen on the validation set.']
     lines += [
@@ -137,6 +138,6 @@ def _text(trained, args, results, name, repo_id, data_name):
         lines += [
             '', '## Recipe', '', 'Options of `timm-vpl train --config FILE`, others at their defaults:', '', '```yaml',
             yaml.safe_dump(recipe, default_flow_style=None).rstrip(), '```']
-    if 'method' in args and METHODS[args['method']].citation:
-        lines += ['', '## Citation', '', '```bibtex', METHODS[args['method']].citation, '```']
+    if method and method.citation:
+        lines += ['', '## Citation', '', '```bibtex', method.citation, '```']
     return '\n'.join(lines) + '\n'

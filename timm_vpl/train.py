@@ -339,7 +339,7 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, Any]:
 
     Returns:
         Dictionary with 'terms' (mean of each loss term over the epoch and the processes, '' where off), the learning
-        rates, the stage, the epochs of the whole run, 'processes', 'images' of all of them, 'seconds' and
+        rates, the stage, the epochs of the whole schedule, 'processes', 'images' of all of them, 'seconds' and
         'images_per_second'.
     """
     args, task, optimizer, loader = run.args, run.task, run.optimizer, run.loader_train
@@ -407,7 +407,7 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, Any]:
     images = num_batches * args.batch_size * args.world_size
     return {
         **row,
-        'num_epochs': min(run.num_epochs, args.stop_epoch or run.num_epochs),
+        'num_epochs': run.num_epochs,
         'processes': args.world_size,
         'images': images,
         'seconds': round(seconds, 3),

@@ -1,0 +1,456 @@
+"""Validation: the counts of the evaluator, labels by name and number, the command's results."""
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageDataset, ImageNetInfo, create_loader, resolve_model_data_config
+from timm.models import save_for_hf
+
+from timm_vpl.cli import _validate_args, main, train
+from timm_vpl.trained import TrainedModel, load_branches
+from timm_vpl.validation import COLUMNS, RealLabelsEvaluator, _create_pass, evaluate, load_all, real_label_sets
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device('cpu')
+QUICK = ['--device', 'cpu', '--workers', '0']
+
+
+def validate(capsys, *argv, status=0):
+    """Run the command and return the table that it prints, or the one line with which it ends."""
+    assert main(['validate', *QUICK, *map(str, argv)]) == status
+    out, err = capsys.readouterr()
+    if status == 0:
+        return [line.split() for line in out.splitlines()]
+    errors = [line for line in err.splitlines() if line.startswith('timm-vpl validate: error: ')]
+    assert len(errors) == 1 and err.strip().endswith(errors[0]) and 'Traceback' not in err, err
+    return errors[0]
+
+
+def results(path):
+    with open(path, newline='') as f:
+        return list(csv.DictReader(f)) if path.suffix == '.csv' else json.load(f)
+
+
+def save_model(folder, name='test_vit', num_classes=1000, class_names=None, **kwargs):
+    """Write a model with random weights as a user of timm would, and return it."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=num_classes, **kwargs).eval()
+    data_config = {**resolve_model_data_config(model), 'input_size': (3, 32, 32)}
+    save_for_hf(
+        model, str(folder), data_config=data_config, model_config={'label_names': class_names} if class_names else None)
+    return model
+
+
+@pytest.fixture(scope='module')
+def run_dir(digits_folder, tmp_path_factory):
+    """The folder of a short run, and its exports."""
+    output = tmp_path_factory.mktemp('run')
+    assert train([
+        str(digits_folder), '--model-a', 'test_resnet', '--model-b', 'test_vit', '--img-size', '32', '-b', '8',
+        '--epochs', '4', '--warmup-epochs', '0', '--lr', '0.003', '--workers', '0', '--device', 'cpu',
+        '--model-ema-decay', '0.5', '--crop-pct', '1.0', '--seed', '3', '--output', str(output),
+        '--experiment', 'run']) == 0
+    return output / 'run'
+
+
+# Counts
+
+
+def test_reference_figures_of_six_models(data_root):
+    with np.load(data_root / 'imagenet_val_top5_6models.npz') as archive:
+        labels = torch.from_numpy(archive['labels'].astype(np.int64))
+        names = [name for name in archive.files if name != 'labels']
+        predictions = torch.stack([torch.from_numpy(archive[name].astype(np.int64)) for name in names], dim=1)
+
+    def forward(predictions):  # [N, models, 5]
+        logits = torch.zeros(*predictions.shape[:2], 1000).scatter(2, predictions, torch.arange(5., 0, -1).expand(
+            predictions.shape))
+        return dict(zip(names, logits.unbind(dim=1), strict=True))
+
+    class Names:
+        def filenames(self):
+            return [f'val/ILSVRC2012_val_{i:08d}.JPEG' for i in range(1, 50001)]
+
+    trained = TrainedModel(timm.create_model('test_vit', num_classes=1000), 'test_vit', 'test_vit', {})
+    real_labels = real_label_sets(Names(), '', trained)
+    loader = list(zip(predictions.split(512), labels.split(512), strict=True))
+    figures = evaluate(forward, names, loader, CPU, real_labels=real_labels)
+    reference = {
+        'resnet18': (69.758, 89.076, 77.285, 92.754),
+        'resnet50': (76.130, 92.862, 82.958, 95.469),
+        'resnet152': (78.312, 94.046, 84.815, 96.232),
+        'vgg16': (71.592, 90.382, 79.040, 93.644),
+        'densenet121': (74.434, 91.972, 81.487, 94.833),
+        'pnasnet5large': (82.736, 95.992, 87.446, 97.408),
+    }
+    columns = ('top1', 'top5', 'real_top1', 'real_top5')
+    assert {name: tuple(round(figures[name][c], 3) for c in columns) for name in names} == reference
+    assert {(figures[name]['images'], figures[name]['real_images']) for name in names} == {(50000, 46837)}
+
+
+@pytest.mark.parametrize('num_classes', [3, 12])
+def test_sets_of_labels_against_a_plain_loop(num_classes):
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(40, num_classes, generator=generator)
+    sets = [torch.randperm(num_classes, generator=generator)[:i % 4].tolist() for i in range(40)]
+    evaluator = RealLabelsEvaluator()
+    padded = torch.tensor([labels + [-1] * (3 - len(labels)) for labels in sets])
+    evaluator.update(logits[:30], padded[:30])
+    evaluator.update(logits[30:], padded[30:37])  # the rest pads a process's share
+    counts = [0, 0, 0]
+    for row, labels in zip(logits[:37], sets, strict=False):
+        order = sorted(range(num_classes), key=lambda c: -row[c])
+        counts[0] += bool(labels)
+        counts[1] += order[0] in labels
+        counts[2] += any(c in labels for c in order[:5])
+    assert evaluator.counts.tolist() == counts
+
+
+# Which label is meant
+
+
+@pytest.fixture(scope='module')
+def imagenet_v2(tmp_path_factory):
+    """Folders 0 to 999 of one image, whose colour is the label."""
+    root = tmp_path_factory.mktemp('v2')
+    for label in range(1000):
+        (root / str(label)).mkdir()
+        Image.new('RGB', (4, 4), (label // 32 * 8 + 4, label % 32 * 8 + 4, 0)).save(root / str(label) / 'x.png')
+    return root
+
+
+def read_colour(images, config):
+    """Return logits that give the label of an image's colour."""
+    pixels = images[:, :, 0, 0] * torch.tensor(config['std']) + torch.tensor(config['mean'])
+    parts = ((pixels * 255 - 4) / 8).round().long()
+    return torch.nn.functional.one_hot(parts[:, 0] * 32 + parts[:, 1], 1000).float()
+
+
+@pytest.mark.parametrize('dataset', ['', 'torch/folder'])
+@pytest.mark.parametrize('shuffled', [False, True])
+def test_imagenet_v2(imagenet_v2, dataset, shuffled):
+    wnids = ImageNetInfo().label_names()
+    names = [wnids[(i * 7) % 1000] for i in range(1000)] if shuffled else None  # the model's own order
+    model = timm.create_model('test_vit', num_classes=1000, img_size=32)
+    trained = TrainedModel(model, 'test_vit', 'test_vit', {
+        **resolve_model_data_config(model), 'input_size': (3, 8, 8), 'crop_pct': 1.}, names)
+    args = _validate_args(
+        ['test_vit', str(imagenet_v2), '--dataset', dataset, '--imagenet-v2', *QUICK], 'timm-vpl validate')
+    args.distributed = False
+    each = _create_pass(args, [trained], CPU)
+
+    def forward(images):
+        logits = read_colour(images, trained.data_config)
+        return {0: logits[:, [wnids.index(name) for name in names]] if shuffled else logits}
+
+    assert evaluate(forward, [0], each.loader, CPU)[0] == pytest.approx(
+        {'images': 1000, 'top1': 100., 'top5': 100., 'loss': 5.91}, abs=0.01)
+
+
+def test_imagenet_v2_with_other_folders(capsys, tmp_path, digits_folder):
+    save_model(tmp_path / 'model')
+    error = validate(capsys, tmp_path / 'model', digits_folder, '--imagenet-v2', status=2)
+    assert "has a class 'class0', which is not a number from 0 to 999" in error
+    assert 'can not go with --class-map' in validate(
+        capsys, tmp_path / 'model', digits_folder, '--imagenet-v2', '--class-map', __file__, status=2)
+
+
+def plain_accuracy(model, folder, class_to_idx=None):
+    """Return the percentage right of a loop that knows nothing of this package."""
+    loader = create_loader(
+        ImageDataset(str(folder), class_map=class_to_idx),
+        batch_size=5,
+        use_prefetcher=False,
+        num_workers=0,
+        device=CPU,
+        is_training=False,
+        **resolve_model_data_config(model),
+    )
+    right = count = 0
+    with torch.no_grad():
+        for images, labels in loader:
+            right += (model(images).argmax(dim=1) == labels).sum().item()
+            count += len(labels)
+    return 100 * right / count
+
+
+def test_classes_by_name(capsys, digits_folder, tmp_path):
+    # In another order, and more of them than the data has.
+    names = ['other', 'class3', 'class0', 'class2', 'more', 'class1']
+    model = save_model(tmp_path / 'model', num_classes=6, class_names=names)
+    wanted = plain_accuracy(timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval(),
+                            digits_folder / 'validation', {name: i for i, name in enumerate(names)})
+    path = tmp_path / 'results.json'
+    validate(capsys, tmp_path / 'model', digits_folder, '--results-file', path)
+    assert results(path)[0]['top1'] == wanted and model.num_classes == 6
+
+    (tmp_path / 'map.txt').write_text('\n'.join(names))
+    shutil.rmtree(tmp_path / 'model')
+    save_model(tmp_path / 'model', num_classes=6)  # without names
+    error = validate(capsys, tmp_path / 'model', digits_folder, status=2)
+    assert 'does not name its 6 classes' in error and 'has 4; --class-map' in error
+    validate(capsys, tmp_path / 'model', digits_folder, '--class-map', tmp_path / 'map.txt', '--results-file', path)
+    assert results(path)[0]['top1'] == wanted
+    (tmp_path / 'map.txt').write_text('\n'.join([*names, 'class9']))
+    assert 'has the index 6' in validate(
+        capsys, tmp_path / 'model', digits_folder, '--class-map', tmp_path / 'map.txt', status=2)
+
+    shutil.rmtree(tmp_path / 'model')
+    save_model(tmp_path / 'model', num_classes=4, class_names=['class0', 'class1', 'class2', 'klass3'])
+    assert '1 of the 4 classes' in validate(capsys, tmp_path / 'model', digits_folder, status=2)
+
+
+def test_labels_that_the_model_does_not_have(capsys, digits_folder, tmp_path, monkeypatch):
+    save_model(tmp_path / 'model', num_classes=3)
+    monkeypatch.setattr('timm_vpl.validation.class_names', lambda dataset: None)  # as of a stream of labels
+    assert 'a label that is none of the 3 classes' in validate(capsys, tmp_path / 'model', digits_folder, status=1)
+
+
+# ImageNet's validation images by their file names
+
+
+@pytest.fixture(scope='module')
+def imagenet_part(digits_folder, tmp_path_factory):
+    """A folder of a model, 17 images named as ImageNet's and ReaL labels; (images, top-1, top-5) right; as for ReaL."""
+    root = tmp_path_factory.mktemp('imagenet')
+    save_model(root / 'model', img_size=32)
+    model = timm.create_model(f'local-dir:{root / "model"}', pretrained=True).eval()
+    transform = timm.data.create_transform(**resolve_model_data_config(model))
+    wnids = ImageNetInfo().label_names()
+    labels = [[] for _ in range(50000)]
+    original, real = np.zeros(3, int), np.zeros(3, int)
+    for i, source in enumerate(sorted((digits_folder / 'validation').rglob('*.png'))):
+        number = 1 + 37 * i
+        image = Image.open(source).convert('RGB')
+        path = root / f'ILSVRC2012_val_{number:08d}.JPEG'
+        image.save(path, quality=95)
+        with torch.no_grad():
+            order = model(transform(Image.open(path).convert('RGB')).unsqueeze(0))[0].argsort(descending=True).tolist()
+        label = (order[0], order[3], order[500])[i % 3]
+        original += [1, i % 3 == 0, i % 3 < 2]
+        labels[number - 1] = ([order[700], order[0]], [order[4]], [], [order[600], order[601]], [order[0]])[i % 5]
+        real += [i % 5 != 2, i % 5 in (0, 4), i % 5 in (0, 1, 4)]
+        (root / 'val' / wnids[label]).mkdir(parents=True, exist_ok=True)
+        path.rename(root / 'val' / wnids[label] / path.name)
+    (root / 'real.json').write_text(json.dumps(labels))
+    return root, tuple(original.tolist()), tuple(real.tolist())
+
+
+def counted(rows):
+    """Return (images, top-1, top-5) of the rows of one model, by set."""
+    return {
+        row['set']: (row['images'], *(round(row[top] * row['images'] / 100) for top in ('top1', 'top5')))
+        for row in rows}
+
+
+def test_real_labels_of_a_part_on_one_process_as_on_two(capsys, imagenet_part, tmp_path):
+    root, original, real = imagenet_part
+    options = [root / 'model', root / 'val', '--real-labels', root / 'real.json', '-b', '3']
+    table = validate(capsys, *options, '--results-file', tmp_path / 'one.json')
+    assert len(table) == 3 and table[2][4] == 'real'
+    one = results(tmp_path / 'one.json')
+    assert counted(one) == {'val': original, 'real': real} and one[1]['loss'] is None
+
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'timm_vpl']
+    process = subprocess.run(
+        [*command, 'validate', *map(str, options), '--results-file', str(tmp_path / 'two.json'), *QUICK],
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)},
+        capture_output=True, text=True, timeout=240)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert len(process.stdout.splitlines()) == 3
+    two = results(tmp_path / 'two.json')
+    for row, other in zip(one, two, strict=True):
+        assert row.pop('images_per_second') > 0 and other.pop('images_per_second') > 0
+        if row['set'] == 'val':
+            assert row.pop('loss') == pytest.approx(other.pop('loss'), rel=1e-6)
+        assert row == other
+
+
+def test_labels_of_timm_for_a_part(capsys, imagenet_part, tmp_path):
+    root = imagenet_part[0]
+    path = tmp_path / 'results.csv'
+    validate(capsys, root / 'model', root / 'val', '--real-labels', '--results-file', path)
+    assert {row['set']: row['images'] for row in results(path)} == {'val': '17', 'real': '16'}  # one has no label
+
+
+def test_model_of_some_of_imagenets_classes(imagenet_part):
+    root = imagenet_part[0]
+    dataset = ImageDataset(str(root / 'val'))
+    names = list(dataset.reader.class_to_idx)
+    trained = TrainedModel(timm.create_model('test_vit', num_classes=len(names)), 'x', 'test_vit', {})
+    sets = real_label_sets(dataset, str(root / 'real.json'), trained, names).tolist()
+    labels = json.loads((root / 'real.json').read_text())
+    wnids = ImageNetInfo().label_names()
+    for i, name in enumerate(dataset.filenames(basename=True)):
+        wanted = [wnids[label] for label in labels[int(name[15:23]) - 1]]
+        assert [names[index] if index >= 0 else index for index in sets[i] if index != -1] == [
+            name if name in names else -2 for name in wanted]
+
+
+def test_real_labels_of_other_images(capsys, imagenet_part, digits_folder, tmp_path):
+    root = imagenet_part[0]
+    shutil.copytree(root / 'val', tmp_path / 'val')
+    shutil.copy(next((root / 'val').rglob('*.JPEG')), next((tmp_path / 'val').iterdir()) / 'more.JPEG')
+    error = validate(capsys, root / 'model', tmp_path / 'val', '--real-labels', status=2)
+    assert "1 of 18 images are none of ImageNet's validation set, more.JPEG" in error
+    (tmp_path / 'few.json').write_text('[[1], [2]]')
+    error = validate(capsys, root / 'model', root / 'val', '--real-labels', tmp_path / 'few.json', status=2)
+    assert 'not a JSON list of the labels of 50000 images' in error
+    save_model(tmp_path / 'model', num_classes=4)
+    error = validate(capsys, tmp_path / 'model', digits_folder, '--real-labels', status=2)
+    assert "does not name its classes by ImageNet's wnids" in error
+
+
+def test_file_list(capsys, imagenet_part, tmp_path):
+    root = imagenet_part[0]
+    files = sorted(path.relative_to(root / 'val') for path in (root / 'val').rglob('*.JPEG'))
+    kept, path = tmp_path / 'kept.txt', tmp_path / 'results.csv'
+    kept.write_text(f'{files[3]}\n{files[0].name}\n\n./{files[5]}\n')
+    options = [root / 'model', root / 'val', '--file-list', kept, '--real-labels', root / 'real.json']
+    validate(capsys, *options, '--results-file', path)
+    assert [row['images'] for row in results(path)][:1] == ['3']
+    assert results(path)[0]['data'].endswith('val (kept.txt)')
+
+    parts = [tmp_path / str(i) / 'val' for i in range(2)]  # the same images in a folder, and the others
+    for i, file in enumerate(files):
+        target = parts[i not in (0, 3, 5)] / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / 'val' / file, target)
+    validate(capsys, root / 'model', parts[0], *options[-2:], '--results-file', tmp_path / 'part.csv')
+    for row, other in zip(results(path), results(tmp_path / 'part.csv'), strict=True):
+        assert [row[column] for column in ('images', 'top1', 'top5')] == [
+            other[column] for column in ('images', 'top1', 'top5')]
+
+    kept.write_text(f'{files[0].name}\nnone.JPEG\n')
+    assert '1 of its 2 files are not in' in validate(capsys, *options, status=2)
+    kept.write_text('\n')
+    assert 'names none' in validate(capsys, *options, status=2)
+
+
+def test_file_list_of_names_in_several_folders(capsys, digits_folder, tmp_path):
+    save_model(tmp_path / 'model', num_classes=4)
+    shutil.copytree(digits_folder / 'validation', tmp_path / 'data')
+    file = next((tmp_path / 'data' / 'class0').iterdir())
+    shutil.copy(file, tmp_path / 'data' / 'class1')
+    kept = tmp_path / 'kept.txt'
+    kept.write_text(file.name)
+    error = validate(capsys, tmp_path / 'model', tmp_path / 'data', '--file-list', kept, status=2)
+    assert f'has 2 files {file.name}; write FOLDER/{file.name}' in error
+
+
+# Runs, exported folders, what is written
+
+
+def test_figures_of_a_run_are_those_of_its_summary(capsys, digits_folder, run_dir):
+    table = validate(capsys, run_dir, digits_folder, '-b', 8)
+    assert [line[:3] for line in table[1:]] == [
+        ['test_resnet', 'a', 'raw'], ['test_resnet', 'a', 'ema'], ['test_vit', 'b', 'raw'], ['test_vit', 'b', 'ema']]
+    with open(run_dir / 'summary.csv', newline='') as f:
+        summary = {row['epoch']: row for row in csv.DictReader(f)}
+    rows = results(run_dir / 'validation.csv')
+    assert list(rows[0]) == list(COLUMNS) and len(rows) == 4
+    validate(capsys, run_dir / 'last.pth.tar', digits_folder, '-b', 8)
+    rows = results(run_dir / 'validation.csv')
+    assert [row['model'] for row in rows] == [
+        f'{name}.pth.tar' for name in ('best_a', 'best_a', 'best_b', 'best_b', *['last'] * 4)]
+    for row in rows:
+        prefix = 'eval_ema_' if row['weights'] == 'ema' else 'eval_'
+        for metric in ('top1', 'top5', 'loss'):
+            trained = float(summary[row['epoch']][f'{prefix}{metric}_{row["branch"]}'])
+            assert float(row[metric]) == pytest.approx(trained, rel=1e-6), (row, metric)
+        assert (row['set'], row['images'], row['img_size'], row['crop_pct']) == ('val', '17', '32', '1.0')
+        assert row['data'] == str(digits_folder / 'validation')
+
+    path = run_dir / 'validation.csv'
+    path.write_text(path.read_text().replace(',17,', ',99,'))
+    validate(capsys, run_dir / 'best_a.pth.tar', digits_folder, '-b', 8)  # replaces 2 of the rows
+    rows = results(path)
+    assert sorted(row['images'] for row in rows) == ['17'] * 4 + ['99'] * 6
+    assert [row for row in run_dir.iterdir() if row.suffix == '.tmp'] == []
+    path.write_text('a,b\n1,2\n')
+    assert 'not a file of results' in validate(capsys, run_dir, digits_folder, status=1)
+    assert path.read_text() == 'a,b\n1,2\n'
+    path.unlink()
+
+
+@pytest.mark.parametrize('side', ['a', 'b'])
+def test_plain_timm_loop_gives_the_same_figure(capsys, digits_folder, run_dir, tmp_path, side):
+    best = load_branches(str(run_dir), side)[0]
+    folder = run_dir / 'export' / f'vpl-{best.architecture}'
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    wanted = plain_accuracy(model, digits_folder / 'validation')
+    path = tmp_path / 'results.csv'
+    for name in (folder, f'local-dir:{folder}'):
+        validate(capsys, name, digits_folder, '--results-file', path)
+        assert [(float(row['top1']), row['images'], row['branch']) for row in results(path)] == [(wanted, '17', '')]
+    assert wanted == best.checkpoint['metrics'][f'ema_top1_{side}']
+
+
+def test_branches_of_one_preparation_share_a_pass(capsys, digits_folder, run_dir, tmp_path, monkeypatch):
+    decoded = []
+    open_image = Image.open
+    monkeypatch.setattr(Image, 'open', lambda file: decoded.append(file) or open_image(file))
+    path = tmp_path / 'results.csv'
+    validate(capsys, run_dir, digits_folder, '--results-file', path, '--img-size', '48', '--no-prefetcher',
+             '--channels-last', '--amp', '--amp-dtype', 'bfloat16')
+    assert len(decoded) == 17 and {row['img_size'] for row in results(path)} == {'48'}
+    assert len(load_all(str(run_dir))) == len(results(path)) == 4
+
+
+def test_one_tar_or_folder_of_classes(capsys, digits_folder, run_dir, tmp_path):
+    with tarfile.open(tmp_path / 'images.tar', 'w') as tar:
+        tar.add(digits_folder / 'validation', arcname='.')
+    model = run_dir / 'last.pth.tar'
+    figures = []
+    for data in (digits_folder, digits_folder / 'validation', tmp_path / 'images.tar'):
+        path = tmp_path / 'results.json'
+        validate(capsys, model, data, '--results-file', path)
+        figures.append([(row['loss'], row['top1'], row['images']) for row in results(path)])
+    assert figures[0] == figures[1] == figures[2]
+    assert '--val-split test: no such folder' in validate(
+        capsys, model, digits_folder, '--split', 'test', '--results-file', path, status=2)
+    shutil.copytree(digits_folder / 'train', tmp_path / 'data' / 'train')  # splits, but not the one to validate on
+    assert '--val-split validation: no such folder' in validate(capsys, model, tmp_path / 'data', status=2)
+
+
+@pytest.mark.parametrize(('options', 'message', 'status'), [
+    (['--results-file', 'x.txt'], 'ends neither in .csv nor in .json', 2),
+    (['--results-file', 'none/x.csv'], 'no such folder', 2),
+    (['--real-labels', 'none.json'], '--real-labels none.json: no such file', 2),
+    (['--file-list', 'none.txt'], '--file-list none.txt: no such file', 2),
+    (['--mean', '0.5', '0.5'], '--mean: 2 values, the images of test_resnet have 3 channels', 2),
+    (['--in-chans', '1'], 'test_resnet can not take images of size (1, 32, 32)', 2),
+    (['--device', 'nosuch'], '--device nosuch', 2),
+    (['--nosuch'], 'unknown option --nosuch', 2),
+])
+def test_errors_in_one_line(capsys, digits_folder, run_dir, options, message, status):
+    assert message in validate(capsys, run_dir / 'last.pth.tar', digits_folder, *options, status=status)
+
+
+def test_models_and_data_that_are_not_there(capsys, digits_folder, tmp_path):
+    assert 'no such file or folder' in validate(capsys, tmp_path / 'none', digits_folder, status=2)
+    assert 'did you mean test_vit' in validate(capsys, 'test_vitt', digits_folder, status=2)
+    assert 'no checkpoint in this folder' in validate(capsys, tmp_path, digits_folder, status=2)
+    save_model(tmp_path / 'model', num_classes=0)
+    assert 'has no classifier' in validate(capsys, tmp_path / 'model', digits_folder, status=2)
+    assert 'does not exist' in validate(capsys, tmp_path / 'model', tmp_path / 'none', status=2)
+    assert 'no data' in validate(capsys, tmp_path / 'model', status=2)
+    (tmp_path / 'bad.pth.tar').write_bytes(b'PK\x03\x04 cut off')
+    assert 'truncated' in validate(capsys, tmp_path / 'bad.pth.tar', digits_folder, status=1)
+
+
+def test_images_that_can_not_be_read(capsys, digits_folder, run_dir, tmp_path):
+    shutil.copytree(digits_folder / 'validation', tmp_path / 'data')
+    for path in (tmp_path / 'data').rglob('*.png'):
+        path.write_bytes(b'not an image')
+    assert 'consecutive samples' in validate(capsys, run_dir, tmp_path / 'data', status=1)
