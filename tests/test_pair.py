@@ -57,7 +57,7 @@ def first_classifier(model):
 
 
 def nothing_held(pair):
-    return all(pair.parts[side]._embed is None and not pair.parts[side]._tapping for side in pair.sides)
+    return all(pair.parts[side]._taps == [] and not pair.parts[side]._tapping for side in pair.sides)
 
 
 class TinyModel(nn.Module):
@@ -418,7 +418,7 @@ def test_bad_affine_side_is_refused(affine_side):
 
 def test_unknown_width_is_refused():
     with pytest.raises(ValueError, match=r'model_a \(TinyModel\): the width of its embedding is not known'):
-        PairWrapper(TinyModel(classifier=nn.Conv2d(6, NUM_CLASSES, 1)), make_model('test_vit'))
+        PairWrapper(TinyModel(classifier=nn.Bilinear(6, 6, NUM_CLASSES)), make_model('test_vit'))
 
 
 def test_classifier_on_a_feature_map_is_refused():
@@ -430,7 +430,7 @@ def test_classifier_on_a_feature_map_is_refused():
 def test_classifier_that_is_not_called_is_refused():
     pair = make_pair()
     pair.model_a.reset_classifier(3)  # past the pair, which hooks the old one
-    with pytest.raises(ValueError, match=r'model_a \(ResNet\): its classifier was not called'):
+    with pytest.raises(ValueError, match=r'model_a \(ResNet\): of its 1 last layer\(s\) 0 ran'):
         pair(images())
 
 

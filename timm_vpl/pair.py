@@ -32,8 +32,9 @@ class Branch(nn.Module):
     """One network of a pair as a function of images: (logits, embedding, logits of a second head or None).
 
     The embedding is 'the input feature of the last fully connected layer' (VPL, 'Two Branches'), (N, d), taken by a
-    forward pre-hook on the model's classifier: one forward, no second pass through the head. Not part of any
-    state_dict: it holds the model, the pair owns it.
+    forward pre-hook on that layer: one forward, no second pass through the head. Where several layers classify
+    together (CrossViT, EfficientViM), their sum is one layer on their joined inputs, which are the embedding. Not part
+    of any state_dict: it holds the model, the pair owns it.
 
     Raises:
         ValueError: The model has no classifier whose input could be the embedding.
@@ -44,21 +45,33 @@ class Branch(nn.Module):
         self.model = model
         self.side = side
         self.memory_format = None  # set to torch.channels_last to convert this branch's input
+        self.prepare = None  # an InputTransform, where the images are prepared for another model
         self._compiled = None
         self._tapping = False
-        self._embed = None
+        self._taps: list[torch.Tensor] = []
         self.tap_classifier()
 
     def tap_classifier(self) -> None:
-        """Hook the model's classifier, at construction and again after a classifier was replaced."""
+        """Hook the model's last layers, at construction and again after a classifier was replaced."""
         self.heads = classifiers_of(self.model, f'model_{self.side}')
-        self.classifier = self.heads[0]  # the class token's, where there are several
-        self.classifier.register_forward_pre_hook(self._tap)
+        self.layers = [_last_layer(classifier) for classifier in _first_head(self.model.get_classifier())]
+        # CLIP's attention pooling classifies each token and keeps the first.
+        self._keeps_first = any(
+            getattr(module, 'proj', None) is self.layers[0] and getattr(module, 'pool_type', None) == 'token'
+            for module in self.model.modules())
+        for layer in self.layers:
+            layer.register_forward_pre_hook(self._tap)
+
+    @property
+    def classifier(self) -> nn.Module:
+        """The last fully connected layer, the first of several."""
+        return self.layers[0]
 
     @property
     def embed_dim(self) -> int:
         """Width of the embedding."""
-        width = getattr(self.classifier, 'in_features', None) or getattr(self.model, 'head_hidden_size', None)
+        widths = [getattr(layer, 'in_features', None) or getattr(layer, 'in_channels', None) for layer in self.layers]
+        width = sum(widths) if None not in widths else getattr(self.model, 'head_hidden_size', None)
         if width is None:
             raise ValueError(
                 f'model_{self.side} ({type(self.model).__name__}): the width of its embedding is not known, its '
@@ -67,7 +80,7 @@ class Branch(nn.Module):
 
     def _tap(self, module, args):
         if self._tapping:
-            self._embed = args[0]
+            self._taps.append(args[0])
 
     def _forward(self, input):
         if self.memory_format is not None:
@@ -76,14 +89,29 @@ class Branch(nn.Module):
         try:
             output = self.model(input)
         finally:
-            embed, self._embed, self._tapping = self._embed, None, False
+            taps, self._taps, self._tapping = self._taps, [], False
         logits, dist_logits = output if isinstance(output, (tuple, list)) else (output, None)
-        if embed is None or embed.ndim != 2:
-            found = 'was not called' if embed is None else f'got an input of shape {tuple(embed.shape)}'
+        return logits, self._embedding(taps), dist_logits
+
+    def _embedding(self, taps):
+        if len(taps) != len(self.layers):
             raise ValueError(
-                f'model_{self.side} ({type(self.model).__name__}): its classifier {found}; a branch needs one that is '
-                f'called on (N, d) embeddings')
-        return logits, embed, dist_logits
+                f'model_{self.side} ({type(self.model).__name__}): of its {len(self.layers)} last layer(s) {len(taps)} '
+                f'ran, the embedding is the input of each; use a model that classifies in each forward')
+        embeds = [self._flat(tap) for tap in taps]
+        return embeds[0] if len(embeds) == 1 else torch.cat(embeds, dim=1)
+
+    def _flat(self, tap):
+        """Return the input of a last layer as (N, d)."""
+        if tap.ndim == 4 and tap.shape[-2:] == (1, 1):
+            return tap.flatten(1)  # a convolution of pooled features
+        if tap.ndim == 3 and self._keeps_first:
+            return tap[:, 0]
+        if tap.ndim != 2:
+            raise ValueError(
+                f'model_{self.side} ({type(self.model).__name__}): its last layer got an input of shape '
+                f'{tuple(tap.shape)}, an embedding is (N, d); use a model that pools before it classifies')
+        return tap
 
     def forward(self, input):
         return (self._forward if self._compiled is None else self._compiled)(input)
@@ -245,11 +273,32 @@ def classifiers_of(model: nn.Module, name: str = 'the model') -> list[nn.Module]
     name = f'{name} ({type(model).__name__})'
     if not hasattr(model, 'get_classifier'):
         raise ValueError(f'{name}: has no get_classifier(), a branch is a timm model or has its methods')
-    classifier = model.get_classifier()
-    classifiers = list(classifier) if isinstance(classifier, (tuple, list, nn.ModuleList)) else [classifier]
+    classifiers = _leaves(model.get_classifier())
     if not isinstance(classifiers[0], nn.Module) or isinstance(classifiers[0], nn.Identity):
         raise ValueError(f'{name}: has no classifier (num_classes=0?), a branch needs one')
     return classifiers
+
+
+def _leaves(classifier) -> list:
+    """Return the classifiers in what get_classifier() returns, which may be several, or lists of such."""
+    if isinstance(classifier, (tuple, list, nn.ModuleList)):
+        return [leaf for item in classifier for leaf in _leaves(item)]
+    return [classifier]
+
+
+def _first_head(classifier) -> list[nn.Module]:
+    """Return the classifiers of the first head: that of the class token, where there is one of a distillation token."""
+    while isinstance(classifier, (tuple, list)):
+        classifier = classifier[0]
+    return list(classifier) if isinstance(classifier, nn.ModuleList) else [classifier]
+
+
+def _last_layer(classifier: nn.Module) -> nn.Module:
+    """Return the last fully connected layer of a classifier, or the classifier where none can be told."""
+    if hasattr(classifier, 'head_dist'):  # RepViT's, with a second head inside
+        classifier = classifier.head
+    layers = [module for module in classifier.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    return layers[-1] if layers else classifier
 
 
 def _layers_of(model, coarse):

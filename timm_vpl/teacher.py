@@ -3,39 +3,9 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
+from .inputs import InputTransform
 from .pair import Branch
-
-
-class InputTransform(nn.Module):
-    """From images prepared for one model to images prepared for another, on the device.
-
-    Normalised anew and resized, each only where the two differ: with equal configurations it returns its input.
-
-    Args:
-        source: Data configuration (mean, std, input_size) of the images that come.
-        target: Data configuration that the model wants.
-    """
-
-    def __init__(self, source: dict[str, Any], target: dict[str, Any]):
-        super().__init__()
-        # Decided here once: a comparison on the device would make the host wait for it in each step.
-        mean, std, new_mean, new_std = (
-            torch.tensor(config[key]).view(-1, 1, 1) for config in (source, target) for key in ('mean', 'std'))
-        self.renormalize = not (torch.equal(mean, new_mean) and torch.equal(std, new_std))
-        self.register_buffer('scale', std / new_std, persistent=False)
-        self.register_buffer('shift', (mean - new_mean) / new_std, persistent=False)
-        size = tuple(target['input_size'][-2:])
-        self.size = None if size == tuple(source['input_size'][-2:]) else size
-        self.mode = 'bilinear' if target.get('interpolation') == 'bilinear' else 'bicubic'
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.size is not None:
-            input = F.interpolate(input, self.size, mode=self.mode, antialias=True)
-        if self.renormalize:
-            input = input * self.scale.to(input.dtype) + self.shift.to(input.dtype)
-        return input
 
 
 class Teacher(nn.Module):
