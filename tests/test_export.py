@@ -156,8 +156,8 @@ def save_pair(folder, *options):
     args = parse_args(['--dataset', 'digits', '--batch-size', '2', *options])
     args.world_size, args.distributed = 1, False
     args.num_classes = args.num_classes or 7
-    data_config = build.resolve_data(args)
-    pair = build.create_pair(args, data_config, torch.device('cpu'))
+    configs = build.resolve_data(args)
+    pair = build.create_pair(args, configs, torch.device('cpu'))
     generator = torch.Generator().manual_seed(0)
     for name, buffer in pair.named_buffers():
         if 'running_' in name:
@@ -166,12 +166,12 @@ def save_pair(folder, *options):
         PairTask(pair, build.create_criterion(args, 2, torch.device('cpu')), verbose=False),
         build.create_optimizer(args, pair, build.learning_rates(args)),
         recipe_values(args),
-        {side: branch_config(pair.branch(side), data_config, None) for side in pair.sides},
+        {side: branch_config(pair.branch(side), configs[side], None) for side in pair.sides},
         checkpoint_dir=str(folder),
         recovery_dir=str(folder),
     )
     saver.save(0, metric=1., branch_metrics=dict.fromkeys(pair.sides, 1.))
-    return pair, data_config, str(folder / 'last.pth.tar')
+    return pair, configs, str(folder / 'last.pth.tar')
 
 
 SMALL_SWIN = ['embed_dim=24', 'depths=(1,1,2,1)', 'num_heads=(1,2,2,2)']
@@ -201,11 +201,11 @@ def test_families(tmp_path, count):
     jobs, expected = {}, {}
     for i, (models, options) in enumerate(FAMILIES[:count]):
         (tmp_path / str(i)).mkdir()
-        pair, data_config, checkpoint = save_pair(
+        pair, configs, checkpoint = save_pair(
             tmp_path / str(i), '--model-a', models[0], '--model-b', models[1], *options)
         assert main(['export', checkpoint]) == 0
-        images = torch.randn(2, *data_config['input_size'], generator=torch.Generator().manual_seed(i))
         for side, name in zip('ab', models, strict=True):
+            images = torch.randn(2, *configs[side]['input_size'], generator=torch.Generator().manual_seed(i))
             folder = str(tmp_path / str(i) / 'export' / f'vpl-{name}')
             jobs[folder] = images
             with torch.inference_mode():

@@ -1,5 +1,6 @@
 """From options to the parts of a run: models, pair, optimizer, criterion, task."""
 import logging
+import math
 import re
 from typing import Any
 
@@ -15,7 +16,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from .criterion import StagedLoss
 from .errors import UsageError
 from .methods import METHODS, partner_of
-from .options import mixup_active
+from .options import INPUT_OPTIONS, mixup_active
 from .pair import PairWrapper, classifiers_of
 from .seeding import seed_all
 from .stochastic_depth import set_uniform_drop_path
@@ -25,35 +26,29 @@ from .trained import create_named, load_trained
 _logger = logging.getLogger(__name__)
 
 
-def resolve_data(args) -> dict[str, Any]:
-    """Return timm's data configuration that both branches share.
+def resolve_data(args) -> dict[str, dict[str, Any]]:
+    """Return timm's data configuration of each branch, by side: its input size, statistics, interpolation and crop.
 
-    Statistics, interpolation and crop are those of the first pretrained branch; without one they are ImageNet's, so
-    that they do not depend on which models are paired.
-
-    Raises:
-        UsageError: The branches' sizes differ and none was given.
+    They are those of the pretrained model, else ImageNet's, unless the options say otherwise: a branch does not depend
+    on its partner.
     """
-    cfgs = {side: pretrained_cfg_of(getattr(args, f'model_{side}'), f'--model-{side}') for side in args.sides}
-    configs = {side: resolve_data_config(vars(args), pretrained_cfg=cfg) for side, cfg in cfgs.items()}
-    sizes = {side: config['input_size'] for side, config in configs.items()}
-    if len(set(sizes.values())) > 1:
-        raise UsageError(
-            f"--img-size: needed, {args.model_a} is made for {sizes['a'][-1]} pixels and {args.model_b} for "
-            f"{sizes['b'][-1]}")
-    pretrained = [side for side in args.sides if _is_pretrained(args, side)]
-    if pretrained:
-        config = configs[pretrained[0]]
-    else:
-        config = resolve_data_config(vars(args), pretrained_cfg={'input_size': sizes[args.sides[0]]})
-    for key in ('mean', 'std'):
-        config[key] = tuple(adapt_to_chs(config[key], config['input_size'][0]))
-    for side in pretrained[1:]:
-        if any(configs[side][key] != config[key] for key in ('mean', 'std')):
-            _logger.warning(
-                f'--model-{side} was pretrained with mean {configs[side]["mean"]} and std {configs[side]["std"]}; both '
-                f'branches get mean {config["mean"]} and std {config["std"]} (--mean, --std choose)')
-    return config
+    configs = {}
+    for side in args.sides:
+        cfg = pretrained_cfg_of(getattr(args, f'model_{side}'), f'--model-{side}')
+        if not _is_pretrained(args, side):
+            cfg = {key: cfg[key] for key in ('input_size',) if key in cfg}
+        given = {key: getattr(args, f'{key}_{side}') for key in INPUT_OPTIONS}
+        config = resolve_data_config(
+            {**given, 'in_chans': args.in_chans, 'input_size': args.input_size}, pretrained_cfg=cfg)
+        for key in ('mean', 'std'):
+            config[key] = tuple(adapt_to_chs(config[key], config['input_size'][0]))
+        configs[side] = config
+    return configs
+
+
+def loader_config(configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the configuration of the images that the branches share: that of the branch with the larger images."""
+    return max(configs.values(), key=lambda config: math.prod(config['input_size']))
 
 
 def _is_pretrained(args, side):
@@ -173,11 +168,17 @@ def create_teacher(args, data_config: dict[str, Any], class_names: list[str] | N
 
 def create_pair(
         args,
-        data_config: dict[str, Any],
+        configs: dict[str, dict[str, Any]],
         device: torch.device,
         teacher: Teacher | None = None,
 ) -> PairWrapper:
     """Create the pair on its device, ready to train.
+
+    Args:
+        args: Options.
+        configs: Data configuration of each branch.
+        device: Where the pair will be.
+        teacher: Frozen teacher of a method that has one.
 
     Raises:
         UsageError: A model can't be built or can't be a branch, or BatchNorm would see one image.
@@ -187,7 +188,7 @@ def create_pair(
         raise UsageError(f'--sync-bn: torch has it on CUDA devices only, this is {device.type}')
     if args.sync_bn and not args.distributed:
         _logger.warning('--sync-bn: no effect with one process')
-    models = {side: create_branch(args, side, data_config) for side in args.sides}
+    models = {side: create_branch(args, side, configs[side]) for side in args.sides}
     for side, model in models.items():
         batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
         if batch_norm and args.batch_size == 1 and not sync_bn:
@@ -205,7 +206,8 @@ def create_pair(
         )
     except ValueError as e:
         raise UsageError(str(e)) from e
-    _try_forward(args, pair, data_config['input_size'])
+    pair.set_inputs(loader_config(configs), configs)
+    _try_forward(args, pair, configs)
     for side, model in models.items():
         if getattr(args, f'channels_last_{side}'):
             model.to(memory_format=torch.channels_last)
@@ -232,10 +234,11 @@ def _set_distilled(args, models):
 
 
 @torch.no_grad()
-def _try_forward(args, pair, input_size):
+def _try_forward(args, pair, configs):
     """Run each branch once on a blank image, so that a model that can't take the input is named before the run."""
     pair.eval()
     for side in pair.sides:
+        input_size = configs[side]['input_size']
         try:
             pair.run(side, torch.zeros(1, *input_size))
         except (AssertionError, IndexError, RuntimeError, ValueError) as e:

@@ -1,10 +1,11 @@
 """Data sets and loaders: timm's, with every draw of the training pipeline seeded by its place in the run."""
+import copy
 import io
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm.data.auto_augment
@@ -423,6 +424,36 @@ def create_train_loader(args, dataset, data_config: dict, device: torch.device) 
             f'--batch-size {args.batch_size}: {args.world_size} batch(es) of it are more than the '
             f'{loader.sampler.num_samples} training images')
     return loader
+
+
+class PairEvalLoader:
+    """Validation batches of branches that differ in how their images are prepared: ({side: images}, target).
+
+    Args:
+        loaders: timm's validation loader of each side, over the same images in the same order.
+    """
+
+    def __init__(self, loaders: dict[str, Any]):
+        self.loaders = loaders
+        first = next(iter(loaders.values()))
+        self.dataset, self.sampler = first.dataset, first.sampler
+
+    def __len__(self):
+        return len(next(iter(self.loaders.values())))
+
+    def __iter__(self):
+        for batches in zip(*self.loaders.values(), strict=True):
+            yield {side: images for side, (images, _) in zip(self.loaders, batches, strict=True)}, batches[0][1]
+
+
+def create_eval_loaders(args, dataset, configs: dict[str, dict], device: torch.device):
+    """Create the validation loader of a pair: timm's own where both branches' images are prepared alike."""
+    first, *others = configs.values()
+    if all(config == first for config in others):
+        return create_eval_loader(args, dataset, first, device)
+    # A loader gives its data set the transform, so each has its own.
+    return PairEvalLoader({
+        side: create_eval_loader(args, copy.copy(dataset), config, device) for side, config in configs.items()})
 
 
 def create_eval_loader(args, dataset, data_config: dict, device: torch.device):

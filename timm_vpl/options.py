@@ -88,6 +88,9 @@ REFUSED = {
 
 _PAPER = 'the paper'
 
+# Options that say how a branch's images are prepared.
+INPUT_OPTIONS = ('img_size', 'crop_pct', 'mean', 'std', 'interpolation')
+
 REGISTERED = re.compile(r'@register_model\ndef (\w+)\(')  # a model, in timm's sources
 
 
@@ -176,13 +179,14 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
     add('--no-resume-opt', False, 'do not resume the state of the optimizer')
     add('--num-classes', None, 'number of classes', shown="the data set's", type=COUNT)
     add_branch('--gp', None, 'global pooling: fast, avg, max, avgmax, ...', shown="the model's", metavar='POOL')
-    add('--img-size', None, 'height and width of the images', shown="the models'", type=COUNT)
+    add_branch('--img-size', None, 'height and width of the images', shown="the models'", type=COUNT)
     add('--in-chans', None, 'channels of the images', shown='3', type=COUNT)
     add('--input-size', None, 'channels, height, width of the images', shown="the models'", nargs=3, type=COUNT)
-    add('--crop-pct', None, 'centre crop of validation images', shown="the models'", type=POSITIVE)
-    add('--mean', None, 'mean of the pixels (1 or 1 a channel)', shown="the models'", nargs='+', type=ANY_NUMBER)
-    add('--std', None, 'deviation of the pixels (1 or 1 a channel)', shown="the models'", nargs='+', type=POSITIVE)
-    add('--interpolation', '', 'interpolation of validation images', shown="the models'",
+    add_branch('--crop-pct', None, 'centre crop of validation images', shown="the models'", type=POSITIVE)
+    add_branch('--mean', None, 'mean of the pixels (1 or 1 a channel)', shown="the models'", nargs='+', type=ANY_NUMBER)
+    add_branch('--std', None, 'deviation of the pixels (1 or 1 a channel)', shown="the models'", nargs='+',
+               type=POSITIVE)
+    add_branch('--interpolation', '', 'interpolation of validation images', shown="the models'",
         choices=['', *INTERPOLATIONS], metavar='NAME')
     add('-b --batch-size', 128, 'images a step, of each process', type=COUNT)
     add('-vb --validation-batch-size', None, 'the same in validation', shown='--batch-size', type=COUNT)
@@ -485,10 +489,11 @@ def _check(args: argparse.Namespace) -> None:
     if args.sched == 'plateau' and args.sched_on_updates:
         raise UsageError('--sched plateau follows the validation, it has no --sched-on-updates')
     in_chans = args.input_size[0] if args.input_size else args.in_chans or 3
-    for dest in ('mean', 'std'):
+    for dest in ('mean', 'std', *(f'{name}_{side}' for name in ('mean', 'std') for side in SIDES)):
         values = getattr(args, dest)
         if values and len(values) not in (1, in_chans):
-            raise UsageError(f'--{dest} {show(values)} has {len(values)} values, the images have {in_chans} channels')
+            raise UsageError(
+                f'{_flag(dest)} {show(values)} has {len(values)} values, the images have {in_chans} channels')
 
 
 def _check_models(args: argparse.Namespace) -> None:

@@ -1,13 +1,14 @@
 """Two networks as one module: each runs once on the same images and gives its logits and its embedding."""
 import types
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from timm.models import group_parameters
 from timm.optim import auto_group_layers
 
+from .inputs import InputTransform
 from .names import SIDES
 
 
@@ -45,7 +46,6 @@ class Branch(nn.Module):
         self.model = model
         self.side = side
         self.memory_format = None  # set to torch.channels_last to convert this branch's input
-        self.prepare = None  # an InputTransform, where the images are prepared for another model
         self._compiled = None
         self._tapping = False
         self._taps: list[torch.Tensor] = []
@@ -162,6 +162,7 @@ class PairWrapper(nn.Module):
         self.model_b = model_b
         self.affine_side = affine_side
         self.affine = None
+        self.inputs = nn.ModuleDict()  # InputTransform of each side whose images the loader prepares for the other
         # Callables by name. Not submodules: the state_dict holds model_a, model_b and the affine layer, each once.
         self.parts: dict[str, nn.Module] = {
             side: Branch(model, side) for side, model in (('a', model_a), ('b', model_b)) if model is not None}
@@ -184,22 +185,44 @@ class PairWrapper(nn.Module):
         """Return the model of a side."""
         return self.parts[side].model
 
+    def set_inputs(self, source: dict[str, Any], targets: dict[str, dict[str, Any]]) -> None:
+        """Let each branch have images of its own size and statistics.
+
+        Args:
+            source: timm's data configuration of the images that come.
+            targets: Data configuration of each branch, by side.
+        """
+        self.inputs = nn.ModuleDict({
+            side: transform for side in self.sides if (transform := InputTransform(source, targets[side]))})
+
+    def images(self, side: str, input: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return a branch's images: from those that the loader gives for all, or its own of those by side."""
+        if isinstance(input, dict):
+            return input[side]
+        return self.inputs[side](input) if side in self.inputs else input
+
     def run(self, name: str, input: torch.Tensor):
         """Run one part ('a', 'b' or 'affine') on its input."""
         return self.parts[name](input)
 
-    def forward(self, input: torch.Tensor, project: bool = True, run: Callable | None = None) -> PairOutput:
+    def forward(
+            self,
+            input: torch.Tensor | dict[str, torch.Tensor],
+            project: bool = True,
+            run: Callable | None = None,
+    ) -> PairOutput:
         """Run both branches on the same images.
 
         Args:
-            input: Images (N, C, H, W).
+            input: Images (N, C, H, W); or, by side, the same images prepared for each branch.
             project: Compute the affine side's embedding too (else None): not needed while no term uses it.
             run: Replaces `self.run`, for instance to run each part in its DistributedDataParallel.
         """
         run = run or self.run
         fields = {'logits_a': None, 'logits_b': None}
         for side in self.sides:
-            fields[f'logits_{side}'], fields[f'embed_{side}'], fields[f'dist_logits_{side}'] = run(side, input)
+            fields[f'logits_{side}'], fields[f'embed_{side}'], fields[f'dist_logits_{side}'] = run(
+                side, self.images(side, input))
         if self.affine is not None:
             side = self.affine_side
             embed = fields.pop(f'embed_{side}')

@@ -188,8 +188,9 @@ class PairTask(TrainingTask):
         for side in sides:
             if self.streams is not None:
                 self.streams.enter(side, 'refresh')
-            with _resting_statistics(self.trainable_module.branch(side)):
-                fields[f'logits_{side}'] = self.trainable_module.run(side, input)[0]
+            pair = self.trainable_module
+            with _resting_statistics(pair.branch(side)):
+                fields[f'logits_{side}'] = pair.run(side, pair.images(side, input))[0]
         return output._replace(**fields)
 
     def forward(

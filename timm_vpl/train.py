@@ -23,7 +23,14 @@ from timm.utils.summary import trim_summary
 
 from . import build
 from .checkpoint import PairCheckpointSaver, checkpoint_bytes, read_checkpoint
-from .data import TrainLoader, create_eval_loader, create_split, create_train_loader, resolve_classes
+from .data import (
+    TrainLoader,
+    create_eval_loader,
+    create_eval_loaders,
+    create_split,
+    create_train_loader,
+    resolve_classes,
+)
 from .device import agreement, init_device
 from .errors import RunError, UsageError
 from .export import export_run
@@ -98,14 +105,15 @@ def create_run(args, device: torch.device, options: dict[str, Any]) -> Run:
     dataset_train = create_split(args, args.train_split, is_training=True)
     dataset_eval = create_split(args, args.val_split, is_training=False)
     class_names = resolve_classes(args, dataset_train, dataset_eval)
-    data_config = build.resolve_data(args)
+    configs = build.resolve_data(args)
+    data_config = build.loader_config(configs)
 
     teacher = build.create_teacher(args, data_config, class_names)
-    pair = build.create_pair(args, data_config, device, teacher)
+    pair = build.create_pair(args, configs, device, teacher)
     lrs = build.learning_rates(args)
     optimizer = build.create_optimizer(args, pair, lrs)
     loader_train = create_train_loader(args, dataset_train, data_config, device)
-    loader_eval = create_eval_loader(args, dataset_eval, data_config, device)
+    loader_eval = create_eval_loaders(args, dataset_eval, configs, device)
 
     updates_per_epoch = math.ceil(len(loader_train) / args.grad_accum_steps)
     scheduler, num_epochs = build.create_scheduler(args, optimizer, updates_per_epoch)
@@ -152,14 +160,14 @@ def create_run(args, device: torch.device, options: dict[str, Any]) -> Run:
             task,
             optimizer,
             {**options, 'num_classes': args.num_classes, 'class_names': class_names, 'data_config': data_config},
-            {side: branch_config(pair.branch(side), data_config, class_names) for side in pair.sides},
+            {side: branch_config(pair.branch(side), configs[side], class_names) for side in pair.sides},
             amp_scaler=run.scaler if run.scaler.is_enabled() else None,
             checkpoint_dir=run.output_dir,
             recovery_dir=run.output_dir,
             decreasing='loss' in args.eval_metric,
             max_history=args.checkpoint_hist,
         )
-        _log_plan(run, data_config, lrs)
+        _log_plan(run, configs, lrs)
         if args.log_wandb:
             _start_wandb(args, options)
     return run
@@ -211,18 +219,19 @@ def _start_wandb(args, options):
         project=args.wandb_project, name=args.experiment, config=options, tags=args.wandb_tags, **resume_id)
 
 
-def _log_plan(run, data_config, lrs):
+def _log_plan(run, configs, lrs):
     args, criterion = run.args, run.task.criterion
     for side in run.pair.sides:
         count = sum(parameter.numel() for parameter in run.pair.branch(side).parameters())
         _logger.info(
-            f'Branch {side}: {getattr(args, f"model_{side}")}, {count / 1e6:.2f} M parameters, LR {lrs[side]:.3g}')
+            f'Branch {side}: {getattr(args, f"model_{side}")}, {count / 1e6:.2f} M parameters, LR {lrs[side]:.3g}, '
+            f'images {" x ".join(map(str, configs[side]["input_size"]))}')
     if run.pair.affine is not None:
         _logger.info(
             f'Affine layer on side {run.pair.affine_side}: {run.pair.affine.in_features} -> '
             f'{run.pair.affine.out_features}')
     _logger.info(
-        f'Input {data_config["input_size"]}, {args.num_classes} classes, {run.updates_per_epoch} updates an epoch, '
+        f'{args.num_classes} classes, {run.updates_per_epoch} updates an epoch, '
         f'{run.num_epochs} epochs, device {run.device}, {args.world_size} process(es), '
         f'{torch.get_num_threads()} CPU thread(s)')
     negatives = args.batch_size * (args.world_size if getattr(criterion, 'gather', False) else 1)

@@ -74,7 +74,7 @@ def evaluate(
     """Count what several models, or several outputs of one, get right in one pass over the data.
 
     Args:
-        forward: Returns the logits [N, classes] of each name for images [N, C, H, W].
+        forward: Returns the logits [N, classes] of each name for a batch of the loader, images [N, C, H, W].
         names: The names.
         loader: timm's validation loader.
         device: Where the models are.
@@ -96,7 +96,11 @@ def evaluate(
         real_evaluators = {name: RealLabelsEvaluator(device) for name in names}
     seen = 0
     for input, target in read(loader):
-        input, target = input.to(device), target.to(device)
+        target = target.to(device)
+        if isinstance(input, dict):
+            input = {side: images.to(device) for side, images in input.items()}
+        else:
+            input = input.to(device)
         with autocast():
             logits = forward(input)
         for name, evaluator in evaluators.items():
