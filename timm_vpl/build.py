@@ -206,6 +206,8 @@ def create_pair(
         )
     except ValueError as e:
         raise UsageError(str(e)) from e
+    for side in pair.sides:
+        _freeze(args, pair, side)
     pair.set_inputs(loader_config(configs), configs)
     _try_forward(args, pair, configs)
     for side, model in models.items():
@@ -221,6 +223,17 @@ def create_pair(
             f'--model-a {args.model_a} has attention and --model-b {args.model_b} has not: the paper has the CNN as a '
             f'and the transformer as b, here their roles are swapped')
     return pair
+
+
+def _freeze(args, pair, side):
+    depth = getattr(args, f'freeze_depth_{side}')
+    if depth:
+        if not _is_pretrained(args, side):
+            _logger.warning(f'--freeze-depth-{side} {depth}: freezes layers that were never trained (no --pretrained)')
+        try:
+            pair.freeze(side, depth)
+        except ValueError as e:
+            raise UsageError(f'--freeze-depth-{side}: {e}') from e
 
 
 def _set_distilled(args, models):

@@ -174,6 +174,8 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
     add_branch('--pretrained', False, 'start with the pretrained weights of the model')
     add_branch('--pretrained-path', None, 'file to read the pretrained weights from, head adapted', metavar='PATH')
     add_branch('--initial-checkpoint', '', 'file to read the initial weights from, head as it is', metavar='PATH')
+    add_branch('--freeze-depth', 0, 'layer groups, from the input, that keep their weights: the stem is the first, '
+               'then stages or blocks', type=WHOLE)
     add('--resume', '', 'continue the run of this checkpoint; auto: the last one of --experiment, if it has one',
         metavar='PATH')
     add('--no-resume-opt', False, 'do not resume the state of the optimizer')

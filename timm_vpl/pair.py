@@ -162,6 +162,7 @@ class PairWrapper(nn.Module):
         self.model_b = model_b
         self.affine_side = affine_side
         self.affine = None
+        self._resting: list[nn.Module] = []  # frozen layers with running statistics
         self.inputs = nn.ModuleDict()  # InputTransform of each side whose images the loader prepares for the other
         # Callables by name. Not submodules: the state_dict holds model_a, model_b and the affine layer, each once.
         self.parts: dict[str, nn.Module] = {
@@ -184,6 +185,38 @@ class PairWrapper(nn.Module):
     def branch(self, side: str) -> nn.Module:
         """Return the model of a side."""
         return self.parts[side].model
+
+    def freeze(self, side: str, depth: int) -> None:
+        """Freeze a branch's first layers, with the running statistics of their BatchNorm.
+
+        Args:
+            side: 'a' or 'b'.
+            depth: Number of layer groups, as timm's `group_matcher(coarse=True)` counts them from the input: the stem
+                is the first, then the stages or blocks.
+
+        Raises:
+            ValueError: The model has fewer groups before its head.
+        """
+        model = self.branch(side)
+        layers = _layers_of(model, coarse=True)
+        last = max(layers.values())
+        if not 0 <= depth <= last:
+            raise ValueError(
+                f'{depth} layer groups: model_{side} ({type(model).__name__}) has {last} before its head')
+        for name, parameter in model.named_parameters():
+            if layers.get(name, last) < depth:
+                parameter.requires_grad_(False)
+        for module in model.modules():
+            own = list(module.parameters(recurse=False))
+            if getattr(module, 'running_mean', None) is not None and own and not any(p.requires_grad for p in own):
+                self._resting.append(module.eval())
+
+    def train(self, mode: bool = True) -> 'PairWrapper':
+        """Set training mode; frozen layers keep their running statistics in it."""
+        super().train(mode)
+        for module in self._resting:
+            module.eval()
+        return self
 
     def set_inputs(self, source: dict[str, Any], targets: dict[str, dict[str, Any]]) -> None:
         """Let each branch have images of its own size and statistics.
