@@ -14,23 +14,18 @@ from typing import Any
 import yaml
 
 from .errors import UsageError
-from .methods import METHODS
+from .methods import METHOD_OPTIONS, METHODS
 from .names import SIDES
 
 # Options that may differ between runs that are averaged: they say where and how a run was done, not what was trained.
 # The data set and the models are compared by themselves.
 _NOT_RECIPE = (
     'checkpoint_hist', 'config', 'data', 'data_dir', 'dataset', 'dataset_download', 'dataset_trust_remote_code',
-    'device', 'eval_metric', 'experiment', 'local_rank', 'no_prefetcher', 'no_resume_opt', 'output', 'pin_mem',
-    'recovery_interval', 'resume', 'save_epochs', 'save_images', 'seed', 'start_epoch', 'stop_epoch', 'val_interval',
-    'validation_batch_size', 'workers')
+    'device', 'eval_metric', 'experiment', 'export', 'local_rank', 'no_prefetcher', 'no_resume_opt', 'output',
+    'pin_mem', 'recovery_interval', 'resume', 'save_epochs', 'save_images', 'seed', 'start_epoch', 'stop_epoch',
+    'val_interval', 'validation_batch_size', 'workers')
 _NOT_RECIPE_PREFIXES = ('log_', 'wandb_')
-# Options of the pair losses, those of VPL's design first, and of methods: one model alone is the same without them.
-_DESIGN = ('x', 'y', 'contrastive_to', 'kl_to')
-_PAIR = (*_DESIGN, 'tau', 'rho', 'similarity', 'contrastive_weight', 'kl_weight', 'same_class', 'affine_side', 'gather')
-_METHOD_PREFIXES = ('method', 'branch', 'dml_', 'distill', 'teacher', 'deit', 'cosub')
-_ALONE = ('solo', 'cosub')
-_ORDER = ('solo', 'vpl', 'dml', 'distill', 'deit', 'cosub')
+_ORDER = tuple(dict.fromkeys(['solo', *METHODS]))
 
 # Titles of the figures by (epoch, set, metric), and the costs that add up over the epochs.
 _FIGURES = {
@@ -206,7 +201,7 @@ def make_recipe(options: dict[str, Any], sides: tuple[str, ...]) -> dict[str, An
     each with a teacher of its own, are one group.
     """
     method = options['method']
-    idle = _PAIR if method in _ALONE else () if method == 'vpl' else _DESIGN
+    idle = () if method not in METHODS else set(METHOD_OPTIONS).difference(METHODS[method].options)
     absent = tuple(f'_{side}' for side in SIDES if side not in sides)
     recipe = {
         name[:-2] if len(sides) == 1 and name.endswith(f'_{sides[0]}') else name: value
@@ -216,7 +211,7 @@ def make_recipe(options: dict[str, Any], sides: tuple[str, ...]) -> dict[str, An
         # What was given for both branches; their own values count.
         and not any(f'{name}_{side}' in options for side in SIDES)
     }
-    if len(sides) == 1 and method not in _ALONE:
+    if len(sides) == 1 and method in METHODS and METHODS[method].teacher != 'never':
         recipe['branch'] = sides[0]  # the terms depend on it
     if recipe.get('teacher'):
         taught, file = _teacher_run(recipe['teacher'])
@@ -324,7 +319,7 @@ def find_baseline(group: Group, side: str, groups: list[Group]) -> tuple[Group |
         names = _differing(recipe, solo.runs[0].recipe)
         names = [
             name for name in names
-            if name not in _PAIR and not name.startswith(_METHOD_PREFIXES) and not name.endswith(('_a', '_b'))]
+            if name not in (*METHOD_OPTIONS, 'method', 'branch') and not name.endswith(('_a', '_b'))]
         if solo.runs[0].options['method'] == 'solo' and not {'data', 'model', 'num_epochs'}.intersection(names):
             found.append((solo, names))
     if run.options['method'] == 'solo' or not found:
