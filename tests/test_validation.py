@@ -396,6 +396,25 @@ def test_plain_timm_loop_gives_the_same_figure(capsys, digits_folder, run_dir, t
     assert wanted == best.checkpoint['metrics'][f'ema_top1_{side}']
 
 
+def test_accuracy_of_each_class(capsys, digits_folder, run_dir, tmp_path):
+    file = tmp_path / 'classes.csv'
+    folder = run_dir / 'export' / 'vpl-test_resnet'
+    table = validate(capsys, folder, digits_folder, '--per-class', file)
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    dataset = ImageDataset(str(digits_folder / 'validation'))
+    loader = create_loader(dataset, batch_size=5, device=CPU, num_workers=0, **resolve_model_data_config(model))
+    with torch.inference_mode():
+        pairs = [(y, p) for x, target in loader for y, p in zip(
+            target.tolist(), model(x).argmax(1).tolist(), strict=True)]
+    expected = {}
+    for index in range(4):
+        right = [p == y for y, p in pairs if y == index]
+        expected[f'class{index}'] = (str(len(right)), pytest.approx(100 * sum(right) / len(right)))
+    assert {row['class']: (row['images'], float(row['top1'])) for row in results(file)} == expected
+    mean = sum(float(row['top1']) for row in results(file)) / 4
+    assert ' '.join(table[2]).startswith(f'{folder}: mean top-1 of 4 classes {mean:.3f}, lowest: ')
+
+
 def test_branches_of_one_preparation_share_a_pass(capsys, digits_folder, run_dir, tmp_path, monkeypatch):
     decoded = []
     open_image = Image.open

@@ -163,6 +163,8 @@ def validate_parser(prog: str = 'timm-vpl validate') -> OptionParser:
         'JSON file)', nargs='?', const='', metavar='FILE')
     add('--imagenet-v2', False, 'the folders are the class numbers 0 to 999, as ImageNet-V2 has them')
     add('--file-list', None, 'validate only on the files that this file names, one a line', metavar='FILE')
+    add('--per-class', None, "each class's accuracy too: the mean and the lowest on screen, all in a CSV file if one "
+        'is named', nargs='?', const='', metavar='FILE')
     parser.section('Model parameters')
     _add_input_options(parser)
     add('-b --batch-size', 256, 'images a step, of each process', type=COUNT)

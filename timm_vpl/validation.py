@@ -31,6 +31,7 @@ _logger = logging.getLogger('validate')
 COLUMNS = (
     'model', 'epoch', 'branch', 'weights', 'data', 'set', 'images', 'loss', 'top1', 'top5', 'img_size', 'crop_pct',
     'interpolation', 'images_per_second')
+CLASS_COLUMNS = ('model', 'branch', 'weights', 'class', 'images', 'top1')
 _KEY = ('model', 'epoch', 'branch', 'weights', 'data', 'set')
 _IMAGENET_VAL = 50000  # images
 
@@ -54,6 +55,28 @@ class RealLabelsEvaluator(ClassificationEvaluator):
         self.counts += torch.stack([labelled.sum(), right[:, 0].sum(), right.any(dim=-1).sum()])
 
 
+class PerClassEvaluator(ClassificationEvaluator):
+    """Count the images of each class, and those of them whose first prediction is right."""
+
+    def __init__(self, device, *, num_classes: int, max_samples: int | None = None):
+        super().__init__(device, max_samples=max_samples)
+        self.class_counts = torch.zeros(num_classes, 2, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, output, target):
+        """Count a batch of logits (N, classes) and class indices (N,)."""
+        output, target = self._prepare(output, target)
+        right = output.argmax(dim=-1) == target
+        self.class_counts.index_add_(0, target, torch.stack([torch.ones_like(target), right.long()], dim=1))
+
+    def compute(self, distributed=False) -> torch.Tensor:
+        """Return the counts (classes, 2): images, right ones."""
+        counts = self.class_counts.clone()
+        if distributed:
+            torch.distributed.all_reduce(counts)
+        return counts.cpu()
+
+
 def _figures(evaluator, distributed) -> 'OrderedDict[str, float]':
     images = evaluator.counts[0].clone()
     if distributed:
@@ -70,7 +93,8 @@ def evaluate(
         autocast: Callable = nullcontext,
         distributed: bool = False,
         real_labels: torch.Tensor | None = None,
-) -> dict[Hashable, dict[str, float]]:
+        per_class: int | None = None,
+) -> dict[Hashable, dict[str, Any]]:
     """Count what several models, or several outputs of one, get right in one pass over the data.
 
     Args:
@@ -81,10 +105,11 @@ def evaluate(
         autocast: Context of the forward passes.
         distributed: Sum the counts of all processes; samples that pad a process's share are left out.
         real_labels: Sets of labels [images, labels] of the whole data set in its order, padded with -1.
+        per_class: Number of classes, to count each by itself.
 
     Returns:
         By name 'images', 'loss', 'top1' and 'top5' (percent); with `real_labels` also 'real_images', 'real_top1' and
-        'real_top5'.
+        'real_top5'; with `per_class` also 'classes' (classes, 2), images and right ones.
     """
     limit = evaluation_sample_limit(loader)
     evaluators = {name: ClassificationEvaluator(device, max_samples=limit) for name in names}
@@ -94,6 +119,10 @@ def evaluate(
             real_labels = real_labels[torch.distributed.get_rank()::torch.distributed.get_world_size()]
         real_labels = real_labels.to(device)
         real_evaluators = {name: RealLabelsEvaluator(device) for name in names}
+    class_evaluators = {}
+    if per_class is not None:
+        class_evaluators = {
+            name: PerClassEvaluator(device, num_classes=per_class, max_samples=limit) for name in names}
     seen = 0
     for input, target in read(loader):
         target = target.to(device)
@@ -103,12 +132,14 @@ def evaluate(
             input = input.to(device)
         with autocast():
             logits = forward(input)
-        for name, evaluator in evaluators.items():
+        for name, evaluator in (*evaluators.items(), *class_evaluators.items()):
             evaluator.update(logits[name], target)
         for name, evaluator in real_evaluators.items():
             evaluator.update(logits[name], real_labels[seen:seen + len(target)])
         seen += len(target)
     results = {name: _figures(evaluator, distributed) for name, evaluator in evaluators.items()}
+    for name, evaluator in class_evaluators.items():
+        results[name]['classes'] = evaluator.compute(distributed)
     for name, evaluator in real_evaluators.items():
         figures = _figures(evaluator, distributed)
         results[name].update((f'real_{metric}', figures[metric]) for metric in ('images', 'top1', 'top5'))
@@ -314,6 +345,7 @@ class Pass(NamedTuple):
     loader: Any
     data: str
     real_labels: torch.Tensor | None
+    class_names: list[str]
 
 
 def validate(args) -> list[dict[str, Any]]:
@@ -334,13 +366,19 @@ def validate(args) -> list[dict[str, Any]]:
             passes = [
                 _create_pass(args, list(group), device)
                 for _, group in groupby(models, key=lambda trained: (trained.data_config, trained.class_names))]
-        rows = [row for each in passes for row in _run_pass(args, each, device)]
+        rows, classes = [], []
+        for each in passes:
+            pass_rows, pass_classes = _run_pass(args, each, device)
+            rows += pass_rows
+            classes += pass_classes
     finally:
         if args.distributed:
             torch.distributed.destroy_process_group()
     if args.rank == 0:
-        print('\n'.join(_table(rows, models)))
+        print('\n'.join([*_table(rows, models), *_class_lines(classes)]))
         write_results(args, rows)
+        if args.per_class:
+            _write(args.per_class, CLASS_COLUMNS, classes)
     return rows
 
 
@@ -403,7 +441,9 @@ def _create_pass(args, models: list[TrainedModel], device: torch.device) -> Pass
         dataset = select_files(dataset, args.file_list, data)
         data = f'{data} ({os.path.basename(args.file_list)})'
     real_labels = None if args.real_labels is None else real_label_sets(dataset, args.real_labels, trained, names)
-    return Pass(models, create_eval_loader(args, dataset, trained.data_config, device), data, real_labels)
+    loader = create_eval_loader(args, dataset, trained.data_config, device)
+    shown = trained.class_names or names or []
+    return Pass(models, loader, data, real_labels, list(shown))
 
 
 def _data_name(args, dataset) -> str:
@@ -414,8 +454,8 @@ def _data_name(args, dataset) -> str:
     return os.path.normpath(root)
 
 
-def _run_pass(args, each: Pass, device: torch.device) -> list[dict[str, Any]]:
-    """Evaluate the models of a pass and return their rows of the results."""
+def _run_pass(args, each: Pass, device: torch.device) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Evaluate the models of a pass and return their rows of the results, and of the results by class."""
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     dtype = torch.float16 if args.amp_dtype == 'float16' else torch.bfloat16
     models = [trained.model.to(device, memory_format=memory_format) for trained in each.models]
@@ -434,11 +474,12 @@ def _run_pass(args, each: Pass, device: torch.device) -> list[dict[str, Any]]:
             autocast=partial(torch.autocast, device.type, dtype=dtype) if args.amp else nullcontext,
             distributed=args.distributed,
             real_labels=each.real_labels,
+            per_class=None if args.per_class is None else models[0].num_classes,
         )
     except IndexError as e:  # of the cross-entropy
         raise RunError(f'{each.data}: has a label that is none of the {models[0].num_classes} classes ({e})') from e
     seconds = time.perf_counter() - started
-    rows = []
+    rows, classes = [], []
     for i, trained in enumerate(each.models):
         config, figures = trained.data_config, results[i]
         height, width = config['input_size'][-2:]
@@ -457,10 +498,31 @@ def _run_pass(args, each: Pass, device: torch.device) -> list[dict[str, Any]]:
                 'interpolation': config['interpolation'],
                 'images_per_second': round(figures['images'] / seconds, 2),
             })
-    return rows
+        for index, (images, right) in enumerate(figures['classes'].tolist() if 'classes' in figures else ()):
+            if images:
+                classes.append({
+                    **{column: rows[-1][column] for column in ('model', 'branch', 'weights')},
+                    'class': each.class_names[index] if index < len(each.class_names) else str(index),
+                    'images': images,
+                    'top1': 100 * right / images,
+                })
+    return rows, classes
 
 
 # Results
+
+
+def _class_lines(classes) -> list[str]:
+    """Return a line for each model: the mean of its classes' accuracies, and the lowest of them."""
+    lines = []
+    for (model, branch, weights), group in groupby(
+            classes, key=lambda row: (row['model'], row['branch'], row['weights'])):
+        group = sorted(group, key=lambda row: row['top1'])
+        mean = sum(row['top1'] for row in group) / len(group)
+        lowest = ', '.join(f'{row["class"]} {row["top1"]:.1f} ({row["images"]})' for row in group[:5])
+        name = ' '.join(part for part in (model, branch, weights) if part)
+        lines.append(f'{name}: mean top-1 of {len(group)} classes {mean:.3f}, lowest: {lowest}')
+    return lines
 
 
 def _table(rows, models) -> list[str]:
@@ -497,6 +559,12 @@ def write_results(args, rows: list[dict[str, Any]]) -> None:
         path = os.path.join(folder, VALIDATION)
         rows = [{**row, 'model': os.path.basename(row['model'])} for row in rows]
         rows = _other_rows(path, rows) + rows
+    _write(path, COLUMNS, rows)
+    _logger.info(f'Results: {path}')
+
+
+def _write(path: str, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
+    """Write rows as CSV, or as JSON to a file of that name; a file that is there stays until the new one is whole."""
     temporary = f'{path}.{os.getpid()}.tmp'
     try:
         with open(temporary, 'w', newline='', encoding='utf-8') as f:
@@ -504,7 +572,7 @@ def write_results(args, rows: list[dict[str, Any]]) -> None:
                 json.dump(rows, f, indent=2)
                 f.write('\n')
             else:
-                writer = csv.DictWriter(f, COLUMNS)
+                writer = csv.DictWriter(f, columns)
                 writer.writeheader()
                 writer.writerows(rows)
         os.replace(temporary, path)
@@ -513,7 +581,6 @@ def write_results(args, rows: list[dict[str, Any]]) -> None:
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-    _logger.info(f'Results: {path}')
 
 
 def _other_rows(path, rows) -> list[dict[str, str]]:
