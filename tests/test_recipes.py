@@ -22,7 +22,8 @@ from timm_vpl.parsing import read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / 'hparams').glob('*.yaml'))
-CLASSES = {'imagenet': 1000, 'cifar10': 10, 'cifar100': 100, 'flowers102': 102, 'cars': 196, 'quickstart': 10}
+CLASSES = {'imagenet': 1000, 'cifar10': 10, 'cifar100': 100, 'flowers102': 102, 'cars': 196, 'quickstart': 10,
+           'finetune': 10}
 TERMS = {
     'vpl': ('ce_a', 'ce_b', 'contrastive', 'kl'),
     'solo': ('ce',),
@@ -85,7 +86,7 @@ def arguments(path, data_dir):
         elif argv[i + 1].startswith('local-dir:'):
             argv[i + 1] = argv[i + 1].rpartition('-')[2]
             argv.append('--no-pretrained')
-    return argv
+    return argv if '--no-pretrained' in argv or not path.stem.startswith('finetune') else [*argv, '--no-pretrained']
 
 
 def options_of(path, data_dir):
@@ -215,6 +216,8 @@ def two_steps(path, data_dir, output, *options, source=None):
         '--no-amp', '--no-pin-mem', '--output', str(output), '--experiment', path.stem, '--no-export', '--model-kwargs']
     if METHODS[args.method].has_teacher(args):
         argv += ['--teacher', str(source)]
+    if path.stem.startswith('finetune'):
+        argv.insert(0, '--no-pretrained')  # timm's weights of the tiny models are not here
     for side in args.sides:
         tiny = 'test_resnet' if is_cnn(args, side) else 'test_vit'
         if METHODS[args.method].distilled:
