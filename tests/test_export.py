@@ -140,12 +140,17 @@ def test_card(run_dir):
 def test_card_takes_later_measurements(run_dir, tmp_path):
     run = shutil.copytree(run_dir, tmp_path / 'run')
     epoch = read_checkpoint(str(run / 'best_b.pth.tar'))['epoch']
-    lines = ['branch,epoch,weights,set,images,top1,top5,img_size', f'b,{epoch},ema,real,46837,61.5,88.25,32',
-             f'b,{epoch + 7},ema,v2,9,1,2,32', f'a,{epoch},ema,v2,9,3,4,32', f'b,{epoch},ema,v2,9,3,4,48']
+    part = '0.9,bilinear,/data/val'
+    lines = [
+        'branch,epoch,weights,set,images,top1,top5,img_size,crop_pct,interpolation,data',
+        f'b,{epoch},ema,real,46837,61.5,88.25,32,{part}', f'b,{epoch + 7},ema,v2,9,1,2,32,{part}',
+        f'a,{epoch},ema,v2,9,3,4,32,{part}', f'b,{epoch},ema,v2,9,3,4,48,{part}',
+        f'b,{epoch},ema,v2,9,3,4,32,1.0,bilinear,/data/val',
+    ]
     (run / 'validation.csv').write_text('\n'.join(lines) + '\n')
     assert main(['export', str(run), '--branch', 'b', '--license', 'mit']) == 0
     card = ModelCard.load(run / 'export' / 'vpl-test_vit' / 'README.md')
-    assert '| ReaL labels, 46837 images | ema | 61.500 | 88.250 |' in card.text and 'V2' not in card.text
+    assert '| ReaL labels, 46837 images of val | ema | 61.500 | 88.250 |' in card.text and 'V2' not in card.text
     assert card.data.license == 'mit' and len(card.data.eval_results) == 4
     model = timm.create_model(f'local-dir:{run / "export" / "vpl-test_vit"}')
     assert model.pretrained_cfg['license'] == 'mit'
@@ -328,3 +333,89 @@ def test_onnx_without_its_packages(run_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnx', None)
     fails(['export', run_dir, '--out', tmp_path / 'out', '--onnx'], capsys, 2, '--onnx', 'timm-vpl[onnx]')
     assert not any((tmp_path / 'out').iterdir())
+
+
+def test_names_stay_inside_the_folder(run_dir, tmp_path, capsys):
+    keep = tmp_path / 'keep'
+    keep.mkdir()
+    (keep / 'file').write_text('mine')
+    for name in ('../keep', '.', '..', str(keep), 'a/b', 'a b', ''):
+        argv = ['export', run_dir, '--branch', 'a', '--out', tmp_path / 'out', '--overwrite']
+        if name:
+            fails([*argv, '--name-a', name], capsys, 2, '--name-a')
+        checkpoint = read_checkpoint(str(run_dir / 'best_a.pth.tar'))
+        checkpoint['args']['method'] = '../../keep'
+    torch.save(checkpoint, tmp_path / 'hostile.pth.tar')
+    fails(['export', tmp_path / 'hostile.pth.tar'], capsys, 2, '../../keep')
+    assert (keep / 'file').read_text() == 'mine'
+
+
+def test_what_a_user_added_to_an_export_is_kept(run_dir, tmp_path, capsys):
+    run = shutil.copytree(run_dir, tmp_path / 'run')
+    assert main(['export', str(run)]) == 0  # as the run left them: made anew
+    card = run / 'export' / 'vpl-test_vit' / 'README.md'
+    card.write_text(card.read_text().replace('# vpl-test_vit', '# My model'))
+    fails(['export', run], capsys, 2, 'vpl-test_vit exists', '--overwrite')
+    assert '# My model' in card.read_text()
+    assert main(['export', str(run), '--branch', 'a']) == 0
+    (run / 'export' / 'vpl-test_resnet' / 'notes.txt').write_text('mine')
+    fails(['export', run, '--branch', 'a'], capsys, 2, '--overwrite')
+    assert main(['export', str(run), '--overwrite']) == 0 and '# My model' not in card.read_text()
+
+
+def test_branch_of_a_twin_keeps_its_side_in_the_name(tmp_path):
+    _, _, checkpoint = save_pair(tmp_path, '--model-a', 'test_vit', '--model-b', 'test_vit', '--img-size', '32')
+    for side in 'ab':
+        assert main(['export', checkpoint, '--branch', side]) == 0
+    assert sorted(os.listdir(tmp_path / 'export')) == ['vpl-test_vit-a', 'vpl-test_vit-b']
+
+
+def test_branch_that_is_not_there(tmp_path, capsys):
+    _, _, checkpoint = save_pair(tmp_path, '--method', 'solo', '--model-a', 'test_resnet', '--img-size', '32')
+    fails(['export', checkpoint, '--branch', 'b'], capsys, 2, 'has no branch b')
+    fails(['export', tmp_path, '--branch', 'b'], capsys, 2, 'has no branch b')
+
+
+def test_checkpoint_of_timms_own_saver(tmp_path, run_dir):
+    """A pair trained in a loop of one's own: timm's saver, a Namespace of its options, no word on the models."""
+    checkpoint = read_checkpoint(str(run_dir / 'last.pth.tar'))
+    for key in ('branches', 'metrics', 'timm_vpl_version'):
+        del checkpoint[key]
+    state = {f'module.{key}': value for key, value in checkpoint['state_dict'].items()}
+    torch.save({**checkpoint, 'state_dict': state, 'args': argparse.Namespace(model='x')}, tmp_path / 'timm.pth.tar')
+    argv = ['export', str(tmp_path / 'timm.pth.tar'), '--model-a', 'test_resnet', '--num-classes', '4', '--no-ema',
+            '--img-size', '32']
+    assert main(argv) == 0
+    model = timm.create_model(f'local-dir:{tmp_path / "export" / "test_resnet"}', pretrained=True)
+    assert all(torch.equal(value, checkpoint['state_dict'][f'model_a.{key}'])
+               for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize('change', [
+    {'branches': ['a']}, {'branches': {'a': 'test_resnet', 'b': 'x'}}, {'state_dict': {1: torch.zeros(1)}},
+    {'state_dict': {'model_a.x': 'text'}}, {'state_dict_ema': None}, {'branches': {'a': {'architecture': 3}}},
+    {'branches': {'a': {'architecture': '../x', 'pretrained_cfg': {}}}},
+], ids=str)
+def test_malformed_checkpoints(run_dir, tmp_path, capsys, change):
+    torch.save({**read_checkpoint(str(run_dir / 'last.pth.tar')), **change}, tmp_path / 'odd.pth.tar')
+    capsys.readouterr()
+    assert main(['export', str(tmp_path / 'odd.pth.tar')]) in (1, 2)
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and str(tmp_path / 'odd.pth.tar') in error, error
+
+
+@pytest.mark.parametrize('name', ['args.yaml', 'summary.csv', 'export/vpl-test_vit/README.md'])
+def test_files_that_are_no_checkpoint(run_dir, capsys, name):
+    fails(['export', run_dir / name], capsys, 1, run_dir / name)
+
+
+def test_class_map_gives_each_class_its_index(tmp_path, run_dir, capsys):
+    average = tmp_path / 'averaged.pth'
+    torch.save(read_checkpoint(str(run_dir / 'best_a.pth.tar'))['state_dict_ema'], average)
+    names = tmp_path / 'classes.txt'
+    names.write_text('zero\none\ntwo\nthree\nfour\n')
+    argv = ['export', average, '--model-a', 'test_resnet', '--class-map', names]
+    fails([*argv, '--num-classes', '4'], capsys, 2, '--num-classes 4', '5 classes')
+    bomb = tmp_path / 'bomb.pkl'
+    bomb.write_bytes(b'cos\nsystem\n(S"true"\ntR.')
+    fails([*argv[:4], '--class-map', bomb], capsys, 2, bomb)

@@ -1,13 +1,12 @@
 """The model card of an exported branch: its README.md with the Hub's metadata, from figures that its run measured."""
 import csv
+import hashlib
 import os
-from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from . import __version__
 from .methods import METHODS, partner_of
 from .options import build_parser
 from .trained import TrainedModel
@@ -18,7 +17,7 @@ VALIDATION = 'validation.csv'  # where `timm-vpl validate` leaves its figures, i
 _PRIVATE = (
     'data_dir', 'output', 'experiment', 'log_wandb', 'wandb_project', 'wandb_tags', 'workers', 'pin_mem',
     'log_interval', 'save_images', 'dataset_trust_remote_code', 'num_classes', 'class_names', 'data_config', 'export',
-    'teacher', 'pretrained_path_a', 'pretrained_path_b', 'initial_checkpoint_a', 'initial_checkpoint_b')
+    'class_map', 'teacher', 'pretrained_path_a', 'pretrained_path_b', 'initial_checkpoint_a', 'initial_checkpoint_b')
 _SETS = {'val': 'validation', 'real': 'ReaL labels', 'v2': 'ImageNet-V2'}
 
 
@@ -56,12 +55,37 @@ def model_card(trained: TrainedModel, name: str, repo_id: str, license: str = 'u
             for metric, value in zip(('Top-1', 'Top-5'), figures, strict=True)
         ] or None,
     )
-    return ModelCard(f'---\n{metadata.to_yaml()}\n---\n\n{_text(trained, args, results, name, repo_id, data_name)}')
+    return ModelCard(_seal(
+        f'---\n{metadata.to_yaml()}\n---\n\n{_text(trained, args, results, name, repo_id, data_name)}'))
+
+
+def _seal(text: str) -> str:
+    """Return a card with a last line that tells whether somebody has edited it since."""
+    return f'{text}\n<!-- made by timm-vpl {hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n'
+
+
+def is_unedited(card: str) -> bool:
+    """Return whether a card is as `model_card` made it."""
+    text, mark, _ = card.rpartition('\n<!-- made by timm-vpl ')
+    return bool(mark) and _seal(text) == card
 
 
 def dataset_name(args: dict[str, Any]) -> str | None:
-    """Return the name of a run's data set: the one given, or that of the folder."""
-    return args.get('dataset') or (args.get('data_dir') and Path(args['data_dir']).resolve().name) or None
+    """Return the name of a run's data set: the one given, without its kind, or that of the folder."""
+    kind, slash, name = str(args.get('dataset') or '').partition('/')
+    folder = os.path.basename(str(args.get('data_dir') or '').rstrip('/'))
+    return _plain(name if slash else kind or folder) or None
+
+
+def _plain(value) -> str:
+    """Return text in one line, so that it can't become markup of the card."""
+    return ' '.join(str(value).split())
+
+
+def _source(name) -> str:
+    """Return a model's name without the folder that it may be in."""
+    name = _plain(name)
+    return os.path.basename(name.rstrip('/')) if name.startswith('local-dir:') else name
 
 
 def _results(trained: TrainedModel) -> dict[tuple[str, str], tuple[float, float]]:
@@ -76,24 +100,26 @@ def _results(trained: TrainedModel) -> dict[tuple[str, str], tuple[float, float]
     if side and os.path.isfile(file):
         with open(file, newline='') as f:
             for row in csv.DictReader(f):
-                ours = (row['branch'], row['epoch'], row['img_size']) == (side, epoch, size)
+                ours = [row[key] for key in ('branch', 'epoch', 'img_size', 'crop_pct', 'interpolation')] == [
+                    side, epoch, size, str(trained.data_config['crop_pct']), trained.data_config['interpolation']]
                 if ours and row['set'] in _SETS and row['set'] != 'val':
-                    name = f'{_SETS[row["set"]]}, {row["images"]} images'
+                    name = f'{_SETS[row["set"]]}, {row["images"]} images of {os.path.basename(row["data"])}'
                     results[name, row['weights']] = (float(row['top1']), float(row['top5']))
     return results
 
 
 def _text(trained, args, results, name, repo_id, data_name):
     config = trained.data_config
-    height, width = config['input_size'][-2:]
+    in_chans, height, width = config['input_size']
+    mode = args.get('input_img_mode') or {1: 'L', 4: 'RGBA'}.get(in_chans, 'RGB')
     weights = {True: ' (averaged weights, EMA)', False: ' (raw weights)', None: ''}[trained.ema]
+    version = f' {_plain(trained.checkpoint["version"])}' if trained.checkpoint.get('version') else ''
     parameters = sum(parameter.numel() for parameter in trained.model.parameters())
     lines = [
         f'# {name}',
         '',
-        f'A `{trained.architecture}` image classification model{weights}, trained with '
-        f'timm-vpl {__version__}. It is a plain timm model: nothing but timm is '
-        f'needed to load it.',
+        f'A `{trained.architecture}` image classification model{weights}, trained with timm-vpl{version}. It is a '
+        f'plain timm model: nothing but timm is needed to load it.',
         '',
         '## Model',
         '',
@@ -102,12 +128,13 @@ def _text(trained, args, results, name, repo_id, data_name):
     ]
     method = METHODS.get(args.get('method'))  # None of one that user code added
     if 'method' in args:
-        lines.append(f'- Method: {f"{method.description} " if method else ""}(`--method {args["method"]}`)')
+        description = f'{method.description} ' if method else ''
+        lines.append(f'- Method: {description}(`--method {_plain(args["method"])}`)')
         partner = args.get(f'model_{partner_of(trained.side)}')
         if partner:
-            lines.append(f'- Partner in training: `{partner}`')
+            lines.append(f'- Partner in training: `{_source(partner)}`')
         if args.get('teacher'):
-            lines.append(f'- Teacher: `{os.path.basename(str(args["teacher"]).rstrip("/"))}`')
+            lines.append(f'- Teacher: `{os.path.basename(_plain(args["teacher"]).rstrip("/"))}`')
     if data_name:
         lines.append(f'- Data: {data_name}')
     if 'epoch' in trained.checkpoint:
@@ -116,7 +143,7 @@ def _text(trained, args, results, name, repo_id, data_name):
         lines += ['', '## Results', '', '| set | weights | top-1 | top-5 |', '|---|---|---|---|']
         lines += [f'| {subset} | {weights} | {top1:.3f} | {top5:.3f} |'
                   for (subset, weights), (top1, top5) in results.items()]
-        lines += ['', 'In percent, as measured by the run; the epoch was chosen on the validation set.']
+        lines += ['', 'In percent, as measured by the run. A best epoch is chosen by its figures on validation.']
     lines += [
         '',
         '## Usage',
@@ -127,17 +154,19 @@ def _text(trained, args, results, name, repo_id, data_name):
         '',
         f"model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()",
         'transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)',
-        "logits = model(transform(Image.open('image.jpg').convert('RGB')).unsqueeze(0))",
+        f"logits = model(transform(Image.open('image.jpg').convert('{mode}')).unsqueeze(0))",
         '```',
         '',
         "From a folder: `timm.create_model('local-dir:FOLDER', pretrained=True)`.",
     ]
     presets = build_parser().presets
-    recipe = {key: value for key, value in args.items() if key not in _PRIVATE and value != presets.get(key)}
+    recipe = {
+        key: _source(value) if key in ('model_a', 'model_b') else value
+        for key, value in args.items() if key not in _PRIVATE and value != presets.get(key)}
     if recipe:
         lines += [
             '', '## Recipe', '', 'Options of `timm-vpl train --config FILE`, others at their defaults:', '', '```yaml',
-            yaml.safe_dump(recipe, default_flow_style=None).rstrip(), '```']
+            yaml.safe_dump(recipe, default_flow_style=False).rstrip(), '```']
     if method and method.citation:
         lines += ['', '## Citation', '', '```bibtex', method.citation, '```']
     return '\n'.join(lines) + '\n'

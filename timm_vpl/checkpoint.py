@@ -2,6 +2,7 @@
 import argparse
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import safetensors.torch
 import torch
 from timm.utils import CheckpointSaver
 
-from .errors import RunError
+from . import __version__
+from .errors import RunError, first_line
 
 
 class PairCheckpointSaver(CheckpointSaver):
@@ -72,6 +74,7 @@ class PairCheckpointSaver(CheckpointSaver):
             'metrics': {} if self._in_epoch else self._metrics,
             'optimizer': self.optimizer.state_dict(),
             'version': 2,
+            'timm_vpl_version': __version__,
             **self.task.get_checkpoint_state(unwrap_fn=self.unwrap_fn),
             **self.task.get_checkpoint_state(ema=True, unwrap_fn=self.unwrap_fn),
             'saver': self.state_dict(epoch, metric),
@@ -127,20 +130,24 @@ def read_checkpoint(path: str, bare: bool = False) -> dict[str, Any]:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
-        raise RunError(
-            f'{path}: refused, it is not a checkpoint of tensors and plain types ({_first_line(e)})') from e
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as e:
+        found = re.search(r'GLOBAL (\S+)', str(e))
+        raise RunError(f'{path}: refused, it is not a checkpoint of tensors and plain types '
+                       f'({found[1] if found else first_line(e, 80)})') from e
+    except Exception as e:  # torch's reader of a file that is something else fails in many ways
         size = os.path.getsize(path) if os.path.exists(path) else 0
-        raise RunError(f'{path} ({size} bytes): truncated, or not a checkpoint ({_first_line(e)[:80]})') from e
-    if bare and isinstance(checkpoint, dict) and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        raise RunError(f'{path} ({size} bytes): truncated, or not a checkpoint ({first_line(e, 80)})') from e
+    if bare and _is_state(checkpoint):
         return {'state_dict': checkpoint}
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('state_dict'), dict):
-        raise RunError(f"{path}: not a training checkpoint, it has no 'state_dict'")
+    if not isinstance(checkpoint, dict) or not _is_state(checkpoint.get('state_dict')):
+        raise RunError(f"{path}: not a training checkpoint, it has no 'state_dict' of weights")
+    if not _is_state(checkpoint.get('state_dict_ema', {})):
+        raise RunError(f"{path}: not a training checkpoint, its 'state_dict_ema' holds no weights")
     return checkpoint
 
 
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _is_state(value) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in value.items())
 
 
 def checkpoint_bytes(task, optimizer) -> int:

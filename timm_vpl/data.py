@@ -147,8 +147,11 @@ def _class_to_idx(source) -> dict[str, int] | None:
 def class_names(dataset) -> list[str] | None:
     """Return the names of a data set's classes in the order of their indices, None where it has no names."""
     class_to_idx = _class_to_idx(getattr(dataset, 'reader', dataset))
-    if not class_to_idx:
-        return None
+    return names_of(class_to_idx) if class_to_idx else None
+
+
+def names_of(class_to_idx: dict[str, int]) -> list[str]:
+    """Return the names of classes in the order of their indices."""
     names = [str(index) for index in range(max(class_to_idx.values()) + 1)]
     for name, index in reversed(class_to_idx.items()):  # a class map may give several names one index: the first
         names[index] = str(name)

@@ -9,3 +9,8 @@ class UsageError(Exception):
 class RunError(Exception):
     """A failure while running, with a message of one line instead of a traceback."""
     exit_status = 1
+
+
+def first_line(error: BaseException, limit: int = 160) -> str:
+    """Return the first line of an error's message, or its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]

@@ -2,16 +2,21 @@
 import contextlib
 import logging
 import os
+import pickle
+import re
 import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from timm.data import resolve_data_config
+from timm.data.readers.class_map import load_class_map
 from timm.models import create_model, save_for_hf
 
 from .build import pretrained_cfg_of, size_kwargs
-from .card import model_card
-from .errors import RunError, UsageError
+from .card import is_unedited, model_card
+from .data import names_of
+from .errors import RunError, UsageError, first_line
 from .names import SIDES
 from .trained import TrainedModel, branch_config, create_named, load_branches
 
@@ -29,12 +34,16 @@ def export(args) -> list[Path]:
     names = branch_names(trained, {side: getattr(args, f'name_{side}') for side in SIDES})
     repo_ids = {side: f'{args.push_to}/{name}' for side, name in names.items()} if args.push_to else {}
     if repo_ids:
-        _check_repo_ids(repo_ids.values())
+        _check_names_of_the_hub(repo_ids.values(), args.revision)
+    elif args.push_to == '':
+        raise UsageError('--push-to: empty, expected the name of an organisation or user')
+    elif args.private or args.revision:
+        _logger.warning('--private, --revision: no effect without --push-to')
     run_dir = args.source if os.path.isdir(args.source) else os.path.dirname(args.source)
     out = Path(args.out or os.path.join(run_dir, EXPORT))
     folders = {branch.side: out / names[branch.side] for branch in trained}
-    for folder in folders.values() if args.out else ():  # those in a run's own folder follow the run
-        if folder.exists() and not args.overwrite:
+    for folder in folders.values():
+        if not args.overwrite and not (_is_ours(folder) if args.out is None else not folder.exists()):
             raise UsageError(f'--out {out}: {folder} exists; --overwrite replaces it, another --out keeps it')
     for branch in trained:
         export_branch(
@@ -43,6 +52,16 @@ def export(args) -> list[Path]:
     for side, repo_id in repo_ids.items():
         print(f'{folders[side]}: {push(folders[side], repo_id, private=args.private, revision=args.revision)}')
     return list(folders.values())
+
+
+def _is_ours(folder: Path) -> bool:
+    """Return whether a folder in that of a run is as an export left it, so that it may be made anew, or not there."""
+    if not folder.exists():
+        return True
+    known = {'README.md', 'config.json', 'model.safetensors', 'model.onnx'}
+    card = folder / 'README.md'
+    return card.is_file() and {path.name for path in folder.iterdir()} <= known and is_unedited(
+        card.read_text(encoding='utf-8'))
 
 
 def export_run(run_dir: str) -> None:
@@ -56,16 +75,24 @@ def export_run(run_dir: str) -> None:
 
 
 def branch_names(trained: list[TrainedModel], given: dict[str, str | None] | None = None) -> dict[str, str]:
-    """Return a name for each branch: as given, or the method and the architecture."""
+    """Return a name for each branch: as given, or the method and the architecture.
+
+    Raises:
+        UsageError: A name that is not one of a folder, or two equal ones.
+    """
     names = {}
-    architectures = [branch.architecture for branch in trained]
     for branch in trained:
+        architectures = list(branch.checkpoint['architectures'].values())  # of the pair, whichever is exported
         method = branch.checkpoint.get('args', {}).get('method')
         parts = [method] if method else []
         parts.append(branch.architecture)
         if architectures.count(branch.architecture) > 1:
             parts.append(branch.side)
-        names[branch.side] = (given or {}).get(branch.side) or '-'.join(parts)
+        name = (given or {}).get(branch.side) or '-'.join(map(str, parts))
+        # It becomes part of a path, and may come from a checkpoint of somebody else.
+        if not re.fullmatch(r'\w[\w.-]*', name, re.ASCII):
+            raise UsageError(f'--name-{branch.side} {name!r}: expected letters, digits, ".", "-" and "_"')
+        names[branch.side] = name
     if len(set(names.values())) < len(names):
         raise UsageError(f'--name-a and --name-b are both {next(iter(names.values()))}')
     return names
@@ -81,6 +108,8 @@ def _named_configs(args):
             num_classes = args.num_classes or (len(class_names) if class_names else None)
             if num_classes is None:
                 raise UsageError(f'--num-classes: needed with --model-{side} (or --class-map)')
+            if class_names and len(class_names) > num_classes:
+                raise UsageError(f'--num-classes {num_classes}: --class-map names {len(class_names)} classes')
             cfg = pretrained_cfg_of(name, f'--model-{side}')
             data_config = resolve_data_config(vars(args), pretrained_cfg=cfg)
             with torch.device('meta'):
@@ -97,12 +126,11 @@ def _named_configs(args):
 def _read_class_map(path):
     if not path:
         return None
-    from timm.data.readers.class_map import load_class_map
     try:
-        indices = load_class_map(path)
-    except (AssertionError, OSError, ValueError) as e:
-        raise UsageError(f'--class-map {path}: can not be read ({e})') from e
-    return [name for name, _ in sorted(indices.items(), key=lambda item: item[1])]
+        class_to_idx = load_class_map(path)
+    except (AssertionError, OSError, ValueError, pickle.UnpicklingError) as e:
+        raise UsageError(f'--class-map {path}: can not be read ({first_line(e)})') from e
+    return names_of(class_to_idx)
 
 
 def export_branch(
@@ -146,8 +174,8 @@ def export_branch(
             if folder.exists():
                 os.replace(folder, Path(work) / 'replaced')
             os.replace(part, folder)
-    except OSError as e:
-        raise RunError(f'{folder}: can not be written: {e.strerror or e}') from e
+    except (OSError, SafetensorError) as e:
+        raise RunError(f'{folder}: can not be written: {getattr(e, "strerror", None) or first_line(e)}') from e
 
 
 @torch.inference_mode()
@@ -157,8 +185,11 @@ def _check_reload(trained, folder):
         reloaded = create_model(f'local-dir:{folder}', pretrained=True).eval()
     state, written = trained.model.state_dict(), reloaded.state_dict()
     input = example_images(trained, 1)
+    finite = all(tensor.isfinite().all() for tensor in state.values() if tensor.is_floating_point())
+    if not finite:
+        _logger.warning(f'{folder.name}: weights that are not finite')
     equal = state.keys() == written.keys() and all(torch.equal(state[key], written[key]) for key in state)
-    if not (equal and torch.equal(trained.model(input), reloaded(input))):
+    if finite and not (equal and torch.equal(trained.model(input), reloaded(input))):
         raise RunError(f'{folder.name}: the exported model, loaded back, is not the trained one')
 
 
@@ -196,20 +227,21 @@ def export_onnx(trained: TrainedModel, path: Path) -> None:
     try:
         onnx_export(trained.model, str(path), example_images(trained, 2), use_dynamo=True, input_names=['images'],
                     output_names=['logits'])
-    except Exception as e:  # the exporter raises errors of its own, of many classes
-        raise RunError(f'--onnx: torch can not export {trained.architecture}: {str(e).strip().splitlines()[0]}') from e
-    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-    for count in (1, 3):
-        images = example_images(trained, count)
-        logits = torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
-        with torch.inference_mode():
-            difference = (trained.model(images) - logits).abs().max().item()
-        if not difference <= ONNX_TOLERANCE:
-            raise RunError(f'--onnx: {trained.architecture} differs from torch by {difference:.2g}, more than '
-                           f'{ONNX_TOLERANCE:g}')
+        session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+        differences = []
+        for count in (1, 3):
+            images = example_images(trained, count)
+            logits = torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
+            with torch.inference_mode():
+                differences.append((trained.model(images) - logits).abs().max().item())
+    except Exception as e:  # the exporter and the runtime raise errors of their own, of many classes
+        raise RunError(f'--onnx: {trained.architecture} can not be exported: {first_line(e)}') from e
+    if not max(differences) <= ONNX_TOLERANCE:
+        raise RunError(f'--onnx: {trained.architecture} differs from torch by {max(differences):.2g}, more than '
+                       f'{ONNX_TOLERANCE:g}')
 
 
-def _check_repo_ids(repo_ids):
+def _check_names_of_the_hub(repo_ids, revision) -> None:
     """Refuse names that break the Hub's rules, before anything is sent."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -219,7 +251,10 @@ def _check_repo_ids(repo_ids):
             if repo_id.count('/') != 1 or repo_id.startswith('/'):
                 raise HFValidationError('expected ORG without a slash')
         except HFValidationError as e:
-            raise UsageError(f'--push-to: {repo_id} is not a name that the Hub takes: {str(e).splitlines()[0]}') from e
+            raise UsageError(f'--push-to: {repo_id} is not a name that the Hub takes: {first_line(e)}') from e
+    if revision is not None and (not re.fullmatch(r'[\w./-]+', revision, re.ASCII) or '..' in revision
+                                 or revision[0] in './-' or revision.endswith(('/', '.', '.lock'))):
+        raise UsageError(f'--revision {revision!r}: not the name of a branch')
 
 
 def push(folder: Path, repo_id: str, private: bool = False, revision: str | None = None) -> str:
@@ -233,6 +268,8 @@ def push(folder: Path, repo_id: str, private: bool = False, revision: str | None
     api = HfApi(library_name='timm-vpl')
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
+        if private and not api.model_info(repo_id).private:
+            raise RunError(f'{repo_id}: exists and is public, nothing was uploaded; {folder} is kept')
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         return api.upload_folder(
@@ -240,6 +277,7 @@ def push(folder: Path, repo_id: str, private: bool = False, revision: str | None
             folder_path=str(folder),
             revision=revision,
             commit_message=f'Upload {folder.name}',
+            delete_patterns='model.onnx',  # of earlier weights, where these have none
         )
     except (HTTPError, OSError, RuntimeError, ValueError) as e:  # the Hub's errors, the connection's, an upload's
         raise RunError(f'{repo_id}: not uploaded, {_reason(e)}; {folder} is kept') from e

@@ -340,7 +340,10 @@ def fit(run: Run, start_epoch: int = 0) -> None:
     if saver is not None:
         _log_result(run, metrics, time.time() - started)
         if args.export and any(epoch is not None for _, epoch in saver.best_branches.values()):
-            export_run(run.output_dir)
+            try:
+                export_run(run.output_dir)
+            except (RunError, UsageError) as e:  # what was trained is kept
+                _logger.error(f'Not exported: {e}')
 
 
 def train_one_epoch(run: Run, epoch: int) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.nn as nn
+from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
-from timm.models import create_model
+from timm.models import clean_state_dict, create_model
 from timm.models._hub import save_config_for_hf
 
 from .checkpoint import read_checkpoint
-from .errors import RunError, UsageError
+from .errors import RunError, UsageError, first_line
 from .names import SIDES
 
 _logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ class TrainedModel(NamedTuple):
     class_names: list[str] | None = None
     side: str | None = None  # of the pair that it was a branch of
     ema: bool | None = None  # whether these are averaged weights
-    checkpoint: dict[str, Any] = {}  # what else the checkpoint says: epoch, args, metrics
+    checkpoint: dict[str, Any] = {}  # what else the checkpoint says: epoch, args, metrics, architectures by side
 
     @property
     def label(self) -> str:
@@ -75,20 +76,29 @@ def load_branches(
         UsageError: There is no such file; it has no such branch or no averaged weights.
         RunError: A file can't be read or does not hold what it should.
     """
-    loaded = []
+    loaded: list[TrainedModel] = []
+    read: dict[str, dict] = {}
     for side, path in _checkpoint_files(source).items():
         if sides is not None and side not in sides:
             continue
-        checkpoint = read_checkpoint(path, bare=True)
-        branches = {**checkpoint.get('branches', {}), **(configs or {})}
+        same = next((other for other in read if os.path.samefile(other, path)), path)  # links of one epoch
+        checkpoint = read.setdefault(same, {}) or read_checkpoint(path, bare=True)
+        read[same] = checkpoint
+        branches = checkpoint.get('branches')
+        if branches is None:
+            branches = configs
+        elif configs:
+            _logger.warning(f'{path}: says itself which models it holds, --model-a and --model-b have no effect')
         if not branches:
             raise UsageError(
                 f'{path}: does not say which models its weights belong to; name them: --model-a, --model-b (one or '
                 f'both), --num-classes')
+        if not isinstance(branches, dict) or not all(isinstance(config, dict) for config in branches.values()):
+            raise RunError(f"{path}: its 'branches' are not those of a run")
         if side in branches:
-            loaded.append(_load_branch(path, checkpoint, branches[side], side, ema))
-        elif sides is not None:
-            raise UsageError(f'{path}: has no branch {side}, only {" and ".join(branches)}')
+            loaded.append(_load_branch(path, checkpoint, branches, side, ema))
+    if not loaded:
+        raise UsageError(f'{source}: has no branch {sides or ""}'.rstrip())
     return loaded
 
 
@@ -98,25 +108,27 @@ def _checkpoint_files(source: str) -> dict[str, str]:
         return dict.fromkeys(SIDES, source)
     if not os.path.isdir(source):
         raise UsageError(f'{source}: no such file or folder')
-    files = {side: path for side in SIDES if os.path.isfile(path := os.path.join(source, f'best_{side}.pth.tar'))}
-    if files:
-        return files
-    # Killed before its first epoch was ranked.
-    found = [path for path in Path(source).glob('*.pth.tar') if path.stat().st_size]
+    best = {side: path for side in SIDES if os.path.isfile(path := os.path.join(source, f'best_{side}.pth.tar'))}
+    if len(best) == len(SIDES):
+        return best
+    # One model, or a run that was killed before its first epoch was ranked; a file half written is none.
+    found = [path for path in Path(source).glob('*.pth.tar') if not path.name.endswith('tmp.pth.tar')]
     if not found:
         raise UsageError(f'{source}: no checkpoint in this folder (best_a.pth.tar, best_b.pth.tar, last.pth.tar, ...)')
     newest = max(found, key=lambda path: (path.name == 'last.pth.tar', path.stat().st_mtime_ns))
-    _logger.warning(f'{source}: no branch has a best epoch yet, taking {newest.name}')
-    return dict.fromkeys(SIDES, str(newest))
+    if not best:
+        _logger.warning(f'{source}: no branch has a best epoch yet, taking {newest.name}')
+    return {side: best.get(side, str(newest)) for side in SIDES}
 
 
-def _load_branch(path, checkpoint, config, side, ema):
+def _load_branch(path, checkpoint, branches, side, ema):
     averaged = 'state_dict_ema' in checkpoint
     if ema and not averaged:
         raise UsageError(f'--ema: {path} has no averaged weights')
     use_ema = averaged if ema is None else ema
-    state = checkpoint['state_dict_ema' if use_ema else 'state_dict']
+    config = branches[side]
     prefix = f'model_{side}.'
+    state = clean_state_dict(checkpoint['state_dict_ema' if use_ema else 'state_dict'])
     state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     model = _build(config, path)
     try:
@@ -125,6 +137,8 @@ def _load_branch(path, checkpoint, config, side, ema):
         found = f'{len(state)} weights under {prefix}*' if state else f'no weights under {prefix}*'
         raise RunError(f'{path}: {found}, which do not fit {config["architecture"]} '
                        f'({" ".join(str(e).split())[:160]})') from e
+    # What timm's saver stores as a Namespace says nothing of ours.
+    known = {key: value for key in ('args', 'metrics') if isinstance(value := checkpoint.get(key), dict)}
     return TrainedModel(
         model.eval(),
         source=path,
@@ -133,7 +147,12 @@ def _load_branch(path, checkpoint, config, side, ema):
         class_names=config.get('label_names'),
         side=side,
         ema=use_ema if averaged else None,
-        checkpoint={key: checkpoint[key] for key in ('epoch', 'args', 'metrics') if key in checkpoint},
+        checkpoint={
+            **known,
+            **({'epoch': checkpoint['epoch']} if isinstance(checkpoint.get('epoch'), int) else {}),
+            'version': checkpoint.get('timm_vpl_version'),
+            'architectures': {other: branches[other].get('architecture') for other in branches},
+        },
     )
 
 
@@ -152,9 +171,10 @@ def create_named(name: str, where: str, **kwargs) -> nn.Module:
     """
     try:
         return create_model(name, **kwargs)
-    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
-        message = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UsageError(f'{where}: can not be built: {message}') from e
+    except (
+            AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError,
+    ) as e:
+        raise UsageError(f'{where}: can not be built: {first_line(e, 300)}') from e
 
 
 def load_trained(source: str, ema: bool | None = None, side: str | None = None) -> list[TrainedModel]:

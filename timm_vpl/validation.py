@@ -32,7 +32,7 @@ COLUMNS = (
     'model', 'epoch', 'branch', 'weights', 'data', 'set', 'images', 'loss', 'top1', 'top5', 'img_size', 'crop_pct',
     'interpolation', 'images_per_second')
 CLASS_COLUMNS = ('model', 'branch', 'weights', 'class', 'images', 'top1')
-_KEY = ('model', 'epoch', 'branch', 'weights', 'data', 'set')
+_KEY = ('model', 'epoch', 'branch', 'weights', 'data', 'set', 'img_size', 'crop_pct', 'interpolation')
 _IMAGENET_VAL = 50000  # images
 
 # In a tensor of sets of labels.
