@@ -97,6 +97,8 @@ def _finish(prog: str, work: Callable[[], None], interrupted: str = 'interrupted
     except (RunError, UsageError) as e:
         print(f'{prog}: error: {e}', file=sys.stderr)
         return e.exit_status
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         if os.environ.get('LOCAL_RANK', '0') == '0':
             print(f'{prog}: {interrupted}', file=sys.stderr)
