@@ -1,4 +1,4 @@
-"""The loss and the stages of VPL as plain loops, straight from the paper's equations: slow, float64, for tests only."""
+"""VPL's loss and stages, and the other methods' terms, as plain loops straight from the papers: slow, float64."""
 from fractions import Fraction
 
 import torch
@@ -142,6 +142,23 @@ def pair_terms(
         + contrastive_weight * terms['contrastive_loss'] + kl_weight * terms['kl_loss']
     )
     return terms
+
+
+def token_hard(dist_logits, teacher_logits):
+    """DeiT: cross-entropy of the token's logits and the teacher's class."""
+    classes = torch.tensor([row.index(max(row)) for row in teacher_logits.tolist()])
+    return ce(dist_logits, classes)
+
+
+def token_soft(dist_logits, teacher_logits, temperature):
+    """DeiT: T^2 KL(softmax(z_teacher / T) || softmax(z_token / T)), the mean over images."""
+    return temperature ** 2 * kl(teacher_logits.detach(), dist_logits, temperature)
+
+
+def submodel(logits, other_logits, sum_classes=False):
+    """cosub: B(o, stop_gradient(sigmoid(o_other)))."""
+    loss = binary_ce(logits, 1 / (1 + torch.exp(-other_logits.detach())), 0.)
+    return loss * logits.shape[1] if sum_classes else loss
 
 
 def pair_terms_on(epoch, epochs, x, y):

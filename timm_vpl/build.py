@@ -14,9 +14,9 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_layer
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from .criterion import StagedLoss
-from .errors import UsageError
+from .errors import RunError, UsageError
 from .methods import METHODS, partner_of
-from .options import INPUT_OPTIONS, mixup_active
+from .options import INPUT_OPTIONS, mixup_active, no_token
 from .pair import PairWrapper, classifiers_of
 from .seeding import seed_all
 from .stochastic_depth import set_uniform_drop_path
@@ -102,11 +102,12 @@ def create_branch(args, side: str, data_config: dict[str, Any]) -> nn.Module:
         kwargs['pretrained_cfg_overlay'] = {'file': option('pretrained_path'), 'num_classes': -1}
     kwargs.update(size_kwargs(pretrained_cfg_of(name, f'--model-{side}'), data_config['input_size']))
     kwargs.update(option('model_kwargs') or {})
+    uniform = METHODS[args.method].uniform_drop_path
+    rate = kwargs.pop('drop_path_rate') if uniform else None
     seed_all(args.seed, 'init', side)
     model = create_named(name, f'--model-{side} {name}', **kwargs)
     _initialize_head(model, option('head_init_scale'), option('head_init_bias'))
-    if METHODS[args.method].uniform_drop_path:
-        rate = kwargs['drop_path_rate']
+    if uniform:
         try:
             set_uniform_drop_path(model, rate, skip=args.drop_path_skip)
         except ValueError as e:
@@ -141,21 +142,25 @@ def create_teacher(args, data_config: dict[str, Any], class_names: list[str] | N
         return None
     [student] = args.sides
     side = partner_of(student)
-    found = load_trained(args.teacher, side=args.teacher_branch)
+    try:
+        found = load_trained(args.teacher, side=args.teacher_branch)
+    except (RunError, UsageError) as e:
+        raise type(e)(f'--teacher: {e}') from e
     if len(found) > 1:
         found = [branch for branch in found if branch.side == side]
-    if not found:
-        raise UsageError(f'--teacher {args.teacher}: has no branch {args.teacher_branch}')
     [trained] = found
-    if trained.model.num_classes != args.num_classes:
-        raise UsageError(
-            f'--teacher {args.teacher}: {trained.label} knows {trained.model.num_classes} classes, the data has '
-            f'{args.num_classes}')
-    if trained.class_names and class_names and list(trained.class_names) != class_names[:len(trained.class_names)]:
-        first = next(i for i, name in enumerate(trained.class_names) if name != class_names[i])
-        raise UsageError(
-            f'--teacher {args.teacher}: {trained.label} knows other classes, class {first} is '
-            f'{trained.class_names[first]!r} to it and {class_names[first]!r} in the data')
+    if args.teacher_branch and trained.side is None:
+        _logger.warning('--teacher-branch: no effect, the teacher is one model')
+    name = f'--teacher {args.teacher}: {trained.label}'
+    for what, known, there in (
+            ('classes', trained.model.num_classes, args.num_classes),
+            ('channels', trained.data_config['input_size'][0], data_config['input_size'][0]),
+    ):
+        if known != there:
+            raise UsageError(f'{name} knows {known} {what}, the data has {there}')
+    for i, (known, there) in enumerate(zip(trained.class_names or (), class_names or (), strict=False)):
+        if known != there:
+            raise UsageError(f'{name} knows other classes, class {i} is {known!r} to it and {there!r} in the data')
     try:
         teacher = Teacher(trained.model, side, trained.data_config, data_config)
         with torch.no_grad():
@@ -202,7 +207,8 @@ def create_pair(
             models.get('a'),
             models.get('b'),
             affine_side=args.affine_side,
-            partner_dim=teacher.embed_dim if METHODS[args.method].projects(args) else None,
+            partner_dim=None if teacher is None else teacher.embed_dim,
+            affine=METHODS[args.method].projects(args),
         )
     except ValueError as e:
         raise UsageError(str(e)) from e
@@ -241,7 +247,7 @@ def _set_distilled(args, models):
     able = [side for side, model in models.items() if hasattr(model, 'set_distilled_training')]
     if not able:
         names = ', '.join(f'--model-{side} {getattr(args, f"model_{side}")}' for side in models)
-        raise UsageError(f'--method {args.method}: {names} has no distillation token')
+        raise UsageError(f'--method {args.method}: {names} {no_token()}')
     args.student = able[-1]
     models[args.student].set_distilled_training(True)
 
@@ -328,7 +334,7 @@ def create_optimizer(args, pair: PairWrapper, lrs: dict[str, float]) -> torch.op
     if getattr(optimizer, 'is_second_order', False):
         raise UsageError(f'--opt {args.opt}: not available, fused attention and the gather have no second derivative')
     clips = [key for key in ('max_grad_norm', 'grad_clip_norm') if optimizer.defaults.get(key)]
-    if clips and len(pair.sides) > 1:
+    if clips and len(pair.sides) > 1 and METHODS[args.method].updates(vars(args)) == 1:
         _logger.warning(
             f'--opt {args.opt} clips gradients by one norm over both branches ({clips[0]}='
             f'{optimizer.defaults[clips[0]]}), which couples them; --opt-kwargs {clips[0]}=None and --clip-grad clip '

@@ -19,7 +19,7 @@ class Method(NamedTuple):
         passes: Forwards for an image in a training step, over all networks, by the options.
         options: Names of the options, of those that belong to methods, that it reads.
         updates: Optimizer updates a batch, by the options.
-        projects: Whether a term compares embeddings with a teacher's, which may need the affine layer, by the options.
+        projects: Whether a term compares embeddings, which may need the affine layer, by the options.
         teacher: Whether a frozen network stands in the place of the other branch: 'never', 'always', or 'alone',
             when one model is named.
         distilled: Whether a branch trains a head of its own for what it is taught (DeiT's distillation token).
@@ -33,7 +33,7 @@ class Method(NamedTuple):
     passes: Callable[[Mapping[str, Any]], int]
     options: tuple[str, ...] = ()
     updates: Callable[[Mapping[str, Any]], int] = lambda options: 1
-    projects: Callable[[Any], bool] = lambda args: False
+    projects: Callable[[Any], bool] = lambda args: True
     teacher: str = 'never'
     distilled: bool = False
     uniform_drop_path: bool = False
@@ -166,6 +166,7 @@ METHODS: dict[str, Method] = {
         passes=lambda options: 2 if options.get('dml_joint') else 3,
         options=('rho', 'kl_weight', 'dml_joint'),
         updates=lambda options: 1 if options.get('dml_joint') else 2,
+        projects=lambda args: False,
         citation='''@inproceedings{zhang2018dml,
   title = {Deep Mutual Learning},
   author = {Zhang, Ying and Xiang, Tao and Hospedales, Timothy M. and Lu, Huchuan},
@@ -188,6 +189,7 @@ METHODS: dict[str, Method] = {
         criterion=_deit,
         passes=lambda options: 2,
         options=('distillation_type', 'distillation_alpha', 'distillation_tau', *TEACHER_OPTIONS),
+        projects=lambda args: False,
         teacher='alone',
         distilled=True,
         citation='''@inproceedings{touvron2021deit,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
-from .methods import METHOD_OPTIONS, METHODS
+from .methods import METHOD_OPTIONS, METHODS, distill_terms
 from .names import DEFAULT_TAU, SAME_CLASS, SIDES, SIMILARITIES
 from .parsing import (
     ANY_NUMBER,
@@ -159,7 +159,7 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
     add('--distillation-type', 'hard', "what deit's token learns: the teacher's class or its probabilities",
         choices=['hard', 'soft'])
     add('--distillation-alpha', None, "weight of deit's token, 1 - alpha that of the labels", shown='0.5 for hard, '
-        '0.1 for soft', type=PROBABILITY)
+        '0.1 for soft', type=INSIDE_0_1)
     add('--distillation-tau', 3., "temperature of deit's soft labels", type=POSITIVE)
     add('--drop-path-skip', False, "let cosub run a block only on the images that keep it, where the block's structure "
         'allows')
@@ -530,10 +530,7 @@ def _check_method(args: argparse.Namespace) -> None:
         check_model_name('--teacher', args.teacher)
     if method.distilled and not any(_may_have_token(getattr(args, f'model_{side}')) for side in args.sides):
         given = ' '.join(f'--model-{side} {getattr(args, f"model_{side}")}' for side in args.sides)
-        families = {name.partition('_')[0]: name for name in sorted(distilled_model_names(), reverse=True)}
-        raise UsageError(
-            f'--method {args.method}: {given} has no distillation token; timm models that have one: '
-            f'{", ".join(sorted(families.values()))} and others of these families')
+        raise UsageError(f'--method {args.method}: {given} {no_token()}')
     if method.uniform_drop_path:
         for side in args.sides:
             rate = getattr(args, f'drop_path_{side}') or getattr(args, f'drop_connect_{side}')
@@ -550,6 +547,13 @@ def _check_method(args: argparse.Namespace) -> None:
         if args.opt.startswith('lookahead'):
             raise UsageError(f'--opt {args.opt}: --method {args.method} updates one branch before the other, which '
                              f'Lookahead would count as two steps; leave it out (or --dml-joint)')
+
+
+def no_token() -> str:
+    """Return the end of a line about a model without a distillation token."""
+    families = {name.partition('_')[0]: name for name in sorted(distilled_model_names(), reverse=True)}
+    return (f'has no distillation token; timm models that have one: {", ".join(sorted(families.values()))} and others '
+            f'of these families')
 
 
 def _may_have_token(name: str) -> bool:
@@ -659,10 +663,17 @@ _AUGMENTATION = (
     'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob',
     'gaussian_blur_prob', 'aa', 'reprob', 'remode', 'recount', 'resplit')
 
+def _leaves_out(args, term):
+    return 'distill_terms' in METHODS[args.method].options and term not in distill_terms(args)
+
+
 # Options, the reason why they have no effect, and when.
 WITHOUT_EFFECT = (
     (_CONTRASTIVE, 'the contrastive term is off (--contrastive-weight 0 or --y 100)', _without_contrastive),
     (_KL, 'the KL term is off (--kl-weight 0 or --x 100)', _without_kl),
+    (('kl_weight', *_KL), '--distill-terms leaves the KL term out', lambda args: _leaves_out(args, 'kl')),
+    (('contrastive_weight', *_CONTRASTIVE), '--distill-terms leaves the contrastive term out',
+     lambda args: _leaves_out(args, 'contrastive')),
     (('distillation_tau',), '--distillation-type is hard', lambda args: args.distillation_type == 'hard'),
     (('bce_loss',), 'it is the loss of --method cosub anyway', lambda args: METHODS[args.method].bce),
     (('amp_dtype',), '--amp is off', lambda args: not args.amp),

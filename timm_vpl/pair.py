@@ -141,6 +141,7 @@ class PairWrapper(nn.Module):
         affine_side: Side of the affine layer, 'a' or 'b' (not given in the paper).
         partner_dim: Width of the embedding of a partner that is not part of the pair, such as a frozen teacher; the
             affine layer is then on the side that there is.
+        affine: Whether embeddings are compared; without that there is no affine layer.
 
     Raises:
         ValueError: No model, different numbers of classes, or a model that has no embedding.
@@ -152,6 +153,7 @@ class PairWrapper(nn.Module):
             model_b: nn.Module | None,
             affine_side: str = 'b',
             partner_dim: int | None = None,
+            affine: bool = True,
     ):
         super().__init__()
         if affine_side not in SIDES:
@@ -174,7 +176,7 @@ class PairWrapper(nn.Module):
             partner_dim = self.parts['a' if affine_side == 'b' else 'b'].embed_dim
         elif partner_dim is not None:
             [self.affine_side] = self.sides
-        if partner_dim is not None and self.parts[self.affine_side].embed_dim != partner_dim:
+        if affine and partner_dim is not None and self.parts[self.affine_side].embed_dim != partner_dim:
             self.affine = self.parts['affine'] = nn.Linear(self.parts[self.affine_side].embed_dim, partner_dim)
 
     @property

@@ -233,13 +233,17 @@ class PairTask(TrainingTask):
 @contextlib.contextmanager
 def _resting_statistics(model: nn.Module):
     """Let BatchNorm normalise by the batch, as in training, and leave its running statistics alone."""
-    norms = [
-        module for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats]
-    for module in norms:
+    norms = [module for module in model.modules() if hasattr(module, 'running_var')]
+    tracking = [module for module in norms if getattr(module, 'track_running_stats', False)]
+    # Norms of timm's own that know no such switch.
+    others = [(buffer, buffer.clone()) for module in norms if not hasattr(module, 'track_running_stats')
+              for buffer in module.buffers(recurse=False)]
+    for module in tracking:
         module.track_running_stats = False
     try:
         yield
     finally:
-        for module in norms:
+        for module in tracking:
             module.track_running_stats = True
+        for buffer, before in others:
+            buffer.copy_(before)
