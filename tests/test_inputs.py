@@ -1,0 +1,416 @@
+"""Branches with images of their own size and statistics: what each sees, training, validation, export."""
+import copy
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import create_loader, create_transform, resolve_model_data_config
+from timm.models import save_for_hf
+from torch.testing import assert_close
+
+from timm_vpl.build import create_branch, loader_config, resolve_data
+from timm_vpl.checkpoint import read_checkpoint
+from timm_vpl.cli import main, train
+from timm_vpl.data import PairEvalLoader, create_eval_loaders, create_split
+from timm_vpl.device import init_device
+from timm_vpl.options import parse_args, recipe_values
+from timm_vpl.train import create_run, train_one_epoch
+
+CPU = torch.device('cpu')
+IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+HALF_B = ['--mean-b', '0.5', '--std-b', '0.5']
+HALF_A = ['--mean-a', '0.5', '--std-a', '0.5']
+SIZES = ['--img-size-a', '48', '--img-size-b', '64']
+SWAPPED = ['--img-size-a', '64', '--img-size-b', '48']
+SAME = ['--img-size', '64']
+QUICK = [
+    '-b', '20', '--epochs', '1', '--warmup-epochs', '0', '--lr', '0.002', '--workers', '0', '--device', 'cpu',
+    '--x', '0', '--y', '0', '--model-ema-decay', '0.5', '--crop-pct', '1.0', '--seed', '5']  # 2 updates an epoch
+RGBA = ['--input-img-mode', 'RGBA', '--aa', '']  # Pillow equalizes and solarizes no such image
+THIN = ['--model-kwargs-b', 'depth=2']
+
+# Across families: with and without BatchNorm, one classifier and two, convolutions as classifiers, both poolings.
+PAIRS = {
+    'test_resnet + test_vit': [*SIZES, *HALF_B],
+    'test_efficientnet + test_vit': [*SWAPPED, *HALF_A, '--gp-b', 'avg'],
+    'test_convnext + deit_tiny_distilled_patch16_224': [
+        *SIZES, *HALF_B, '--model-kwargs-b', 'depth=2', 'embed_dim=48', 'num_heads=3'],
+    'test_byobnet + test_vit2': [*SAME, *HALF_B],
+    'test_nfnet + test_vit4': [*SAME, *HALF_A, '--method', 'dml'],
+    'dla46x_c + levit_128s': [*SAME, *HALF_B],
+    'lcnet_035 + mobilevit_xxs': [*SIZES, '--mean-b', '0', '--std-b', '1'],
+    'ghostnet_050 + pit_ti_224': [*SWAPPED, *HALF_B, '--model-kwargs-b', 'depth=[1,1,1]'],
+    'starnet_s050 + xcit_nano_12_p16_224': [*SWAPPED, *HALF_B, *THIN],
+    'test_mambaout + test_coatnet': [*SIZES, *HALF_B, '--interpolation-a', 'bilinear'],
+    'fasternet_t0 + vit_tiny_r_s16_p8_224': [*SAME, *HALF_A, *THIN, '--in-chans', '1'],
+    'efficientvit_b0 + swin_tiny_patch4_window7_224': [
+        '--img-size-a', '64', '--img-size-b', '56', *HALF_B, '--model-kwargs-b', 'embed_dim=24'],
+}
+
+
+def parse(data, pair, *options):
+    """The options of a pair given as 'MODEL_A + MODEL_B', and timm's configuration of each branch."""
+    model_a, model_b = pair.split(' + ')
+    args = parse_args([str(data), '--model-a', model_a, '--model-b', model_b, *QUICK, *map(str, options)])
+    return args, resolve_data(args)
+
+
+def start_run(data, output, pair, *options):
+    """The parts of a run as the command builds them, and the configurations of the branches."""
+    args, configs = parse(data, pair, '--output', output, '--experiment', 'run', *options)
+    run = create_run(args, init_device(args), recipe_values(args))
+    run.task.set_epoch(0)
+    return run, configs
+
+
+def own_images(data, config):
+    """The validation images, prepared by timm for a model of this configuration."""
+    mode = {1: 'L', 3: 'RGB', 4: 'RGBA'}[config['input_size'][0]]
+    transform = create_transform(**config, is_training=False)
+    paths = sorted((Path(data) / 'validation').rglob('*.png'), key=lambda path: (path.parent.name, int(path.stem)))
+    return torch.stack([transform(Image.open(path).convert(mode)) for path in paths])
+
+
+def bare_model(run, side, configs, ema=False):
+    """The model of a branch by itself, built by timm, with its weights."""
+    pair = run.task.get_trainable_module(ema=ema)
+    pair = pair.module if ema else pair
+    model = create_branch(run.args, side, configs[side])
+    model.load_state_dict(pair.branch(side).state_dict())
+    return model.eval()
+
+
+def pixels(images, config):
+    """Undo the normalisation."""
+    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+    return images * std + mean
+
+
+def eval_batch(run):
+    """All validation images, as the run's loader gives them to the pair."""
+    batches = list(run.loader_eval)
+    assert len(batches) == 1
+    return batches[0][0]
+
+
+# what each branch sees
+
+
+@pytest.mark.parametrize('pair', PAIRS)
+def test_pairs_of_differing_inputs(digits_folder, tmp_path, pair):
+    run, configs = start_run(digits_folder, tmp_path, pair, *PAIRS[pair], '--no-prefetcher')
+    wrapper, source = run.pair, loader_config(configs)
+    same_size = configs['a']['input_size'] == configs['b']['input_size']
+    assert configs['a'] != configs['b'] and len(wrapper.inputs) == 1
+    [transformed] = wrapper.inputs
+    assert source is configs['b' if transformed == 'a' else 'a']
+    assert {key.partition('.')[0] for key in wrapper.state_dict()} <= {'model_a', 'model_b', 'affine'}
+
+    # Two updates, after which BatchNorm in evaluation normalises as in training.
+    for module in wrapper.modules():
+        if hasattr(module, 'momentum'):
+            module.momentum = 0.9
+    before = {key: parameter.clone() for key, parameter in wrapper.named_parameters()}
+    terms = train_one_epoch(run, 0)['terms']
+    assert {'loss', 'ce_a_loss', 'ce_b_loss'} <= terms.keys() and run.task.num_updates == 2
+    assert all(math.isfinite(value) for value in terms.values() if value != '')
+    moved = {'a': [], 'b': []}
+    for key, parameter in wrapper.named_parameters():
+        assert torch.isfinite(parameter).all(), key
+        if key.startswith('model_'):
+            moved[key[6]].append(not torch.equal(parameter, before[key]))
+    assert all(sum(tensors) > 0.9 * len(tensors) for tensors in moved.values())
+
+    # Each prepared its own way by the loader: to the bit.
+    wrapper.eval()
+    with torch.inference_mode():
+        output = wrapper(eval_batch(run))
+        images = {side: own_images(digits_folder, configs[side]) for side in 'ab'}
+        want = {side: bare_model(run, side, configs)(images[side]) for side in 'ab'}
+        assert torch.equal(output.logits_a, want['a']) and torch.equal(output.logits_b, want['b'])
+
+        # From the images of the other branch, as in training.
+        given = own_images(digits_folder, source)
+        output = wrapper(given)
+        got = {'a': output.logits_a, 'b': output.logits_b}
+        prepared = wrapper.images(transformed, given)
+        resized = F.interpolate(given, configs[transformed]['input_size'][1:], mode='bicubic', antialias=True)
+        unprepared = bare_model(run, transformed, configs)(resized)
+    for side in {'a', 'b'} - {transformed}:
+        assert torch.equal(got[side], want[side])
+    config, images, got, want = configs[transformed], images[transformed], got[transformed], want[transformed]
+    assert prepared.shape == images.shape
+    if same_size:
+        assert_close(prepared, images, rtol=0, atol=1e-5)
+        assert_close(got, want, rtol=1e-4, atol=1e-4)
+    else:  # resized twice, from 32 pixels to the larger size and on to the smaller, rather than once
+        levels = 255 * (pixels(prepared, config) - pixels(images, config)).abs()
+        assert levels.max() < 8 and levels.mean() < 1
+        assert (got - want).norm() < 0.03 * want.norm()
+    # Guards the comparison: without its own statistics it says something else.
+    assert (unprepared - want).norm() > 10 * (got - want).norm()
+
+
+@pytest.mark.parametrize('options', [
+    [*SIZES, *HALF_B],
+    [*SWAPPED, *HALF_A],
+    ['--img-size', '48', '--crop-pct-a', '0.8', '--interpolation-b', 'bilinear', *HALF_B],
+], ids=['a smaller', 'b smaller', 'other crop and interpolation'])
+def test_validation_is_timms_own_of_each_branch(digits_folder, tmp_path, options):
+    args, configs = parse(digits_folder, 'test_resnet + test_vit', *options, '-vb', '5')
+    init_device(args)
+    loader = create_eval_loaders(args, create_split(args, 'validation', is_training=False), configs, CPU)
+    assert isinstance(loader, PairEvalLoader) and len(loader) == 4
+    alone = {
+        side: create_loader(
+            create_split(args, 'validation', is_training=False),
+            batch_size=5,
+            use_prefetcher=True,
+            num_workers=0,
+            device=CPU,
+            is_training=False,
+            **configs[side],
+        )
+        for side in 'ab'
+    }
+    for (images, target), batch_a, batch_b in zip(loader, alone['a'], alone['b'], strict=True):
+        assert torch.equal(images['a'], batch_a[0]) and torch.equal(images['b'], batch_b[0])
+        assert torch.equal(target, batch_a[1]) and torch.equal(target, batch_b[1])
+    whole = {side: torch.cat([images[side] for images, _ in loader]) for side in 'ab'}
+    for side in 'ab':
+        assert_close(whole[side], own_images(digits_folder, configs[side]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('options', [[], HALF_B + HALF_A, ['--crop-pct', '0.8', '--mean', '0.4']], ids=len)
+def test_equal_inputs_cost_nothing(digits_folder, tmp_path, options):
+    run, configs = start_run(digits_folder, tmp_path, 'test_resnet + test_vit', '--img-size', '32', *options)
+    assert configs['a'] == configs['b'] and len(run.pair.inputs) == 0
+    assert not isinstance(run.loader_eval, PairEvalLoader) and isinstance(eval_batch(run), torch.Tensor)
+    images = own_images(digits_folder, configs['a'])
+    assert all(run.pair.images(side, images) is images for side in 'ab')
+
+
+def test_other_crop_alone_needs_no_transform(digits_folder, tmp_path):
+    # It is one of validation, where each branch has its own images anyway.
+    run, _ = start_run(
+        digits_folder, tmp_path, 'test_resnet + test_vit', '--img-size', '32', '--crop-pct-b', '0.8')
+    assert len(run.pair.inputs) == 0 and isinstance(run.loader_eval, PairEvalLoader)
+
+
+def test_one_decode_an_image_in_training(digits_folder, tmp_path, monkeypatch):
+    run, _ = start_run(digits_folder, tmp_path, 'test_resnet + test_vit', '--img-size-a', '24', '--img-size-b', '32')
+    decoded = []
+    open_image = Image.open
+    monkeypatch.setattr(Image, 'open', lambda file: decoded.append(file) or open_image(file))
+    train_one_epoch(run, 0)
+    assert len(decoded) == 40
+
+
+# other numbers of channels, copies, types
+
+
+@pytest.mark.parametrize('options', [
+    ['--in-chans', '1', *HALF_B],
+    ['--in-chans', '4', *RGBA, *HALF_B],
+    ['--in-chans', '4', *RGBA, '--mean-a', '.1', '.2', '.3', '.4', '--std-a', '.4', '.3', '.2', '.1'],
+    ['--input-size', '1', '32', '32', *HALF_A],
+], ids=lambda options: '-'.join(options[:2] + options[-1:]))
+def test_channels(digits_folder, tmp_path, options):
+    run, configs = start_run(
+        digits_folder, tmp_path, 'test_resnet + test_vit', '--img-size', '32', *options, '--no-prefetcher')
+    channels = 4 if '4' in options else 1
+    for config in configs.values():
+        assert config['input_size'] == (channels, 32, 32) and len(config['mean']) == len(config['std']) == channels
+    assert math.isfinite(train_one_epoch(run, 0)['terms']['loss'])
+    run.pair.eval()
+    images = {side: own_images(digits_folder, configs[side]) for side in 'ab'}
+    [transformed] = run.pair.inputs
+    source = images['a' if transformed == 'b' else 'b']
+    assert_close(run.pair.images(transformed, source), images[transformed], rtol=0, atol=1e-5)
+    with torch.inference_mode():
+        output = run.pair(eval_batch(run))
+        for side, logits in (('a', output.logits_a), ('b', output.logits_b)):
+            assert torch.equal(logits, bare_model(run, side, configs)(images[side]))
+
+
+def test_copies_keep_the_transform(digits_folder, tmp_path):
+    run, configs = start_run(digits_folder, tmp_path, 'test_resnet + test_vit', '--img-size-a', '24', '--img-size-b',
+                             '32', *HALF_A)
+    train_one_epoch(run, 0)
+    averaged = run.task.get_trainable_module(ema=True).module
+    given, own = (own_images(digits_folder, configs[side]) for side in 'ba')
+    prepared = run.pair.images('a', given)
+    for other in (copy.deepcopy(run.pair), copy.deepcopy(run.task).trainable_module, averaged):
+        assert other.inputs['a'] is not run.pair.inputs['a'] and list(other.inputs) == ['a']
+        assert torch.equal(other.images('a', given), prepared) and list(other.state_dict()) == list(
+            run.pair.state_dict())
+    with torch.inference_mode():
+        want = bare_model(run, 'a', configs, ema=True)(own)
+        assert torch.equal(averaged.eval()({'a': own, 'b': given}).logits_a, want)
+        assert torch.equal(averaged(given).logits_a, bare_model(run, 'a', configs, ema=True)(prepared))
+        assert not torch.equal(run.pair.eval()({'a': own, 'b': given}).logits_a, want)
+    # A checkpoint of a pair without a transform fits, and the other way round.
+    state = run.pair.state_dict()
+    run.pair.set_inputs(configs['a'], dict.fromkeys('ab', configs['a']))
+    assert len(run.pair.inputs) == 0 and run.pair.state_dict().keys() == state.keys()
+    run.pair.load_state_dict(state)
+
+
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float64, 1e-6), (torch.bfloat16, 0.05)])
+def test_other_types(digits_folder, tmp_path, dtype, tolerance):
+    run, configs = start_run(digits_folder, tmp_path, 'test_resnet + test_vit', '--img-size', '32', *HALF_B)
+    run.pair.to(dtype).eval()
+    given, own = (own_images(digits_folder, configs[side]).to(dtype) for side in 'ab')
+    prepared = run.pair.images('b', given)
+    assert prepared.dtype == dtype
+    assert_close(prepared, own, rtol=0, atol=tolerance)
+    with torch.inference_mode():
+        assert run.pair(given).logits_b.dtype == dtype
+
+
+# configurations of pretrained models
+
+
+def save_pretrained(folder, **data_config):
+    """Write a small transformer of a fixed size for 7 classes as timm exports it, with this data configuration."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        'deit_tiny_patch16_224', num_classes=7, img_size=48, embed_dim=48, depth=2, num_heads=3)
+    assert not model.dynamic_img_size
+    save_for_hf(model, str(folder), data_config={**resolve_model_data_config(model), **data_config})
+    return model
+
+
+OWN = {
+    'input_size': (3, 48, 48), 'mean': (0.5, 0.4, 0.3), 'std': (0.5, 0.6, 0.7), 'interpolation': 'bilinear',
+    'crop_pct': 0.95}
+
+
+def test_configuration_of_a_pretrained_branch(digits_folder, tmp_path):
+    save_pretrained(tmp_path / 'vit', **OWN)
+    pair = f'test_resnet + local-dir:{tmp_path / "vit"}'
+    options = ['--img-size-a', '64', '--crop-pct', '1.0']
+
+    def configs(*more):
+        argv = ['--model-a', 'test_resnet', '--model-b', f'local-dir:{tmp_path / "vit"}', '--img-size-a', '64']
+        return resolve_data(parse_args([str(digits_folder), *argv, '--device', 'cpu', *more]))
+
+    def differing(config, **wanted):
+        return {key: config[key] for key in wanted if config[key] != wanted[key]}
+
+    found = configs('--pretrained-b')
+    assert not differing(found['b'], **OWN)
+    assert not differing(found['a'], **IMAGENET, input_size=(3, 64, 64), interpolation='bicubic', crop_pct=0.875)
+    # Its weights are not used, so only the size is its own.
+    assert not differing(configs()['b'], **IMAGENET, input_size=(3, 48, 48), interpolation='bicubic', crop_pct=0.875)
+    # What is given wins.
+    found = configs('--pretrained', '--mean', '0.1', '--std-b', '0.9', '--img-size-b', '32', '--crop-pct-b', '0.8')
+    assert not differing(
+        found['b'], mean=(0.1,) * 3, std=(0.9,) * 3, input_size=(3, 32, 32), crop_pct=0.8, interpolation='bilinear')
+    assert not differing(found['a'], mean=(0.1,) * 3, input_size=(3, 64, 64))
+    # A model that timm knows by name, without its weights: its size alone.
+    args, found = parse(digits_folder, 'test_resnet + test_vit', *options)
+    assert found['b']['input_size'] == (3, 160, 160) and loader_config(found) is found['b']
+    args, found = parse(digits_folder, pair, *options)
+    assert loader_config(found) is found['a']
+
+
+def test_pretrained_branch_trains_and_validates_on_its_own_images(digits_folder, tmp_path):
+    model = save_pretrained(tmp_path / 'vit', **OWN)
+    run, configs = start_run(
+        digits_folder, tmp_path, f'test_resnet + local-dir:{tmp_path / "vit"}', '--img-size-a', '64', '--pretrained-b',
+        '--no-prefetcher')
+    state = {key: tensor for key, tensor in run.pair.model_b.state_dict().items() if not key.startswith('head.')}
+    assert run.pair.model_b.num_classes == 4
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in state.items())
+    train_one_epoch(run, 0)
+    own = {side: own_images(digits_folder, configs[side]) for side in 'ab'}
+    with torch.inference_mode():
+        output = run.pair.eval()(eval_batch(run))
+        assert torch.equal(output.logits_a, bare_model(run, 'a', configs)(own['a']))
+        assert torch.equal(output.logits_b, bare_model(run, 'b', configs)(own['b']))
+
+
+def test_pretrained_branch_at_another_size(digits_folder, tmp_path):
+    save_pretrained(tmp_path / 'vit', **OWN)
+    run, configs = start_run(
+        digits_folder, tmp_path, f'test_resnet + local-dir:{tmp_path / "vit"}', '--img-size-a', '48', '--img-size-b',
+        '64', '--pretrained-b')
+    wanted = timm.create_model(f'local-dir:{tmp_path / "vit"}', pretrained=True, num_classes=4, img_size=64)
+    assert run.pair.model_b.pos_embed.shape == (1, 17, 48)
+    assert torch.equal(run.pair.model_b.pos_embed, wanted.pos_embed)
+    assert configs['b'] == {**configs['b'], 'input_size': (3, 64, 64), 'mean': OWN['mean'], 'std': OWN['std']}
+
+
+# a whole run
+
+
+@pytest.fixture(scope='module')
+def run_dir(digits_folder, tmp_path_factory):
+    """The folder of a run whose branches have images of other sizes and statistics."""
+    output = tmp_path_factory.mktemp('runs')
+    assert train([
+        str(digits_folder), '--model-a', 'test_resnet', '--model-b', 'test_vit', '--img-size-a', '24', '--img-size-b',
+        '32', *HALF_B, *QUICK, '-b', '8', '--output', str(output), '--experiment', 'run']) == 0
+    return output / 'run'
+
+
+@pytest.fixture(scope='module')
+def summary(run_dir):
+    with open(run_dir / 'summary.csv', newline='') as f:
+        [row] = csv.DictReader(f)
+    return row
+
+
+def validation_rows(tmp_path, *argv):
+    path = tmp_path / 'results.json'
+    assert main(['validate', *map(str, argv), '--device', 'cpu', '--workers', '0', '--results-file', str(path)]) == 0
+    return json.loads(path.read_text())
+
+
+def test_run_has_figures_of_both_branches(run_dir, summary):
+    for name in ('a', 'b', 'ens'):
+        for metric in ('loss', 'top1', 'top5'):
+            for weights in ('eval', 'eval_ema'):
+                assert math.isfinite(float(summary[f'{weights}_{metric}_{name}']))
+    configs = read_checkpoint(str(run_dir / 'last.pth.tar'))['branches']
+    assert [configs[side]['pretrained_cfg']['input_size'] for side in 'ab'] == [[3, 24, 24], [3, 32, 32]]
+
+
+@pytest.mark.parametrize(('side', 'name', 'size', 'statistics'), [
+    ('a', 'test_resnet', 24, IMAGENET),
+    ('b', 'test_vit', 32, {'mean': (0.5,) * 3, 'std': (0.5,) * 3}),
+])
+def test_export_keeps_its_own_inputs(digits_folder, tmp_path, run_dir, summary, side, name, size, statistics):
+    folder = run_dir / 'export' / f'vpl-{name}'
+    cfg = json.loads((folder / 'config.json').read_text())['pretrained_cfg']
+    assert cfg['input_size'] == [3, size, size] and cfg['crop_pct'] == 1.0
+    assert {key: tuple(cfg[key]) for key in ('mean', 'std')} == statistics
+    [row] = validation_rows(tmp_path, folder, digits_folder)
+    assert row['top1'] == float(summary[f'eval_ema_top1_{side}']) and row['images'] == 17
+    assert row['top5'] == float(summary[f'eval_ema_top5_{side}']) and row['img_size'] == size
+    assert row['loss'] == pytest.approx(float(summary[f'eval_ema_loss_{side}']), rel=1e-6)
+
+    # The same by a loop of timm's parts alone.
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    config = resolve_model_data_config(model)
+    with torch.inference_mode():
+        right = model(own_images(digits_folder, config)).argmax(dim=1)
+    labels = torch.tensor([int(path.parent.name[-1]) for path in (digits_folder / 'validation').rglob('*.png')])
+    assert 100 * (right == labels.sort().values).sum().item() / 17 == row['top1']
+
+
+def test_run_validates_each_branch_its_own_way(digits_folder, tmp_path, run_dir, summary):
+    rows = validation_rows(tmp_path, run_dir / 'last.pth.tar', digits_folder, '-b', '8')
+    assert [(row['branch'], row['weights'], row['img_size']) for row in rows] == [
+        ('a', 'raw', 24), ('a', 'ema', 24), ('b', 'raw', 32), ('b', 'ema', 32)]
+    for row in rows:
+        prefix = 'eval_ema' if row['weights'] == 'ema' else 'eval'
+        for metric in ('top1', 'top5', 'loss'):
+            assert row[metric] == pytest.approx(float(summary[f'{prefix}_{metric}_{row["branch"]}']), rel=1e-6)
