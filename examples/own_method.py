@@ -39,6 +39,7 @@ METHODS['similarity'] = Method(
     criterion=criterion,
     passes=lambda options: 2,
     options=('y',),
+    projects=lambda args: False,  # matrices of the images compare without an affine layer
 )
 
 if __name__ == '__main__':

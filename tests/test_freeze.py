@@ -1,6 +1,8 @@
 """Freezing a branch's first layers: which weights and statistics stay as they are, what is optimized and exported."""
 import copy
 import logging
+import re
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -132,6 +134,34 @@ def test_freezing_again_goes_deeper():
             assert module.training != is_frozen('test_resnet', key, 3), key
 
 
+@pytest.mark.parametrize('name', [
+    'cait_xxs24_224', 'coat_tiny', 'crossvit_9_240', 'deit_tiny_distilled_patch16_224', 'dla34', 'efficientvim_m1',
+    'hrnet_w18_small', 'levit_128s', 'mobilenetv3_small_050', 'pit_ti_224', 'poolformer_s12', 'resnet50_clip_gap',
+])
+def test_head_is_trained_at_any_depth(name):
+    # Families whose layers timm groups in ways of their own, or not at all.
+    with torch.device('meta'):
+        pair = PairWrapper(timm.create_model(name, num_classes=NUM_CLASSES), None)
+    with pytest.raises(ValueError) as caught:
+        pair.freeze('a', 1000)
+    groups = int(re.search(r'has (\d+) before its head', str(caught.value))[1])
+    assert all(parameter.requires_grad for parameter in pair.parameters())
+    head = [parameter for head in pair.parts['a'].heads for parameter in head.parameters()]
+    frozen = []
+    for depth in (1, groups // 2, groups):
+        pair.freeze('a', depth)
+        assert head and all(parameter.requires_grad for parameter in head)
+        frozen.append(sum(not parameter.requires_grad for parameter in pair.parameters()))
+    assert 0 < frozen[0] < frozen[1] < frozen[2] < len(list(pair.parameters()))
+
+
+def test_model_without_layer_groups():
+    with torch.device('meta'):
+        pair = PairWrapper(create_model('rdnet_tiny'), None)
+    with pytest.raises(ValueError, match=r'model_a \(RDNet\) has no coarse layer groups'):
+        pair.freeze('a', 1)
+
+
 @pytest.mark.parametrize('name', GROUPS)
 def test_depth_out_of_range(name):
     groups = len(GROUPS[name])
@@ -211,6 +241,24 @@ def test_branch_frozen_up_to_its_head_is_a_fixed_function(names, side):
     assert torch.equal(*embeddings) and not any(map(any, resting))
     weight = pair.parts[side].classifier.weight
     assert weight.requires_grad and torch.equal(pair.run(side, images())[0], pair.parts[side].classifier(embeddings[0]))
+
+
+def test_synchronized_batch_norm(monkeypatch):
+    # Converted without the GPU that it runs on, and evaluated, where it needs none.
+    names = ('test_resnet', 'test_efficientnet')
+    args, plain = start(names, '--freeze-depth-a', '3', '--freeze-depth-b', '3')
+    monkeypatch.setattr(PairWrapper, 'to', lambda pair, device: pair)
+    args.sync_bn = args.distributed = True
+    pair = create_pair(args, resolve_data(args), SimpleNamespace(type='cuda'))
+    converted = [module for module in pair.modules() if isinstance(module, torch.nn.SyncBatchNorm)]
+    assert len(converted) == sum(isinstance(module, torch.nn.BatchNorm2d) for module in plain.modules())
+    for got, want in zip(pair.eval()(images())[:2], plain.eval()(images())[:2], strict=True):
+        torch.testing.assert_close(got, want)
+    pair.train()
+    for side, name in zip('ab', names, strict=True):
+        for key, module in pair.branch(side).named_modules():
+            if isinstance(module, torch.nn.SyncBatchNorm):
+                assert module.training != is_frozen(name, key, 3), key
 
 
 # the optimizer

@@ -19,6 +19,7 @@ from timm_vpl.checkpoint import read_checkpoint
 from timm_vpl.cli import main, train
 from timm_vpl.data import PairEvalLoader, create_eval_loaders, create_split
 from timm_vpl.device import init_device
+from timm_vpl.inputs import InputTransform
 from timm_vpl.options import parse_args, recipe_values
 from timm_vpl.train import create_run, train_one_epoch
 
@@ -157,6 +158,22 @@ def test_pairs_of_differing_inputs(digits_folder, tmp_path, pair):
     assert (unprepared - want).norm() > 10 * (got - want).norm()
 
 
+@pytest.mark.parametrize('interpolation', ['bicubic', 'bilinear'])
+@pytest.mark.parametrize('size', [64, 40])
+def test_noise_is_resized_as_by_pillow(size, interpolation):
+    # Fine structure, which a resize without antialiasing would pick single pixels of.
+    # Grey enough for the interpolation to end nowhere beyond black and white, where Pillow cuts.
+    noise = torch.randint(80, 176, (96, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = Image.fromarray(noise.numpy())
+    source = {**IMAGENET, 'input_size': (3, 96, 96), 'interpolation': 'bicubic', 'crop_pct': 1.}
+    target = {
+        'mean': (0.5,) * 3, 'std': (0.25,) * 3, 'input_size': (3, size, size), 'interpolation': interpolation,
+        'crop_pct': 1.}
+    given, own = (create_transform(**config, is_training=False)(image)[None] for config in (source, target))
+    prepared = InputTransform(source, target)(given)
+    assert_close(pixels(prepared, target), pixels(own, target), rtol=0, atol=1.5 / 255)
+
+
 @pytest.mark.parametrize('options', [
     [*SIZES, *HALF_B],
     [*SWAPPED, *HALF_A],
@@ -262,16 +279,23 @@ def test_copies_keep_the_transform(digits_folder, tmp_path):
     run.pair.load_state_dict(state)
 
 
-@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float64, 1e-6), (torch.bfloat16, 0.05)])
-def test_other_types(digits_folder, tmp_path, dtype, tolerance):
-    run, configs = start_run(digits_folder, tmp_path, 'test_resnet + test_vit', '--img-size', '32', *HALF_B)
-    run.pair.to(dtype).eval()
-    given, own = (own_images(digits_folder, configs[side]).to(dtype) for side in 'ab')
-    prepared = run.pair.images('b', given)
-    assert prepared.dtype == dtype
-    assert_close(prepared, own, rtol=0, atol=tolerance)
+@pytest.mark.parametrize(('dtype', 'size'), [
+    (torch.float64, 32),
+    (torch.bfloat16, 32),
+    (torch.float64, 48),
+    (torch.bfloat16, 48),
+])
+def test_other_types(digits_folder, tmp_path, dtype, size):
+    run, configs = start_run(
+        digits_folder, tmp_path, 'test_resnet + test_vit', '--img-size-a', size, '--img-size-b', '32', *HALF_B)
+    given = own_images(digits_folder, configs['a'])
     with torch.inference_mode():
-        assert run.pair(given).logits_b.dtype == dtype
+        want = run.pair.images('b', given)
+        pair = run.pair.to(dtype).eval()
+        prepared = pair.images('b', given.to(dtype))
+        assert prepared.dtype == dtype and prepared.shape == want.shape
+        assert_close(prepared.float(), want, rtol=0, atol=1e-6 if dtype == torch.float64 else 0.05)
+        assert pair(given.to(dtype)).logits_b.dtype == dtype
 
 
 # configurations of pretrained models

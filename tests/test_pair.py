@@ -305,7 +305,7 @@ def test_state_dict_holds_each_part_once(name_a, affine):
     parameters = [name for name, _ in pair.named_parameters()]
     assert parameters == [key for key in want if key in set(parameters)]
     assert {name.split('.')[0] for name, _ in pair.named_modules() if name} == {
-        'model_a', 'model_b', *(['affine'] if affine else [])}
+        'model_a', 'model_b', 'inputs', *(['affine'] if affine else [])}
 
     other = PairWrapper(make_model(name_a, seed=8), make_model('test_vit', seed=9)).eval()
     other.load_state_dict(pair.state_dict(), strict=True)

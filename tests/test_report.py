@@ -351,6 +351,14 @@ def test_markdown_is_escaped(make):
     assert '| 2 | VPL | a\\|b |' in report([pair(make, 'run', model_a='a|b')])
 
 
+def test_missing_run_is_listed(make, tmp_path):
+    good, gone = pair(make, 'good'), str(tmp_path / 'seed4')
+    text = report([good, gone])
+    assert f'| {gone} | - | - | missing |' in text and text.startswith(report([good]).partition('## Notes')[0])
+    assert json.loads(report([good, gone], 'json'))[-1]['status'] == 'missing'
+    assert ',missing,0,' in report([good, gone], 'csv').splitlines()[-1]
+
+
 def test_wrong_paths(make, tmp_path):
     with pytest.raises(UsageError, match='^no run folder is given$'):
         report([])

@@ -8,12 +8,14 @@ import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
 from timm.data.loader import adapt_to_chs
+from timm.layers import convert_sync_batchnorm
 from timm.loss import create_classification_loss
 from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from .criterion import StagedLoss
+from .data import names_of
 from .errors import RunError, UsageError
 from .methods import METHODS, partner_of
 from .options import INPUT_OPTIONS, mixup_active, no_token
@@ -40,6 +42,13 @@ def resolve_data(args) -> dict[str, dict[str, Any]]:
         given = {key: getattr(args, f'{key}_{side}') for key in INPUT_OPTIONS}
         config = resolve_data_config(
             {**given, 'in_chans': args.in_chans, 'input_size': args.input_size}, pretrained_cfg=cfg)
+        if not args.input_size:
+            in_chans = args.in_chans or 3  # as the images are read
+            if not args.in_chans and cfg.get('input_size', (3,))[0] != in_chans:
+                raise UsageError(
+                    f'--model-{side} {getattr(args, f"model_{side}")} takes images of {cfg["input_size"][0]} '
+                    f'channel(s); --in-chans {cfg["input_size"][0]} reads them so')
+            config['input_size'] = (in_chans, *config['input_size'][1:])
         for key in ('mean', 'std'):
             config[key] = tuple(adapt_to_chs(config[key], config['input_size'][0]))
         configs[side] = config
@@ -158,7 +167,9 @@ def create_teacher(args, data_config: dict[str, Any], class_names: list[str] | N
     ):
         if known != there:
             raise UsageError(f'{name} knows {known} {what}, the data has {there}')
-    for i, (known, there) in enumerate(zip(trained.class_names or (), class_names or (), strict=False)):
+    names = trained.class_names or ()
+    names = names_of(names) if isinstance(names, dict) else names
+    for i, (known, there) in enumerate(zip(names, class_names or (), strict=False)):
         if known != there:
             raise UsageError(f'{name} knows other classes, class {i} is {known!r} to it and {there!r} in the data')
     try:
@@ -212,6 +223,9 @@ def create_pair(
         )
     except ValueError as e:
         raise UsageError(str(e)) from e
+    if sync_bn:
+        for side in pair.sides:
+            convert_sync_batchnorm(pair.branch(side))  # timm's, which keeps the activation of its own layers
     for side in pair.sides:
         _freeze(args, pair, side)
     pair.set_inputs(loader_config(configs), configs)
@@ -221,9 +235,6 @@ def create_pair(
             model.to(memory_format=torch.channels_last)
             pair.parts[side].memory_format = torch.channels_last
     pair.to(device)
-    if sync_bn:
-        for side in pair.sides:
-            nn.SyncBatchNorm.convert_sync_batchnorm(pair.branch(side))
     if len(models) == 2 and _has_attention(models['a']) and not _has_attention(models['b']):
         _logger.warning(
             f'--model-a {args.model_a} has attention and --model-b {args.model_b} has not: the paper has the CNN as a '

@@ -34,7 +34,9 @@ class InputTransform(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.size is not None:
-            input = F.interpolate(input, self.size, mode=self.mode, antialias=True)
+            # torch resizes no half precision with antialiasing on a CPU.
+            input = F.interpolate(input.float() if input.itemsize < 4 else input, self.size, mode=self.mode,
+                                  antialias=True).to(input.dtype)
         if self.renormalize:
             input = input * self.scale.to(input.dtype) + self.shift.to(input.dtype)
         return input

@@ -200,7 +200,10 @@ class PairWrapper(nn.Module):
             ValueError: The model has fewer groups before its head.
         """
         model = self.branch(side)
-        layers = _layers_of(model, coarse=True)
+        try:
+            layers = _layers_of(model, coarse=True)
+        except AssertionError as e:
+            raise ValueError(f'model_{side} ({type(model).__name__}) has no coarse layer groups: {e}') from e
         last = max(layers.values())
         if not 0 <= depth <= last:
             raise ValueError(
@@ -210,7 +213,7 @@ class PairWrapper(nn.Module):
                 parameter.requires_grad_(False)
         for module in model.modules():
             own = list(module.parameters(recurse=False))
-            if getattr(module, 'running_mean', None) is not None and own and not any(p.requires_grad for p in own):
+            if getattr(module, 'running_var', None) is not None and own and not any(p.requires_grad for p in own):
                 self._resting.append(module.eval())
 
     def train(self, mode: bool = True) -> 'PairWrapper':

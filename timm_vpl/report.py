@@ -45,25 +45,33 @@ FIELDS = [
 def report(run_dirs: list[str], format: str = 'md') -> str:
     """Return the comparison of runs as text.
 
-    Runs that agree in all options that count are a group, averaged over its runs. Unfinished runs are listed and never
-    averaged in. Paths of the same run, and copies of it, count once.
+    Runs that agree in all options that count are a group, averaged over its runs. Unfinished and missing runs are
+    listed and never averaged in. Paths of the same run, and copies of it, count once.
 
     Args:
         run_dirs: Folders of runs.
         format: 'md'; or 'csv', 'json' for a record a branch of a group, with numbers that are not rounded.
 
     Raises:
-        UsageError: A folder is not that of a run, or the format is unknown.
+        UsageError: A folder is not that of a run, none is there, or the format is unknown.
     """
     if format not in _FORMATS:
         raise UsageError(f'--format {format}: expected one of {", ".join(_FORMATS)}')
     if not run_dirs:
         raise UsageError('no run folder is given')
     runs: dict[Any, Run] = {}
-    for path in map(Path, run_dirs):
+    paths = list(dict.fromkeys(map(Path, run_dirs)))
+    missing = [path for path in paths if not path.exists()]
+    if len(missing) == len(paths):
+        raise UsageError(f'{missing[0]}: no such folder')
+    for path in paths:
+        if path in missing:
+            continue
         run = read_run(path)
         runs.setdefault(repr((run.options, run.rows)) if run.rows else path.resolve(), run)
-    return _FORMATS[format](make_records(list(runs.values()))).rstrip('\n')
+    records = make_records(list(runs.values())) + [
+        {**dict.fromkeys(FIELDS), 'runs': [str(path)], 'n': 0, 'status': 'missing'} for path in missing]
+    return _FORMATS[format](records).rstrip('\n')
 
 
 # Reading a run's folder
@@ -436,7 +444,8 @@ def to_markdown(records: list[dict[str, Any]]) -> str:
     if unfinished:
         lines += ['## Unfinished, in no figure of this report', '', *_table(
             ['Run', 'Framework', 'Models', 'Progress'],
-            [(*r['runs'], r['framework'], _models(r), r['status'].removeprefix('unfinished, ')) for r in unfinished])]
+            [(*r['runs'], r['framework'] or '-', _models(r) or '-', r['status'].removeprefix('unfinished, '))
+             for r in unfinished])]
     if finished:
         lines += ['## Notes', '', *(f'- {note}' for note in dict.fromkeys(_notes(finished)))]
     return '\n'.join(lines)

@@ -118,6 +118,9 @@ def create_run(args, device: torch.device, options: dict[str, Any]) -> Run:
     updates_per_epoch = math.ceil(len(loader_train) / args.grad_accum_steps)
     scheduler, num_epochs = build.create_scheduler(args, optimizer, updates_per_epoch)
     criterion = build.create_criterion(args, num_epochs, device)
+    if len(criterion.phases) > 1 and args.grad_accum_steps > 1:
+        raise UsageError(f'--grad-accum-steps {args.grad_accum_steps}: --method {args.method} has '
+                         f'{len(criterion.phases)} optimizer phases a batch, 1 is the only value')
     task = PairTask(
         pair,
         criterion,
