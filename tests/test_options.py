@@ -191,6 +191,8 @@ def test_model_names_are_those_that_timm_registers():
     ([*DIGITS, '--model', 'resnet50'], '--model is not available: a pair has two models; use --model-a and --model-b'),
     ([*DIGITS, '--kd-temperature=4'], '--kd-temperature is not available: distillation is a method here; use '
      '--method distill or deit with --teacher'),
+    ([*DIGITS, '--in-chans', '4', '--input-img-mode', 'RGBA'], '--aa v0: its operations know images of mode L and RGB, '
+     "not --input-img-mode RGBA; --aa '' goes without"),
     # recipes
     (['-c', '/no/where.yml'], '--config /no/where.yml is neither a file nor the name of a recipe; recipes: '
      'first, second'),

@@ -488,6 +488,9 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f'--x {args.x:g} and --y {args.y:g} add up to more than 100 percent of the epochs')
     if mixup_active(args) and args.batch_size % 2:
         raise UsageError(f'--batch-size {args.batch_size} is odd, --mixup and --cutmix need an even one')
+    if args.input_img_mode not in (None, 'L', 'RGB') and args.aa and not args.no_aug:
+        raise UsageError(f"--aa {args.aa}: its operations know images of mode L and RGB, not --input-img-mode "
+                         f"{args.input_img_mode}; --aa '' goes without")
     if args.sched == 'plateau' and args.sched_on_updates:
         raise UsageError('--sched plateau follows the validation, it has no --sched-on-updates')
     in_chans = args.input_size[0] if args.input_size else args.in_chans or 3
