@@ -167,8 +167,14 @@ def save_pair(folder, *options):
     for name, buffer in pair.named_buffers():
         if 'running_' in name:
             buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+    task = PairTask(pair, build.create_criterion(args, 2, torch.device('cpu')), verbose=False)
+    task.setup_ema(decay=0.5)
+    pair.averaged = [task.get_trainable_module(ema=True).module]  # a list: not part of the pair
+    with torch.no_grad():
+        for parameter in pair.averaged[0].parameters():
+            parameter.mul_(0.9)
     saver = PairCheckpointSaver(
-        PairTask(pair, build.create_criterion(args, 2, torch.device('cpu')), verbose=False),
+        task,
         build.create_optimizer(args, pair, build.learning_rates(args)),
         recipe_values(args),
         {side: branch_config(pair.branch(side), configs[side], None) for side in pair.sides},
@@ -209,14 +215,20 @@ def test_families(tmp_path, count):
         pair, configs, checkpoint = save_pair(
             tmp_path / str(i), '--model-a', models[0], '--model-b', models[1], *options)
         assert main(['export', checkpoint]) == 0
+        assert main(['export', checkpoint, '--no-ema', '--out', str(tmp_path / str(i) / 'raw')]) == 0
         for side, name in zip('ab', models, strict=True):
             images = torch.randn(2, *configs[side]['input_size'], generator=torch.Generator().manual_seed(i))
-            folder = str(tmp_path / str(i) / 'export' / f'vpl-{name}')
-            jobs[folder] = images
-            with torch.inference_mode():
-                expected[folder] = pair.branch(side).eval()(images)
+            for place, trained in (('export', pair.averaged[0]), ('raw', pair)):
+                folder = str(tmp_path / str(i) / place / f'vpl-{name}')
+                jobs[folder] = images
+                with torch.inference_mode():
+                    expected[folder] = trained.branch(side).eval()(images)
+                # With equal logits, the very preprocessing of validation gives the very accuracy.
+                config = timm.data.resolve_model_data_config(timm.create_model(f'local-dir:{folder}'))
+                for key, value in configs[side].items():
+                    assert (tuple(config[key]) if isinstance(config[key], list) else config[key]) == value, key
     logits = reload_elsewhere(jobs, tmp_path)
-    assert len(logits) == 2 * count
+    assert len(logits) == 4 * count
     for folder in jobs:
         assert torch.equal(logits[folder], expected[folder]), folder
 
