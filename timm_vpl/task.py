@@ -163,7 +163,7 @@ class PairTask(TrainingTask):
     @property
     def phases(self) -> tuple[str, ...]:
         """The branches that learn in each optimizer phase of a batch: the loop does one backward and step for each."""
-        return getattr(self.criterion, 'phases', ('ab',))
+        return self.criterion.phases
 
     def _run(self, name, input):
         if self.streams is not None and name in self.trainable_module.sides:
@@ -172,8 +172,8 @@ class PairTask(TrainingTask):
 
     def _outputs(self, input) -> PairOutput:
         """Run each network once."""
-        project = getattr(self.criterion, 'uses_embeddings', True)
-        if getattr(self.criterion, 'views', 1) == 2:
+        project = self.criterion.uses_embeddings
+        if self.criterion.views == 2:
             # One forward of the doubled batch: its halves differ by what the network draws.
             [side] = self.trainable_module.sides
             output = self.trainable_module(torch.cat([input, input]), project=project, run=self._run)
@@ -218,6 +218,8 @@ class PairTask(TrainingTask):
         if phase is None and len(self.phases) > 1:
             raise RuntimeError(f'this method has {len(self.phases)} optimizer phases a batch: call task(input, target, '
                                f'phase=i) with a backward and a step for each i (or use --dml-joint)')
+        if phase and self._output is None:
+            raise RuntimeError(f'phase {phase} of a batch follows on phase {phase - 1}, which was not run')
         if not phase:
             output = self._outputs(input)
             if sample_ids is not None:
@@ -226,8 +228,7 @@ class PairTask(TrainingTask):
             output = self._refresh(self._output, self.phases[phase - 1], input)
         # The graph of a branch that learns later waits for its phase.
         self._output = output if phase is not None and phase + 1 < len(self.phases) else None
-        terms = self.criterion.terms(output, target) if phase is None else self.criterion.terms(output, target, phase)
-        return {**terms, 'output': output}
+        return {**self.criterion.terms(output, target, phase), 'output': output}
 
 
 @contextlib.contextmanager
