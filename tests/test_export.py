@@ -181,7 +181,7 @@ def save_pair(folder, *options):
         checkpoint_dir=str(folder),
         recovery_dir=str(folder),
     )
-    saver.save(0, metric=1., branch_metrics=dict.fromkeys(pair.sides, 1.))
+    saver.save(0, {}, metric=1., branch_metrics=dict.fromkeys(pair.sides, 1.))
     return pair, configs, str(folder / 'last.pth.tar')
 
 

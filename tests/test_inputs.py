@@ -20,8 +20,8 @@ from timm_vpl.cli import main, train
 from timm_vpl.data import PairEvalLoader, create_eval_loaders, create_split
 from timm_vpl.device import init_device
 from timm_vpl.inputs import InputTransform
-from timm_vpl.options import parse_args, recipe_values
-from timm_vpl.train import create_run, train_one_epoch
+from timm_vpl.options import parse_args
+from timm_vpl.train import create_run, epoch_terms, train_one_epoch
 
 CPU = torch.device('cpu')
 IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
@@ -65,7 +65,7 @@ def parse(data, pair, *options):
 def start_run(data, output, pair, *options):
     """The parts of a run as the command builds them, and the configurations of the branches."""
     args, configs = parse(data, pair, '--output', output, '--experiment', 'run', *options)
-    run = create_run(args, init_device(args), recipe_values(args))
+    run = create_run(args, init_device(args))
     run.task.set_epoch(0)
     return run, configs
 
@@ -118,8 +118,9 @@ def test_pairs_of_differing_inputs(digits_folder, tmp_path, pair):
         if hasattr(module, 'momentum'):
             module.momentum = 0.9
     before = {key: parameter.clone() for key, parameter in wrapper.named_parameters()}
-    terms = train_one_epoch(run, 0)['terms']
-    assert {'loss', 'ce_a_loss', 'ce_b_loss'} <= terms.keys() and run.task.num_updates == 2
+    train_one_epoch(run)
+    terms = epoch_terms(run)
+    assert {'train_loss', 'train_ce_a_loss', 'train_ce_b_loss'} <= terms.keys() and run.task.num_updates == 2
     assert all(math.isfinite(value) for value in terms.values() if value != '')
     moved = {'a': [], 'b': []}
     for key, parameter in wrapper.named_parameters():
@@ -225,7 +226,7 @@ def test_one_decode_an_image_in_training(digits_folder, tmp_path, monkeypatch):
     decoded = []
     open_image = Image.open
     monkeypatch.setattr(Image, 'open', lambda file: decoded.append(file) or open_image(file))
-    train_one_epoch(run, 0)
+    train_one_epoch(run)
     assert len(decoded) == 40
 
 
@@ -244,7 +245,8 @@ def test_channels(digits_folder, tmp_path, options):
     channels = 4 if '4' in options else 1
     for config in configs.values():
         assert config['input_size'] == (channels, 32, 32) and len(config['mean']) == len(config['std']) == channels
-    assert math.isfinite(train_one_epoch(run, 0)['terms']['loss'])
+    train_one_epoch(run)
+    assert math.isfinite(epoch_terms(run)['train_loss'])
     run.pair.eval()
     images = {side: own_images(digits_folder, configs[side]) for side in 'ab'}
     [transformed] = run.pair.inputs
@@ -259,7 +261,7 @@ def test_channels(digits_folder, tmp_path, options):
 def test_copies_keep_the_transform(digits_folder, tmp_path):
     run, configs = start_run(digits_folder, tmp_path, 'test_resnet + test_vit', '--img-size-a', '24', '--img-size-b',
                              '32', *HALF_A)
-    train_one_epoch(run, 0)
+    train_one_epoch(run)
     averaged = run.task.get_trainable_module(ema=True).module
     given, own = (own_images(digits_folder, configs[side]) for side in 'ba')
     prepared = run.pair.images('a', given)
@@ -353,7 +355,7 @@ def test_pretrained_branch_trains_and_validates_on_its_own_images(digits_folder,
     state = {key: tensor for key, tensor in run.pair.model_b.state_dict().items() if not key.startswith('head.')}
     assert run.pair.model_b.num_classes == 4
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in state.items())
-    train_one_epoch(run, 0)
+    train_one_epoch(run)
     own = {side: own_images(digits_folder, configs[side]) for side in 'ab'}
     with torch.inference_mode():
         output = run.pair.eval()(eval_batch(run))

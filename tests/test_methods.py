@@ -33,9 +33,9 @@ from timm_vpl.device import init_device
 from timm_vpl.inputs import InputTransform
 from timm_vpl.losses import cross_entropy, kl_divergence
 from timm_vpl.methods import METHODS
-from timm_vpl.options import parse_args, recipe_values
+from timm_vpl.options import parse_args
 from timm_vpl.teacher import Teacher
-from timm_vpl.train import create_run, train_one_epoch, update
+from timm_vpl.train import create_run, epoch_terms, train_one_epoch, update
 
 NUM_CLASSES = 4
 CPU = torch.device('cpu')
@@ -434,7 +434,7 @@ def save_teacher(folder, name='test_efficientnet', size=48, class_names=None, **
 def start_run(data, output, *options):
     """The parts of a run as the command builds them."""
     args = parse_args([str(data), *SMALL, '--output', str(output), '--experiment', 'run', *options])
-    run = create_run(args, init_device(args), recipe_values(args))
+    run = create_run(args, init_device(args))
     run.task.set_epoch(0)
     return run
 
@@ -452,7 +452,7 @@ def test_teacher_stays_as_it_is(digits_folder, tmp_path, options):
         assert task.training and not any(module.training for module in teacher.modules())
     grad_enabled = []
     teacher.branch.model.register_forward_hook(lambda *args: grad_enabled.append(torch.is_grad_enabled()))
-    train_one_epoch(run, 0)
+    train_one_epoch(run)
     assert grad_enabled == [False] * len(run.loader_train)  # once a batch
     assert not any(module.training for module in teacher.modules())
     for key, tensor in teacher.branch.model.state_dict().items():
@@ -717,7 +717,9 @@ class Batches:
     def __len__(self):
         return len(self.batches)
 
-    def epoch(self, epoch):
+    skipped = 0
+
+    def epoch(self, epoch, first_batch):
         for i, (x, y) in enumerate(self.batches):
             yield i, x, y, None
 
@@ -794,7 +796,7 @@ def test_dml_is_two_networks_with_an_optimizer_each(digits_folder, tmp_path, opt
     optimizers = [
         OPTIMIZERS[opt](plain_groups(model, decay), lr)
         for model, decay, lr in ((model_a, 0.05, lr_a), (model_b, 0.1, lr_b))]
-    metrics = train_one_epoch(run, 0)
+    train_one_epoch(run)
     losses = plain_dml(model_a, model_b, *optimizers, run.loader_train.batches)
 
     # a with and, after its update, without gradient; b once.
@@ -807,7 +809,7 @@ def test_dml_is_two_networks_with_an_optimizer_each(digits_folder, tmp_path, opt
         assert len(counts) > 5 and set(counts) == {20}
         assert_close_states(state, wanted.state_dict(), 1e-8)
     means = [sum(values) / 20 for values in zip(*losses, strict=True)]
-    terms = metrics['terms']
+    terms = {name.removeprefix('train_'): value for name, value in epoch_terms(run).items()}
     assert terms['ce_a_loss'] + terms['kl_a_loss'] == pytest.approx(means[0], rel=1e-8)
     assert terms['ce_b_loss'] + terms['kl_b_loss'] == pytest.approx(means[1], rel=1e-8)
     assert terms['loss'] == pytest.approx(sum(means), rel=1e-8)
@@ -868,7 +870,7 @@ def test_dml_in_float32_to_the_bit(digits_folder, tmp_path):
     optimizers = [
         OPTIMIZERS['momentum'](plain_groups(model, decay), lr)
         for model, decay, lr in ((model_a, 0.05, 0.02), (model_b, 0.1, 0.01))]
-    train_one_epoch(run, 0)
+    train_one_epoch(run)
     plain_dml(model_a, model_b, *optimizers, run.loader_train.batches, cross_entropy, kl_divergence)
     for model, wanted in ((run.pair.model_a, model_a), (run.pair.model_b, model_b)):
         assert_equal_weights(wanted.state_dict(), model.state_dict())
@@ -879,8 +881,8 @@ def test_dml_with_a_gradient_scaler(digits_folder, tmp_path):
     plain = start_dml(digits_folder, tmp_path, *options, num_batches=5)
     scaled = start_dml(digits_folder, tmp_path, *options, num_batches=5)
     scaled.scaler = torch.amp.GradScaler('cpu', init_scale=2., growth_interval=1)
-    train_one_epoch(plain, 0)
-    train_one_epoch(scaled, 0)
+    train_one_epoch(plain)
+    train_one_epoch(scaled)
     assert scaled.scaler.get_scale() == 2 ** 11  # it grew after each of two phases a batch
     assert_close_states(scaled.pair.state_dict(), plain.pair.state_dict(), 1e-7)
     # An overflow in one phase costs that phase's step alone.
@@ -889,7 +891,7 @@ def test_dml_with_a_gradient_scaler(digits_folder, tmp_path):
     parameter = next(run.pair.model_a.parameters())
     parameter.register_hook(lambda grad: grad * float('inf'))
     before = copy.deepcopy(run.pair.state_dict())
-    train_one_epoch(run, 0)
+    train_one_epoch(run)
     assert run.scaler.get_scale() == 1.
     for key, parameter in run.pair.named_parameters():
         assert torch.equal(parameter, before[key]) == (not key.startswith('model_b')), key

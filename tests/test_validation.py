@@ -213,7 +213,7 @@ def test_classes_by_name(capsys, digits_folder, tmp_path):
 def test_labels_that_the_model_does_not_have(capsys, digits_folder, tmp_path, monkeypatch):
     save_model(tmp_path / 'model', num_classes=3)
     monkeypatch.setattr('timm_vpl.validation.class_names', lambda dataset: None)  # as of a stream of labels
-    assert 'a label that is none of the 3 classes' in validate(capsys, tmp_path / 'model', digits_folder, status=1)
+    assert 'has the label 3, none of the 3 classes' in validate(capsys, tmp_path / 'model', digits_folder, status=1)
 
 
 # ImageNet's validation images by their file names

@@ -115,7 +115,10 @@ def create_branch(args, side: str, data_config: dict[str, Any]) -> nn.Module:
     rate = kwargs.pop('drop_path_rate') if uniform else None
     seed_all(args.seed, 'init', side)
     model = create_named(name, f'--model-{side} {name}', **kwargs)
-    _initialize_head(model, option('head_init_scale'), option('head_init_bias'))
+    try:
+        _initialize_head(model, option('head_init_scale'), option('head_init_bias'))
+    except ValueError as e:  # no classifier, as where a config.json asks for features
+        raise UsageError(f'--model-{side} {name}: {e}') from e
     if uniform:
         try:
             set_uniform_drop_path(model, rate, skip=args.drop_path_skip)

@@ -2,11 +2,13 @@
 import csv
 import hashlib
 import os
+import re
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .errors import RunError, first_line
 from .methods import METHODS, partner_of
 from .options import build_parser
 from .trained import TrainedModel
@@ -93,25 +95,28 @@ def _results(trained: TrainedModel) -> dict[tuple[str, str], tuple[float, float]
     results = {}
     metrics, side = trained.checkpoint.get('metrics', {}), trained.side
     for weights, prefix in (('ema', 'ema_'), ('raw', '')):
-        if f'{prefix}top1_{side}' in metrics:
+        if f'{prefix}top1_{side}' in metrics and f'{prefix}top5_{side}' in metrics:
             results[_SETS['val'], weights] = (metrics[f'{prefix}top1_{side}'], metrics[f'{prefix}top5_{side}'])
     file = os.path.join(os.path.dirname(trained.source), VALIDATION)
     epoch, size = str(trained.checkpoint.get('epoch')), str(trained.data_config['input_size'][-1])
     if side and os.path.isfile(file):
-        with open(file, newline='') as f:
-            for row in csv.DictReader(f):
-                ours = [row[key] for key in ('branch', 'epoch', 'img_size', 'crop_pct', 'interpolation')] == [
-                    side, epoch, size, str(trained.data_config['crop_pct']), trained.data_config['interpolation']]
-                if ours and row['set'] in _SETS and row['set'] != 'val':
-                    name = f'{_SETS[row["set"]]}, {row["images"]} images of {os.path.basename(row["data"])}'
-                    results[name, row['weights']] = (float(row['top1']), float(row['top5']))
+        try:
+            with open(file, newline='', encoding='utf-8') as f:
+                for row in csv.DictReader(f):
+                    ours = [row[key] for key in ('branch', 'epoch', 'img_size', 'crop_pct', 'interpolation')] == [
+                        side, epoch, size, str(trained.data_config['crop_pct']), trained.data_config['interpolation']]
+                    if ours and row['set'] in _SETS and row['set'] != 'val':
+                        name = f'{_SETS[row["set"]]}, {row["images"]} images of {os.path.basename(row["data"])}'
+                        results[_plain(name), row['weights']] = (float(row['top1']), float(row['top5']))
+        except (KeyError, OSError, TypeError, ValueError, csv.Error) as e:
+            raise RunError(f'{file}: not the figures of timm-vpl validate ({first_line(e, 80)})') from e
     return results
 
 
 def _text(trained, args, results, name, repo_id, data_name):
     config = trained.data_config
     in_chans, height, width = config['input_size']
-    mode = args.get('input_img_mode') or {1: 'L', 4: 'RGBA'}.get(in_chans, 'RGB')
+    mode = re.sub(r'\W', '', str(args.get('input_img_mode') or {1: 'L', 4: 'RGBA'}.get(in_chans, 'RGB')))
     weights = {True: ' (averaged weights, EMA)', False: ' (raw weights)', None: ''}[trained.ema]
     version = f' {_plain(trained.checkpoint["version"])}' if trained.checkpoint.get('version') else ''
     parameters = sum(parameter.numel() for parameter in trained.model.parameters())

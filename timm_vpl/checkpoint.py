@@ -1,9 +1,11 @@
 """Checkpoints: timm's saver, made safe against interruption, with each branch's own best epoch; reading them back."""
 import argparse
+import logging
 import os
 import pickle
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from timm.utils import CheckpointSaver
 
 from . import __version__
 from .errors import RunError, first_line
+from .files import replace
+
+_logger = logging.getLogger(__name__)
 
 
 class PairCheckpointSaver(CheckpointSaver):
@@ -34,91 +39,198 @@ class PairCheckpointSaver(CheckpointSaver):
         self.options = args
         self.branches = branches
         self.best_branches = {side: (None, None) for side in branches}  # (metric, epoch)
-        self._metrics = {}
-        self._in_epoch = False
+        self.failed = False  # the last attempt to save an epoch
+        self._state: dict[str, Any] = {}
+        self._pending: dict[str, Any] = {}
+        self._written = False  # `last` is there already, only its place among the others is open
+        for path in Path(self.checkpoint_dir).glob('*tmp*'):  # of an earlier attempt that was killed
+            if path.name.endswith(('.tmp', 'tmp' + self.extension)):
+                path.unlink()
 
-    def save(self, epoch: int, metric=None, branch_metrics=None, metrics=None):
-        """Save an epoch and its `metrics`, ranked by `metric`; link each branch's best by `branch_metrics`.
+    def save(
+            self,
+            epoch: int,
+            state: dict[str, Any],
+            metric: float | None = None,
+            branch_metrics: dict[str, float] | None = None,
+            milestone: bool = False,
+    ) -> None:
+        """Save a completed epoch; where that fails, say so and keep the older files.
 
-        Returns:
-            Tuple of (best_metric, best_epoch), both None until a ranked checkpoint has been saved.
+        Args:
+            epoch: The epoch.
+            state: Further entries of the checkpoint.
+            metric: What the checkpoint is ranked by.
+            branch_metrics: What each branch's best epoch is chosen by.
+            milestone: Keep it for good, as `milestone-N`, N the completed epochs.
         """
-        self._metrics = metrics or {}
-        improved = []
-        for side, value in (branch_metrics or {}).items():
+        self._state = {'epoch': epoch, **state}
+        self._pending = {'branch_metrics': branch_metrics or {}, 'milestone': milestone}
+        self.failed = not self._attempt(self._finish, epoch, metric)
+
+    def save_recovery(self, epoch: int, batch: int, state: dict[str, Any]) -> bool:
+        """Save within an epoch, after `batch` of its batches; return whether that went well."""
+        name = f'{self.recovery_prefix}-{epoch}-{batch - 1}{self.extension}'  # timm's
+        if os.path.basename(self.curr_recovery_file) == name and os.path.exists(self.curr_recovery_file):
+            return True  # nothing has changed since; timm would delete the file as its own predecessor
+        self._state = {'epoch': epoch - 1, **state}  # the last one completed
+        self._pending = {}
+        return self._attempt(super().save_recovery, epoch, batch - 1)
+
+    def _attempt(self, save, *args) -> bool:
+        try:
+            save(*args)
+            return True
+        except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into a RuntimeError
+            for name in ('tmp', 'recovery_tmp'):
+                Path(self._path(name)).unlink(missing_ok=True)
+            _logger.error(f'Not saved: {self.checkpoint_dir}: {_cause(e)}; the run goes on, older checkpoints are kept')
+            return False
+
+    def _finish(self, epoch, metric):
+        """Save, rank and link, each step in a way that can be repeated."""
+        self.save_checkpoint(epoch, metric)
+        for side, value in self._pending.get('branch_metrics', {}).items():
             if self.best_branches[side][0] is None or value > self.best_branches[side][0]:
                 self.best_branches[side] = (value, epoch)
-                improved.append(side)
-        best = self.save_checkpoint(epoch, metric)
-        for side in improved:
-            self._duplicate(self._path('last'), self._path(f'best_{side}'))
-        return best
-
-    def save_recovery(self, epoch: int, batch_idx: int = 0) -> None:
-        """Save within an epoch; a run that resumes from there repeats the epoch, with these weights."""
-        self._in_epoch = True
-        try:
-            super().save_recovery(epoch, batch_idx)
-        finally:
-            self._in_epoch = False
+                self._duplicate(self._path('last'), self._path(f'best_{side}'))
+        if self._pending.get('milestone'):
+            self.save_milestone(epoch + 1)
 
     def _path(self, name):
         return os.path.join(self.checkpoint_dir, name + self.extension)
 
     def _save(self, save_path, epoch, metric=None):
+        if self._written:
+            return
         state = {
-            'epoch': epoch - self._in_epoch,  # the last one completed
             'arch': '+'.join(config['architecture'] for config in self.branches.values()),
             'args': self.options,
             'branches': self.branches,
-            'metrics': {} if self._in_epoch else self._metrics,
             'optimizer': self.optimizer.state_dict(),
             'version': 2,
             'timm_vpl_version': __version__,
             **self.task.get_checkpoint_state(unwrap_fn=self.unwrap_fn),
             **self.task.get_checkpoint_state(ema=True, unwrap_fn=self.unwrap_fn),
-            'saver': self.state_dict(epoch, metric),
+            'saver': {**self.state_dict(epoch, metric), **self._pending},
+            'time': time.time(),
+            **self._state,
         }
         if self.amp_scaler is not None:
             state['amp_scaler'] = self.amp_scaler.state_dict()
         if metric is not None:
             state['metric'] = metric
+        os.makedirs(self.checkpoint_dir, exist_ok=True)
         with open(save_path, 'wb') as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
 
     def _replace(self, src, dst):
-        os.replace(src, dst)
+        if not self._written:
+            replace(src, dst)
 
     def _duplicate(self, src, dst):
+        if os.path.exists(dst) and os.path.samefile(src, dst):
+            return  # a rename of one name of a file to another would leave both
         temporary = f'{dst}.tmp'
         Path(temporary).unlink(missing_ok=True)
         try:
             os.link(src, temporary)
         except (OSError, NotImplementedError):
             shutil.copy2(src, temporary)
-        os.replace(temporary, dst)
+        replace(temporary, dst)
 
     def state_dict(self, epoch=None, metric=None):
         """Return timm's bookkeeping and the branches' best epochs."""
-        return {**super().state_dict(epoch, metric), 'best_branches': self.best_branches}
+        return {**super().state_dict(epoch, metric), 'best_branches': dict(self.best_branches)}
 
-    def load_state_dict(self, state_dict):
-        """Restore the bookkeeping, and a link that an interruption prevented."""
-        super().load_state_dict(state_dict)
-        for side, best in state_dict.get('best_branches', {}).items():
-            self.best_branches[side] = tuple(best)
-            if best[1] is not None and best[1] == state_dict['pending'][0] and os.path.exists(self._path('last')):
-                self._duplicate(self._path('last'), self._path(f'best_{side}'))
+    def load_state_dict(self, state_dict, source: str | None = None):
+        """Restore the bookkeeping, and do what an interruption kept from being done after the file was written.
+
+        Args:
+            state_dict: The entry 'saver' of a checkpoint of this folder.
+            source: The checkpoint's file.
+        """
+        if not state_dict:
+            return
+        state_dict = _own(state_dict, self.branches)
+        last, completed = self._path('last'), 'branch_metrics' in state_dict
+        is_last = completed and source is not None and os.path.exists(last) and os.path.samefile(source, last)
+        # timm counts the checkpoint itself in if its link is there; the latest one's may be missing.
+        super().load_state_dict(state_dict if completed and not is_last else {**state_dict, 'pending': (None, None)})
+        self.best_branches.update({side: tuple(best) for side, best in state_dict.get('best_branches', {}).items()})
+        recoveries = recovery_files(self.recovery_dir)
+        for path in recoveries[:-2]:
+            Path(path).unlink(missing_ok=True)
+        self.prev_recovery_file, self.curr_recovery_file = ['', '', *recoveries][-2:]
+        if is_last:
+            self._pending = {name: state_dict[name] for name in ('branch_metrics', 'milestone')}
+            self._written = True
+            self._attempt(self._finish, *state_dict['pending'])
+            self._written = False
 
 
-def read_checkpoint(path: str, bare: bool = False) -> dict[str, Any]:
+def _own(state_dict: dict[str, Any], sides) -> dict[str, Any]:
+    """Return a saver's bookkeeping without names that lead out of its folder: what it names, it replaces and deletes.
+
+    Raises:
+        RunError: It is none.
+    """
+    try:
+        own = {**state_dict, 'checkpoint_files': [
+            (name, metric) for name, metric in state_dict.get('checkpoint_files', [])
+            if re.fullmatch(r'checkpoint-\d+\.pth\.tar', name, re.ASCII)]}
+        for key in ('best_branches', 'branch_metrics'):
+            if key in own:
+                own[key] = {side: value for side, value in own[key].items() if side in sides}
+        epoch = own.get('pending', (None, None))[0]
+        if epoch is not None and not isinstance(epoch, int):
+            raise TypeError
+    except (AttributeError, IndexError, TypeError, ValueError) as e:
+        raise RunError("the 'saver' of the checkpoint is not that of a run") from e
+    return own
+
+
+def _cause(error: BaseException) -> str:
+    """Return why a file could not be written, where torch's writer hides it behind an error of its own."""
+    while error.__context__ is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+
+
+def recovery_files(folder: str) -> list[str]:
+    """Return the recovery checkpoints of a folder in the order of their places in the run."""
+    found = []
+    for path in Path(folder).glob('recovery-*.pth.tar'):
+        place = re.fullmatch(r'recovery-(\d+)-(\d+)\.pth\.tar', path.name)
+        if place:
+            found.append((int(place[1]), int(place[2]), str(path)))
+    return [path for *_, path in sorted(found)]
+
+
+def newest_checkpoint(folder: str) -> str | None:
+    """Return the checkpoint of a run's folder that was written last, of those that can be read; None without any."""
+    older = sorted(map(str, Path(folder).glob('checkpoint-*.pth.tar')))
+    for paths in ([os.path.join(folder, 'last.pth.tar'), *recovery_files(folder)], older):
+        found = []
+        for path in filter(os.path.exists, paths):
+            try:
+                found.append((read_checkpoint(path, mmap=True).get('time', os.path.getmtime(path)), path))
+            except RunError as e:
+                _logger.warning(f'Passed over: {e}')
+        if found:
+            return max(found)[1]
+    return None
+
+
+def read_checkpoint(path: str, bare: bool = False, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint on the CPU, tensors and plain types only (and timm's argparse.Namespace).
 
     Args:
         path: File of torch.save, or of safetensors.
         bare: Take a file of nothing but weights too, as timm's avg_checkpoints.py and clean_checkpoint.py write it.
+        mmap: Leave tensors on disk until they are used.
 
     Raises:
         RunError: The file can't be read, or would need other classes.
@@ -128,11 +240,11 @@ def read_checkpoint(path: str, bare: bool = False) -> dict[str, Any]:
             checkpoint = safetensors.torch.load_file(path)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):
-                checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+                checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as e:
         found = re.search(r'GLOBAL (\S+)', str(e))
-        raise RunError(f'{path}: refused, it is not a checkpoint of tensors and plain types '
-                       f'({found[1] if found else first_line(e, 80)})') from e
+        raise RunError(f'{path}: refused, it is not a checkpoint of tensors and plain types'
+                       f'{f" ({found[1]})" if found else ""}') from e
     except Exception as e:  # torch's reader of a file that is something else fails in many ways
         size = os.path.getsize(path) if os.path.exists(path) else 0
         raise RunError(f'{path} ({size} bytes): truncated, or not a checkpoint ({first_line(e, 80)})') from e

@@ -16,17 +16,23 @@ from .options import (
     parse_args,
     speaks,
 )
-from .parsing import ANY_NUMBER, COUNT, POSITIVE, WHOLE, KeyValues, OptionParser
+from .parsing import ANY_NUMBER, COUNT, POSITIVE, WHOLE, KeyValues, OptionParser, one_line
 
 
 def train(argv: list[str] | None = None, prog: str = 'train_vpl.py') -> int:
-    """Train; return the exit status: 0, 1 for a failure, 2 for a usage error, 130 for an interrupt."""
+    """Train; return the exit status: 0, 1 for a failure, 2 for a usage error, 128 + N after signal N."""
     args = parse_args(argv, prog)
 
     def work():
-        from .train import train  # torch and timm, once the options are known to be good
-        train(args)
-    return _finish(prog, work, interrupted='interrupted; checkpoints of completed epochs are kept')
+        from .control import Stopped  # torch and timm, once the options are known to be good
+        from .train import train
+        try:
+            train(args)
+        except Stopped as e:
+            if args.rank == 0:
+                print(f'{prog}: {e}', file=sys.stderr)
+            raise SystemExit(e.exit_status) from None
+    return _finish(prog, work)
 
 
 def export(argv: list[str], prog: str) -> int:
@@ -90,18 +96,18 @@ def report(argv: list[str], prog: str) -> int:
     return _finish(prog, work)
 
 
-def _finish(prog: str, work: Callable[[], None], interrupted: str = 'interrupted') -> int:
+def _finish(prog: str, work: Callable[[], None]) -> int:
     """Do the work of a command and return its exit status; an expected error becomes one line."""
     try:
         work()
     except (RunError, UsageError) as e:
-        print(f'{prog}: error: {e}', file=sys.stderr)
+        print(f'{prog}: error: {one_line(e)}', file=sys.stderr)
         return e.exit_status
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         if os.environ.get('LOCAL_RANK', '0') == '0':
-            print(f'{prog}: {interrupted}', file=sys.stderr)
+            print(f'{prog}: interrupted', file=sys.stderr)
         return 130
     return 0
 
@@ -234,6 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f'timm-vpl {__version__}')
         return 0
     if argv[0] not in COMMANDS:
-        print(f'timm-vpl: error: no command {argv[0]!r}, expected {" or ".join(COMMANDS)}', file=sys.stderr)
+        unknown = one_line(f'no command {argv[0]!r}, expected {" or ".join(COMMANDS)}')
+        print(f'timm-vpl: error: {unknown}', file=sys.stderr)
         return 2
     return COMMANDS[argv[0]](argv[1:], f'timm-vpl {argv[0]}')

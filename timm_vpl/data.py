@@ -1,29 +1,44 @@
 """Data sets and loaders: timm's, with every draw of the training pipeline seeded by its place in the run."""
+import contextlib
 import copy
 import io
 import logging
 import os
-from collections.abc import Iterator
+import re
+import signal
+import tarfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import timm.data.auto_augment
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
 from timm.data.loader import PrefetchLoader
+from timm.data.readers.class_map import load_class_map
+from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader import Reader
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from .errors import RunError, UsageError
+from .errors import RunError, UsageError, first_line
 from .options import mixup_active
 from .seeding import seed_all
 
 _logger = logging.getLogger(__name__)
+_skip_logger = logging.getLogger(f'{__name__}.skipped')
+_skip_logger.setLevel(logging.WARNING)  # on every process: each reads files that the others do not
 
 DIGITS = 'digits'
 _DIGITS_TRAIN = 1437  # first 80 %; the pictures are in the order of their writers
+MAX_SKIPPED = 10  # unreadable images in a row, after which a run ends
+MAX_WARNINGS = 10  # of unreadable images, by each process that reads
 
 
 class DigitsReader(Reader):
@@ -54,8 +69,136 @@ class DigitsReader(Reader):
         return f'{self.labels[index]}/{index}.pgm'
 
 
+class Replaced(int):
+    """The label of an image that stands in for one that could not be read."""
+
+
+class ReadableImages(Dataset):
+    """A map-style data set in one image mode, where the next image stands in for one that can't be read.
+
+    Attributes that it does not have are those of the data set.
+
+    Args:
+        dataset: timm's or torchvision's data set, without transforms.
+        mode: Mode of the images.
+
+    Raises:
+        RunError: MAX_SKIPPED images in a row can't be read, or a label is none of the classes.
+    """
+
+    def __init__(self, dataset: Dataset, mode: str):
+        self.dataset = dataset
+        self.mode = mode
+        self.transform = self.target_transform = self.num_classes = None
+        self._num_warnings = 0
+        if hasattr(dataset, 'loader'):  # torchvision's converts to RGB, which clips 16 bits
+            dataset.loader = Image.open
+
+    def __getattr__(self, name):
+        if name == 'dataset' or name.startswith('__'):  # not there yet while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        wanted = index
+        for _ in range(MAX_SKIPPED):
+            try:
+                image, target = self._read(index)
+                break
+            except KeyError as e:  # no fault of an image
+                raise RunError(
+                    f'data: {self._describe(index)}: no {e} among the columns of the data, or in --class-map') from e
+            except Exception as e:  # what Pillow and the readers raise for broken files has no common base
+                cause = 'no image that Pillow knows' if isinstance(e, UnidentifiedImageError) else first_line(e)
+                if self._num_warnings < MAX_WARNINGS:
+                    self._num_warnings += 1
+                    last = '; further ones are only counted' if self._num_warnings == MAX_WARNINGS else ''
+                    _skip_logger.warning(f'Skipped sample {self._describe(index)}: {cause}{last}')
+                failed, index = index, (index + 1) % len(self)
+        else:
+            raise RunError(
+                f'data: Failed to load {MAX_SKIPPED} consecutive samples, the last {self._describe(failed)}: {cause}')
+        label = self._label(target, index)
+        if self.transform is not None:
+            image = self.transform(image)
+        return image, label if index == wanted else Replaced(label)
+
+    def _read(self, index):
+        reader = getattr(self.dataset, 'reader', None)
+        if reader is None:
+            image, target = self.dataset[index][:2]
+        else:
+            file, target = reader[index][:2]
+            image = Image.open(file)
+        return _to_mode(image, self.mode), target
+
+    def _label(self, target, index):
+        try:
+            return _class_index(target, self.num_classes, self.target_transform)
+        except ValueError as e:
+            raise RunError(f'data: {self._describe(index)} has {e}') from e
+
+    def _describe(self, index):
+        try:
+            name = self.dataset.filename(index) if hasattr(self.dataset, 'filename') else self.dataset.samples[index][0]
+        except (AttributeError, KeyError, TypeError):
+            name = None
+        return f'index {index}' if name is None else f'{" ".join(str(name).splitlines())} (index {index})'
+
+
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Decode an image in a mode; of 16-bit grey the high byte, where Pillow would make all but the darkest white."""
+    if image.mode[0] in 'FI' and mode[0] not in 'FI':
+        values = np.asarray(image)
+        if image.mode == 'F' or values.min() < 0 or values.max() > 0xffff:
+            raise ValueError(f'pixels of mode {image.mode}, whose white is not known')
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    return image.convert(mode)
+
+
+def _class_index(target, num_classes: int | None, transform: Callable[[int], int] | None = None) -> int:
+    """Return a label, as the transform has it, if it is a class index; otherwise raise ValueError."""
+    try:
+        label = int(target)
+        if label == target and label >= 0:
+            label = label if transform is None else transform(label)
+            if num_classes is None or 0 <= label < num_classes:
+                return label
+    except (IndexError, KeyError, OverflowError, TypeError, ValueError):
+        pass
+    classes = 'no class index' if num_classes is None else f'none of the {num_classes} classes, 0 to {num_classes - 1}'
+    raise ValueError(f'the label {target!r}, {classes}')
+
+
+class StreamLabels:
+    """A target transform that refuses labels of a stream that are none of the classes, after another transform."""
+
+    def __init__(self, num_classes: int, transform: Callable[[int], int] | None = None):
+        self.num_classes = num_classes
+        self.transform = transform
+
+    def __call__(self, target):
+        try:
+            return _class_index(target, self.num_classes, self.transform)
+        except ValueError as e:
+            raise RunError(f'data: a sample of the stream has {e}') from e
+
+
+def check_labels(dataset: Dataset, num_classes: int) -> None:
+    """Let a data set of `create_split`, which has its target transform by now, refuse labels beyond the classes."""
+    if isinstance(dataset, IterableDataset):
+        dataset.target_transform = StreamLabels(num_classes, dataset.target_transform)
+    else:
+        dataset.num_classes = num_classes
+
+
 def create_split(args, split: str, is_training: bool, whole: bool = False) -> Dataset:
     """Create the data set of one split with timm's create_dataset, or from the embedded digits.
+
+    Images that can't be read are replaced (`ReadableImages`), except those of streams.
 
     Args:
         args: Options of the data set.
@@ -76,7 +219,13 @@ def create_split(args, split: str, is_training: bool, whole: bool = False) -> Da
         raise UsageError(
             f'--in-chans {in_chans}: images of mode {img_mode} have {bands}; name another --input-img-mode')
     if args.dataset == DIGITS:
-        return ImageDataset('', reader=DigitsReader(split), input_img_mode=img_mode)
+        return ReadableImages(ImageDataset('', reader=DigitsReader(split)), img_mode)
+    folder = args.dataset.lower() in ('', 'torch/folder', 'torch/image_folder')
+    if args.class_map:
+        _check_class_map(args)
+    if folder and os.path.isdir(args.data_dir):
+        named = os.path.join(args.data_dir, split)
+        _check_folder(named if os.path.isdir(named) else args.data_dir, args)
     where = f'--data-dir {args.data_dir}' if args.data_dir else f'--dataset {args.dataset}'
     try:
         dataset = create_dataset(
@@ -96,16 +245,67 @@ def create_split(args, split: str, is_training: bool, whole: bool = False) -> Da
         )
     except ImportError as e:
         raise UsageError(f'--dataset {args.dataset}: needs a package that is not installed ({e})') from e
-    except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as e:
-        raise UsageError(f'{where}: split {split!r} could not be read: {e}') from e
-    if args.dataset.lower() in ('', 'torch/folder', 'torch/image_folder'):
+    except (AssertionError, KeyError, OSError, RuntimeError, ValueError, tarfile.TarError) as e:
+        raise UsageError(f'{where}: split {split!r} could not be read: {first_line(e, 400)}') from e
+    if folder:
         source = getattr(dataset, 'reader', dataset)
         root, data_dir = Path(source.root), Path(args.data_dir)
         if not (whole and (data_dir.is_file() or not _has_splits(data_dir))):
             _check_split(root, data_dir, split, is_training)
         if not args.class_map:
             _check_class_folders(root, _class_to_idx(source))
-    return dataset
+    return dataset if isinstance(dataset, IterableDataset) else ReadableImages(dataset, img_mode)
+
+
+def _check_class_map(args) -> None:
+    """Refuse a class map that is damaged, or gives no index from 0 on."""
+    try:
+        class_map = load_class_map(args.class_map, args.data_dir or '')
+        indices = set(class_map.values())
+        if '' in class_map:
+            raise ValueError('a line without a name')
+        if not indices or not all(isinstance(index, int) and 0 <= index < 1_000_000 for index in indices):
+            raise ValueError('not a class index for each name')
+        if args.class_map.lower().endswith('.txt') and len(indices) <= max(indices):
+            raise ValueError('a name twice')
+    except Exception as e:  # a damaged pickle raises anything
+        raise UsageError(f'--class-map {args.class_map}: {first_line(e)}') from e
+
+
+def _check_folder(root: str, args) -> None:
+    """Refuse a folder that holds itself by a link, which timm would read 40 times; name images that are not read."""
+    read = set(args.input_key.lower().split(';')) if args.input_key else get_img_extensions(as_set=True)
+    others: Counter[str] = Counter()
+    known = Image.registered_extensions()
+    pending: list[tuple[str, tuple]] = [(root, ())]
+    try:
+        while pending:
+            folder, above = pending.pop()
+            status = os.stat(folder)
+            here = (status.st_dev, status.st_ino)
+            if here in above:
+                raise UsageError(f'--data-dir: {folder} is a link to a folder that it lies in; remove it')
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if _is_folder(entry):
+                        pending.append((entry.path, (*above, here)))
+                    else:
+                        extension = os.path.splitext(entry.name)[1].lower()
+                        if extension in known and extension not in read:
+                            others[extension] += 1
+    except OSError as e:
+        raise UsageError(f'--data-dir: {e.filename} can not be read ({e.strerror})') from e
+    if others and not args.dataset:
+        counts = ', '.join(f'{count} {extension}' for extension, count in sorted(others.items()))
+        _logger.warning(
+            f'{root}: images that are not read: {counts}; --input-key names what is, now {";".join(sorted(read))}')
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _has_splits(data_dir):
@@ -161,6 +361,8 @@ def names_of(class_to_idx: dict[str, int]) -> list[str]:
 def resolve_classes(args, dataset_train, dataset_eval) -> list[str] | None:
     """Set args.num_classes from the data where it was not given, and return the classes' names if they are known.
 
+    From now on the splits refuse other labels.
+
     Raises:
         UsageError: The splits have different classes, or the data does not have --num-classes.
     """
@@ -178,6 +380,8 @@ def resolve_classes(args, dataset_train, dataset_eval) -> list[str] | None:
         raise UsageError(f'--num-classes {args.num_classes}: the data has {len(names)} classes')
     if names and len(names) < args.num_classes:
         _logger.warning(f'--num-classes {args.num_classes}: the data has only {len(names)} classes')
+    for dataset in (dataset_train, dataset_eval):
+        check_labels(dataset, args.num_classes)
     return names
 
 
@@ -250,16 +454,31 @@ class SeededDataset(Dataset):
         return len(self.dataset)
 
 
-class SeededCollate:
-    """A collate function that draws (mixup in the workers) from generators seeded for the batch's first place."""
+def _num_replaced(batch) -> int:
+    return sum(isinstance(sample[1], Replaced) for sample in batch)
 
-    def __init__(self, collate, seed, mixup_off_epoch=0):
+
+class SeededCollate:
+    """A collate function that draws (mixup in the workers) from generators seeded for the batch's first place.
+
+    Args:
+        collate: The collate function.
+        seed: Seed of the run.
+        mixup_off_epoch: Epoch from which mixup is off, 0 for never.
+        skipped: Where to write how many images of each batch of the epoch are replaced, memory that workers share.
+        global_batch_size: Batch size over all processes.
+    """
+
+    def __init__(self, collate, seed, mixup_off_epoch, skipped, global_batch_size):
         self.collate = collate
         self.seed = seed
         self.mixup_off_epoch = mixup_off_epoch
+        self.skipped = skipped
+        self.global_batch_size = global_batch_size
 
     def __call__(self, batch):
         epoch, position, _ = batch[0][2]
+        self.skipped[position // self.global_batch_size] = _num_replaced(batch)
         seed_all(self.seed, 'batch', epoch, position)
         if isinstance(self.collate, Mixup) and self.mixup_off_epoch:
             # Here, since a worker that persists never sees what the main process sets later.
@@ -267,12 +486,76 @@ class SeededCollate:
         return self.collate([sample[:2] for sample in batch])
 
 
+class SeededErasing:
+    """timm's random erasing, drawn from a generator that is seeded for the batch.
+
+    Not a method of the loader: in a cycle of references torch can't end the workers, but waits 5 s for each.
+    """
+
+    def __init__(self, erasing, seed, rank, device):
+        self.erasing = erasing
+        self.seed, self.rank, self.device = seed, rank, device
+        self.place = (0, 0)  # epoch, batch
+
+    def __call__(self, input):
+        epoch, batch = self.place
+        self.place = (epoch, batch + 1)
+        seed_all(self.seed, 'erase', epoch, batch, self.rank, device=self.device)
+        return self.erasing(input)
+
+
+class CountingCollate:
+    """A collate function that counts the replaced images of a pass in memory that the workers share."""
+
+    def __init__(self, collate, num_workers):
+        self.collate = collate
+        self.skipped = torch.zeros(max(1, num_workers), dtype=torch.int64).share_memory_()
+
+    def __call__(self, batch):
+        worker = get_worker_info()
+        self.skipped[worker.id if worker else 0] += _num_replaced(batch)
+        return self.collate(batch)
+
+
+def _batches_of(loader) -> DataLoader:
+    """Return torch's loader in one of timm's."""
+    return loader.loader if isinstance(loader, PrefetchLoader) else loader
+
+
+def _torch_loaders(loader) -> list[DataLoader]:
+    """Return torch's loaders in any loader, none where it is just a sequence of batches."""
+    loaders = loader.loaders.values() if isinstance(loader, PairEvalLoader) else [loader]
+    return [each for each in map(_batches_of, loaders) if isinstance(each, DataLoader)]
+
+
+def init_worker(worker_id: int, then: Callable[[int], None] | None = None) -> None:
+    """Let a worker outlive the signals of its process group: the main process decides what they mean."""
+    for name in ('SIGINT', 'SIGUSR1'):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, 'sigwaitinfo'):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with_main, daemon=True).start()
+    if then is not None:
+        then(worker_id)
+
+
+def _end_with_main() -> None:
+    """End this worker when the main process sends SIGTERM, as Python does at its exit; from others it is ignored."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
 class TrainLoader:
     """Batches of an epoch, on the device, from timm's loader.
 
+    `skipped` is the number of images in the batches that `epoch` has yielded that could not be read, and are replaced,
+    on this process.
+
     Every draw (order, augmentation, mixup, erasing) is a function of the seed and its place in the run, not of a
     generator's state: independent of the number of workers, and the same when an epoch is entered at a later batch.
-    Data sets that are streams keep their reader's own order.
+    Data sets that are streams keep their reader's own order, and end for all processes with the shortest share.
 
     Args:
         loader: timm's training loader.
@@ -285,10 +568,11 @@ class TrainLoader:
         self.device = device
         self.mixup_fn = mixup_fn
         self.mixup_off_epoch = args.mixup_off_epoch
-        self.seed, self.rank = args.seed, args.rank
+        self.seed, self.rank, self.world_size = args.seed, args.rank, args.world_size
         self.loader = loader
         self.sampler = None
-        inner = loader.loader if isinstance(loader, PrefetchLoader) else loader
+        self.skipped = 0
+        inner = _batches_of(loader)
         if not isinstance(inner.dataset, IterableDataset):
             self.sampler = SeededSampler(
                 len(inner.dataset),
@@ -298,47 +582,60 @@ class TrainLoader:
                 world_size=args.world_size,
                 repeats=args.aug_repeats,
             )
+            self._skipped = torch.zeros(self.sampler.num_batches, dtype=torch.int32).share_memory_()
             inner = DataLoader(
                 SeededDataset(inner.dataset, args.seed),
                 batch_size=args.batch_size,
                 sampler=self.sampler,
-                collate_fn=SeededCollate(inner.collate_fn, args.seed, args.mixup_off_epoch),
+                collate_fn=SeededCollate(
+                    inner.collate_fn,
+                    args.seed,
+                    args.mixup_off_epoch,
+                    skipped=self._skipped,
+                    global_batch_size=args.batch_size * args.world_size,
+                ),
                 num_workers=inner.num_workers,
                 pin_memory=inner.pin_memory,
                 drop_last=True,
+                worker_init_fn=init_worker,
                 persistent_workers=inner.num_workers > 0,
             )
             if isinstance(loader, PrefetchLoader):
                 self.loader.loader = inner
             else:
                 self.loader = inner
+        else:
+            inner.worker_init_fn = partial(init_worker, then=inner.worker_init_fn)
         self.dataset = inner.dataset
-        self.erasing = getattr(self.loader, 'random_erasing', None)
-        if self.erasing is not None:
-            self.loader.random_erasing = self._erase
-        self._place = (0, 0)
+        self.erasing = None
+        if getattr(self.loader, 'random_erasing', None) is not None:
+            self.erasing = SeededErasing(self.loader.random_erasing, args.seed, args.rank, device)
+            self.loader.random_erasing = self.erasing
 
     def __len__(self):
         return len(self.loader)
-
-    def _erase(self, input):
-        epoch, batch = self._place
-        self._place = (epoch, batch + 1)
-        seed_all(self.seed, 'erase', epoch, batch, self.rank, device=self.device)
-        return self.erasing(input)
 
     def epoch(self, epoch: int, first_batch: int = 0):
         """Yield (batch, input, target, sample_ids) from `first_batch` to the epoch's end.
 
         sample_ids (N,) is None unless images are repeated.
         """
-        self._place = (epoch, first_batch)
+        self.skipped = 0
+        if self.erasing is not None:
+            self.erasing.place = (epoch, first_batch)
         if self.sampler is not None:
             self.sampler.set_epoch(epoch, first_batch)
         elif hasattr(self.dataset, 'set_epoch'):
             self.dataset.set_epoch(epoch)
         repeated = self.sampler is not None and self.sampler.repeats > 1
-        for batch, (input, target) in enumerate(read(self.loader), start=first_batch):
+        batches = read(self.loader)
+        if self.sampler is None:
+            batches = islice(batches, len(self) - first_batch)
+            if self.world_size > 1:
+                batches = together(batches, self.device)
+        for batch, (input, target) in enumerate(batches, start=first_batch):
+            if self.sampler is not None:
+                self.skipped += int(self._skipped[batch])
             if not isinstance(self.loader, PrefetchLoader):
                 input, target = input.to(self.device), target.to(self.device)
                 if self.mixup_fn is not None:
@@ -348,19 +645,91 @@ class TrainLoader:
             yield batch, input, target, self.sampler.sample_ids(batch).to(self.device) if repeated else None
 
 
-def read(loader):
-    """Yield a loader's batches; samples that can't be read end the run with one line.
+def together(batches, device: torch.device):
+    """Yield a process's batches until those of any process end, so that all make as many steps."""
+    batches = iter(batches)
+    while True:
+        batch = next(batches, None)
+        ready = torch.tensor(batch is not None, dtype=torch.int32, device=device)
+        torch.distributed.all_reduce(ready, op=torch.distributed.ReduceOp.MIN)
+        if not ready.item():
+            return
+        yield batch
+
+
+@contextlib.contextmanager
+def data_errors():
+    """Turn what a loader raises for bad data, or for a worker that died, into one line.
+
+    That of a dead worker can come at any place of the main process, so that this goes around training as a whole.
 
     Raises:
-        RunError: timm gave up after skipping several unreadable samples in a row.
+        RunError: With the cause, and what to do.
     """
     try:
-        yield from loader
-    except RuntimeError as e:
-        if 'consecutive samples' not in str(e):
+        yield
+    except RunError as e:
+        if '\n' not in str(e):
             raise
-        message = str(e).strip().splitlines()[-1].removeprefix('RuntimeError: ')
-        raise RunError(f'data: {message}; the warnings above name them') from e
+        # Of a worker: its traceback, with the message as the last line.
+        raise RunError(str(e).strip().splitlines()[-1].removeprefix(f'{RunError.__module__}.RunError: ')) from e
+    except (EOFError, OSError, RuntimeError) as e:
+        # While a batch is awaited, torch says what killed a worker only as the cause.
+        message = _worker_failure(f'{e.__cause__}') or _worker_failure(str(e))
+        if message is None:
+            raise
+        raise RunError(message) from e
+
+
+def _worker_failure(error: str) -> str | None:
+    """Return what the error of a loader says of a worker that died, None if it is of something else."""
+    last = (error.strip().splitlines() or [''])[-1].removeprefix('RuntimeError: ')
+    if 'Communication with the workers' in error or ('</torch_' in error and 'open files' in error):
+        return f'data: {last} (raise ulimit -n, or take fewer --workers)'
+    if '</torch_' in error or 'signal: Bus error' in error:
+        return f'data: {last} (enlarge /dev/shm, or take fewer --workers)'
+    if 'signal: Killed' in error:
+        return f'data: {last} (probably the memory ran out: fewer --workers need less)'
+    if re.search(r'DataLoader worker \(pid|in pin memory thread|Pin memory thread exited', error):
+        return f'data: {last} (what it printed is above; with --workers 0 the cause shows)'
+    return None
+
+
+def read(loader):
+    """Yield a loader's batches of a pass, and count what is skipped in it anew.
+
+    Raises:
+        RunError: Bad data, or a worker that died, with one line.
+    """
+    loaders = _torch_loaders(loader)
+    for each in loaders:
+        if isinstance(each.collate_fn, CountingCollate):
+            each.collate_fn.skipped.zero_()
+    with data_errors():
+        try:
+            yield from loader
+        except (ConnectionError, EOFError) as e:
+            if 'DataLoader worker' in str(e) or not any(each.num_workers for each in loaders):
+                raise
+            time.sleep(2)  # a worker died while it sent a batch: torch is about to raise what killed it
+            raise RunError(f'data: the connection to a loader worker is lost ({first_line(e)})') from e
+
+
+def skipped_images(loader) -> int:
+    """Return how many images of the last pass over a validation loader could not be read, on this process."""
+    collates = [each.collate_fn for each in _torch_loaders(loader)]  # of a pair's loaders, each reads all images
+    return max((int(each.skipped.sum()) for each in collates if isinstance(each, CountingCollate)), default=0)
+
+
+def shared_facts(loader_train: TrainLoader, loader_eval, names: list[str] | None) -> dict[str, Any]:
+    """Return what must be the same for all processes of a run, whose nodes may have copies of the data of their own."""
+    return {
+        'training images': len(loader_train.dataset),
+        'training batches': len(loader_train),
+        'validation images': len(loader_eval.dataset),
+        'validation batches': len(loader_eval),
+        'classes': names,
+    }
 
 
 def create_train_loader(args, dataset, data_config: dict, device: torch.device) -> TrainLoader:
@@ -460,8 +829,11 @@ def create_eval_loaders(args, dataset, configs: dict[str, dict], device: torch.d
 
 
 def create_eval_loader(args, dataset, data_config: dict, device: torch.device):
-    """Create timm's validation loader: each image once, in order, dealt to the processes in turn."""
-    return create_loader(
+    """Create timm's validation loader: each image once, in order, dealt to the processes in turn.
+
+    `skipped_images` counts those that could not be read.
+    """
+    loader = create_loader(
         dataset,
         input_size=data_config['input_size'],
         batch_size=args.validation_batch_size or args.batch_size,
@@ -477,6 +849,10 @@ def create_eval_loader(args, dataset, data_config: dict, device: torch.device):
         device=device,
         use_prefetcher=args.prefetcher,
     )
+    inner = _batches_of(loader)
+    inner.collate_fn = CountingCollate(inner.collate_fn, args.workers)
+    inner.worker_init_fn = partial(init_worker, then=inner.worker_init_fn)
+    return loader
 
 
 def _guard_posterize() -> None:

@@ -2,7 +2,6 @@
 import contextlib
 import logging
 import os
-import pickle
 import re
 import tempfile
 from pathlib import Path
@@ -43,7 +42,11 @@ def export(args) -> list[Path]:
     out = Path(args.out or os.path.join(run_dir, EXPORT))
     folders = {branch.side: out / names[branch.side] for branch in trained}
     for folder in folders.values():
-        if not args.overwrite and not (_is_ours(folder) if args.out is None else not folder.exists()):
+        try:
+            free = args.overwrite or (_is_ours(folder) if args.out is None else not folder.exists())
+        except (OSError, ValueError) as e:
+            raise UsageError(f'--out {out}: can not be read: {getattr(e, "strerror", None) or first_line(e)}') from e
+        if not free:
             raise UsageError(f'--out {out}: {folder} exists; --overwrite replaces it, another --out keeps it')
     for branch in trained:
         export_branch(
@@ -90,8 +93,8 @@ def branch_names(trained: list[TrainedModel], given: dict[str, str | None] | Non
             parts.append(branch.side)
         name = (given or {}).get(branch.side) or '-'.join(map(str, parts))
         # It becomes part of a path, and may come from a checkpoint of somebody else.
-        if not re.fullmatch(r'\w[\w.-]*', name, re.ASCII):
-            raise UsageError(f'--name-{branch.side} {name!r}: expected letters, digits, ".", "-" and "_"')
+        if not re.fullmatch(r'\w[\w.-]{,95}', name, re.ASCII):
+            raise UsageError(f'--name-{branch.side} {name!r}: expected at most 96 letters, digits, ".", "-" and "_"')
         names[branch.side] = name
     if len(set(names.values())) < len(names):
         raise UsageError(f'--name-a and --name-b are both {next(iter(names.values()))}')
@@ -128,9 +131,11 @@ def _read_class_map(path):
         return None
     try:
         class_to_idx = load_class_map(path)
-    except (AssertionError, OSError, ValueError, pickle.UnpicklingError) as e:
+        if not all(isinstance(index, int) and 0 <= index < 1_000_000 for index in class_to_idx.values()):
+            raise ValueError('not a class index for each name')
+        return names_of(class_to_idx)
+    except Exception as e:  # a damaged pickle raises anything
         raise UsageError(f'--class-map {path}: can not be read ({first_line(e)})') from e
-    return names_of(class_to_idx)
 
 
 def export_branch(

@@ -36,6 +36,7 @@ from .parsing import (
     KeyValues,
     OptionParser,
     did_you_mean,
+    one_line,
     option_tokens,
     read_recipe,
     show,
@@ -176,7 +177,7 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
     add_branch('--initial-checkpoint', '', 'file to read the initial weights from, head as it is', metavar='PATH')
     add_branch('--freeze-depth', 0, 'layer groups, from the input, that keep their weights: the stem is the first, '
                'then stages or blocks', type=WHOLE)
-    add('--resume', '', 'continue the run of this checkpoint; auto: the last one of --experiment, if it has one',
+    add('--resume', '', 'continue the run of this checkpoint; auto: the newest one of --experiment, if it has one',
         metavar='PATH')
     add('--no-resume-opt', False, 'do not resume the state of the optimizer')
     add('--num-classes', None, 'number of classes', shown="the data set's", type=COUNT)
@@ -307,9 +308,16 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
 
     parser.section('Miscellaneous parameters')
     add('--seed', 42, 'random seed', type=WHOLE)
-    add('--log-interval', 50, 'batches between two log lines', type=COUNT)
+    add('--deterministic', False, 'let a GPU compute the same bits each time, at some cost')
+    add('--log-interval', 50, 'updates between two log lines', type=COUNT)
     add('--val-interval', 1, 'epochs between two validations', type=COUNT)
-    add('--recovery-interval', 0, 'batches between two recovery checkpoints', shown='none', type=WHOLE)
+    add('--recovery-interval', 0, 'updates between two recovery checkpoints', shown='none', type=WHOLE)
+    add('--recovery-minutes', 0., 'minutes between two recovery checkpoints', shown='none', type=NON_NEGATIVE)
+    add('--on-nonfinite', 'stop', 'what to do when a loss or gradient is not finite: end the run, or leave the update '
+        'out', choices=['stop', 'skip'])
+    add('--nonfinite-limit', 10, 'updates in a row that --on-nonfinite skip leaves out', type=COUNT)
+    add('--hang-timeout', 1800., 'seconds without an update after which a process prints all its stacks and ends; 0 '
+        'for never', type=NON_NEGATIVE)
     add('--checkpoint-hist', 10, 'checkpoints to keep', type=COUNT)
     add('--save-epochs', None, 'completed epochs after which to keep a checkpoint', nargs='+', type=COUNT)
     add('-j --workers', 4, 'processes that load data', type=WHOLE)
@@ -382,7 +390,26 @@ def _load_recipe(parser: OptionParser, path: Path) -> dict[str, Any]:
 
 
 # Where a run starts and which files its options came from: not part of what it is.
-_NOT_IN_A_RECIPE = ('config', 'data', 'local_rank', 'resume', 'no_resume_opt', 'start_epoch', 'wandb_resume_id')
+_NOT_IN_A_RECIPE = (
+    'config', 'data', 'local_rank', 'resume', 'no_resume_opt', 'start_epoch', 'wandb_resume_id', 'output',
+    'dataset_trust_remote_code')
+
+# Further arguments of a model that say which files timm reads and writes, from which addresses.
+_FILES_OF_A_MODEL = ('cache_dir', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay')
+
+
+def _check_foreign(path: Path, given: dict[str, Any]) -> None:
+    """Raise UsageError where a recipe, which may be somebody else's, decides what only the command line may."""
+    if given.get('dataset_trust_remote_code'):
+        raise UsageError(f'{path}: dataset_trust_remote_code: a recipe can not allow a data set to run code, only '
+                         f'--dataset-trust-remote-code on the command line can')
+    output = given.get('output', '')
+    if os.path.isabs(output) or '..' in Path(output).parts:
+        raise UsageError(f'{path}: output: {output} is not below the current folder; give --output on the command line')
+    for dest in ('model_kwargs', *(f'model_kwargs_{side}' for side in SIDES)):
+        for key in _FILES_OF_A_MODEL:
+            if key in given.get(dest, {}):
+                raise UsageError(f'{path}: {dest}: {key} names files, only the command line can give it')
 
 
 def recipe_values(args: argparse.Namespace) -> dict[str, Any]:
@@ -419,6 +446,9 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = 'train_vpl.py') ->
             if dest in command_line:  # wins over a branch's own value in the recipe, too
                 recipe.pop(f'{dest}_a', None)
                 recipe.pop(f'{dest}_b', None)
+        if config:
+            _check_foreign(recipe_path(config), {
+                dest: value for dest, value in recipe.items() if dest not in command_line})
         args = _resolve(parser, {**recipe, **command_line})
         _check(args)
         if speaks():
@@ -426,7 +456,7 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = 'train_vpl.py') ->
         return args
     except UsageError as error:
         if speaks():
-            print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f'{prog}: error: {one_line(error)}', file=sys.stderr)
         else:
             time.sleep(2)  # torchrun ends all processes when the first ends; let the one that speaks be it
         raise SystemExit(error.exit_status) from None
@@ -461,7 +491,53 @@ def _resolve(parser: OptionParser, given: dict[str, Any]) -> argparse.Namespace:
             setattr(args, own, copy.copy(given.get(own, given.get(dest, parser.presets[own]))))
     args.sides = tuple(side for side in SIDES if getattr(args, f'model_{side}'))
     args.prefetcher = not args.no_prefetcher
+    args.resume_auto = args.resume == 'auto'
     return args
+
+
+# A run that is continued. An option that is in neither list may change, with a warning.
+
+# What a run is: a change is refused.
+RESUME_FIXED = (
+    'method', 'dml_joint', 'model_a', 'model_b', 'model_kwargs_a', 'model_kwargs_b', 'freeze_depth_a', 'freeze_depth_b',
+    'in_chans', 'teacher', 'teacher_branch', 'distill_terms', 'affine_side',
+    'dataset', 'train_split', 'class_map', 'num_classes', 'batch_size', 'grad_accum_steps', 'aug_repeats', 'seed',
+    'opt', 'opt_kwargs', 'opt_eps', 'opt_betas', 'momentum', 'weight_decay_a', 'weight_decay_b',
+    'layer_decay_a', 'layer_decay_b', 'layer_decay_no_opt_scale_a', 'layer_decay_no_opt_scale_b',
+    'epochs', 'model_ema', 'eval_metric',
+)
+
+# How and where it runs, not what is learnt.
+RESUME_FREE = (
+    'data_dir', 'dataset_download', 'workers', 'pin_mem', 'device', 'validation_batch_size', 'log_interval',
+    'recovery_interval', 'recovery_minutes', 'on_nonfinite', 'nonfinite_limit', 'hang_timeout', 'checkpoint_hist',
+    'save_epochs', 'save_images', 'output', 'experiment', 'export', 'stop_epoch', 'log_wandb', 'wandb_project',
+    'wandb_tags', 'pretrained_a', 'pretrained_b', 'pretrained_path_a', 'pretrained_path_b', 'initial_checkpoint_a',
+    'initial_checkpoint_b',
+)
+
+
+def changed_options(then: dict[str, Any], now: dict[str, Any], sides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return what changes between two starts of a run: lines that refuse to go on, and lines that warn.
+
+    Args:
+        then: `recipe_values` of the first start.
+        now: `recipe_values` of this one.
+        sides: The branches that there are.
+    """
+    parser = build_parser()
+    idle = {*parser.branch_options, *(f'{dest}_{side}' for dest in parser.branch_options for side in SIDES
+                                      if side not in sides)}
+    lines: tuple[list[str], list[str]] = [], []
+    for dest in parser.presets:
+        before, after = then.get(dest) or None, now.get(dest) or None  # 0, '' and none are alike
+        if dest == 'num_classes' and None in (before, after):
+            continue  # taken from the data
+        if dest == 'batch_size' or dest in idle or dest in RESUME_FREE or dest in _NOT_IN_A_RECIPE:
+            continue  # the batch is judged together with the number of processes
+        if before != after:
+            lines[dest not in RESUME_FIXED].append(f'{_flag(dest)} {show(before)} before, now {show(after)}')
+    return lines
 
 
 # Checks
@@ -477,6 +553,7 @@ def _check(args: argparse.Namespace) -> None:
         path = getattr(args, dest)
         if path and not os.path.isfile(path) and (dest, path) != ('resume', 'auto'):
             raise UsageError(f'{_flag(dest)} {path}: no such file')
+    _check_experiment(args.experiment)
     if args.resume == 'auto' and not args.experiment:
         raise UsageError("--resume auto needs --experiment NAME: without it a run's folder has a new name each time")
     for dest in ('scale', 'ratio', 'cutmix_minmax'):
@@ -499,6 +576,15 @@ def _check(args: argparse.Namespace) -> None:
         if values and len(values) not in (1, in_chans):
             raise UsageError(
                 f'{_flag(dest)} {show(values)} has {len(values)} values, the images have {in_chans} channels')
+
+
+def _check_experiment(name: str) -> None:
+    """Raise UsageError unless a name, which becomes part of a path, is that of a visible folder."""
+    if name and (
+            not name.isprintable() or re.search(r'[/\\]', name) or name[0] in '.-~' or name != name.strip()
+            or len(name.encode()) > 200):
+        raise UsageError(f'--experiment {name!r}: expected the name of a folder, not a path: no / or \\, none of . - ~ '
+                         f'at its start, at most 200 bytes')
 
 
 def _check_models(args: argparse.Namespace) -> None:
@@ -618,8 +704,13 @@ def check_dataset(args: argparse.Namespace, splits: Sequence[str]) -> None:
     """Raise UsageError where the data set that the options name, or one of its splits, can't be."""
     kind, slash, name = args.dataset.partition('/')
     kind, place = kind.lower(), args.data_dir
+    for what, text in (('--data-dir', place), *(('split', split) for split in splits)):
+        if text and 'pipe:' in text.lower():
+            raise UsageError(f'{what} {text}: refused, webdataset runs what follows pipe: in a shell')
+    if place and re.match(r'[a-z]+://', place, re.IGNORECASE):
+        _check_address(place)
     if args.class_map and not any(
-            os.path.exists(path) for path in (args.class_map, os.path.join(place or '', args.class_map))):
+            os.path.isfile(path) for path in (args.class_map, os.path.join(place or '', args.class_map))):
         raise UsageError(f'--class-map {args.class_map}: no such file')
     if args.dataset == 'digits':
         if place:
@@ -638,8 +729,19 @@ def check_dataset(args: argparse.Namespace, splits: Sequence[str]) -> None:
         return
     elif not os.path.exists(place):
         raise UsageError(f'data folder {place} does not exist')
-    elif not os.path.isdir(place) and not (not kind and place.endswith('.tar')):
+    elif not os.path.isdir(place) and not (not kind and place.endswith('.tar') and os.path.isfile(place)):
         raise UsageError(f"data {place} is not a folder{'' if kind else ' or .tar'}")
+
+
+def _check_address(address: str) -> None:
+    """Raise UsageError where an address of shards would give away a secret, or is none."""
+    if re.match('hf:', address, re.IGNORECASE):
+        raise UsageError(f'--data-dir {address}: refused, webdataset puts the token of the Hub on the command line of '
+                         f'curl, and logs that where it fails; give a copy of the files, or their https:// address')
+    if '@' in address.partition('://')[2].partition('/')[0]:
+        raise UsageError('--data-dir: the address holds a user name or password, which the files of the run would keep')
+    if re.search(r"['\s]", address):
+        raise UsageError(f'--data-dir {address!r}: not an address')
 
 
 def mixup_active(args: argparse.Namespace) -> bool:

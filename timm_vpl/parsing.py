@@ -4,9 +4,11 @@ Nothing heavy is imported here, so that `--help` and a mistake in the command li
 """
 import argparse
 import ast
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,12 @@ from typing import Any
 from .errors import UsageError
 
 _SAME = object()  # the default is timm's
+
+# A recipe is a page of options: what is far larger is none, and could keep the reader busy for long.
+MAX_RECIPE_BYTES = 100_000
+MAX_RECIPE_VALUES = 10_000  # with aliases written out
+MAX_RECIPE_DEPTH = 20
+MAX_LINE = 1000
 
 
 # Types of option values
@@ -48,7 +56,9 @@ WHOLE = number(int, 'a whole number >= 0', lambda value: value >= 0)
 def literal(text: str) -> Any:
     """Return the Python value that `text` spells, or `text` itself if it spells none."""
     try:
-        return ast.literal_eval(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of the compiler, on text that is not meant as Python
+            return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 
@@ -64,7 +74,7 @@ class KeyValues(argparse.Action):
         for text in values:
             spelled = text.partition('=')[2]
             is_one_value = literal(spelled) is not spelled
-            for pair in [text] if is_one_value else re.split(r'\s+(?=[^\W\d]\w*=)', text.strip()):
+            for pair in [text] if is_one_value else re.split(r'(?<!\s)\s+(?=[^\W\d]\w*=)', text.strip()):
                 key, equals, value = pair.partition('=')
                 if not equals or not key.isidentifier():
                     raise argparse.ArgumentError(self, f'{pair!r} is not of the form key=value')
@@ -73,6 +83,13 @@ class KeyValues(argparse.Action):
 
 
 # The parser
+
+
+def one_line(text: Any, limit: int = MAX_LINE) -> str:
+    """Return a message as one line that is safe to print: no control characters, a long middle left out."""
+    line = ' '.join(str(text).split())
+    line = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in line)
+    return line if len(line) <= limit else f'{line[:limit * 2 // 3]} ... {line[-limit // 4:]}'
 
 
 def show(value: Any) -> str:
@@ -199,6 +216,20 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 # Recipe files
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return a file of options with the values that YAML gives them, for what is not given to the parser.
+
+    Raises:
+        UsageError: It would not do as a recipe.
+    """
+    import yaml
+    read_recipe(path)  # its size and its tags
+    try:
+        return yaml.safe_load(path.read_bytes())
+    except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError):
+        raise UsageError(f'{path}: a value is not of the kind that its tag says') from None
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """Return what a recipe file holds: text as written, bools, None, and lists and dicts of these.
 
@@ -207,12 +238,18 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     import yaml
     try:
-        root = yaml.compose(path.read_text(encoding='utf-8'), Loader=yaml.SafeLoader)
+        if not path.is_file():
+            raise UsageError(f'{path} is not a file')
+        with path.open('rb') as file:
+            data = file.read(MAX_RECIPE_BYTES + 1)
+        if len(data) > MAX_RECIPE_BYTES:
+            raise UsageError(f'{path} is too large for a recipe, it has more than {MAX_RECIPE_BYTES} bytes')
+        root = yaml.compose(data.decode('utf-8'), Loader=yaml.SafeLoader)
         if root is None:
             raise UsageError(f'{path} is empty')
         if not isinstance(root, yaml.MappingNode):
             raise UsageError(f'{path} is not a mapping of options to values (epochs: 100)')
-        return _node_value(root, path)
+        return _node_value(root, path, itertools.count())
     except OSError as error:
         raise UsageError(f'{path} can not be read: {error.strerror}') from None
     except UnicodeDecodeError:
@@ -223,25 +260,37 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}{line} is not YAML: {getattr(error, 'problem', None) or error}") from None
     except RecursionError:
         raise UsageError(f'{path} is nested too deeply') from None
+    except (OverflowError, ValueError) as error:  # of PyYAML, for a character or a version that can't be
+        raise UsageError(f'{path} is not YAML: {error}') from None
 
 
-def _node_value(node, path: Path) -> Any:
+_NODES = {'seq': 'sequence', 'map': 'mapping'}
+
+
+def _node_value(node, path: Path, counter: Iterator[int], depth: int = 0) -> Any:
     where = f'{path}, line {node.start_mark.line + 1}'
+    if depth > MAX_RECIPE_DEPTH:
+        raise UsageError(f'{path} is nested too deeply')
+    if next(counter) > MAX_RECIPE_VALUES:
+        raise UsageError(f'{path} is too large for a recipe, it has more than {MAX_RECIPE_VALUES} values')
     kind = node.tag.replace('tag:yaml.org,2002:', '')
-    if kind not in ('null', 'bool', 'int', 'float', 'str', 'timestamp', 'value', 'merge', 'seq', 'map'):
-        raise UsageError(f'{where}: the tag {node.tag} is not allowed')
+    known = kind in ('null', 'bool', 'int', 'float', 'str', 'timestamp', 'value', 'merge', 'seq', 'map')
+    if not known or node.id != _NODES.get(kind, 'scalar'):
+        raise UsageError(f'{where}: the tag {node.tag} is not allowed{" here" if known else ""}')
     if kind == 'seq':
-        return [_node_value(item, path) for item in node.value]
+        return [_node_value(item, path, counter, depth + 1) for item in node.value]
     if kind == 'map':
         values = {}
         for key_node, value_node in node.value:
-            key = _node_value(key_node, path)
+            key = _node_value(key_node, path, counter, depth + 1)
             if not isinstance(key, str):
                 raise UsageError(f'{where}: {key!r} is not the name of an option')
             if key in values:
                 raise UsageError(f'{path}, line {key_node.start_mark.line + 1}: {key} is given twice')
-            values[key] = _node_value(value_node, path)
+            values[key] = _node_value(value_node, path, counter, depth + 1)
         return values
+    if any(c == '\0' or '\ud800' <= c <= '\udfff' for c in node.value):
+        raise UsageError(f'{where}: {node.value!r} is not text')
     if kind == 'null':
         return None
     return node.value.lower() in ('true', 'yes', 'on') if kind == 'bool' else node.value

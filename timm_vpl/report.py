@@ -11,11 +11,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import yaml
-
 from .errors import UsageError
 from .methods import METHOD_OPTIONS, METHODS
 from .names import SIDES
+from .parsing import read_yaml
 
 # Options that may differ between runs that are averaged: they say where and how a run was done, not what was trained.
 # The data set and the models are compared by themselves.
@@ -25,6 +24,7 @@ _NOT_RECIPE = (
     'pin_mem', 'recovery_interval', 'resume', 'save_epochs', 'save_images', 'seed', 'start_epoch', 'stop_epoch',
     'val_interval', 'validation_batch_size', 'workers')
 _NOT_RECIPE_PREFIXES = ('log_', 'wandb_')
+_SINGLE = ('model_a', 'model_b', 'seed', 'contrastive_to', 'kl_to')
 _ORDER = tuple(dict.fromkeys(['solo', *METHODS]))
 
 # Titles of the figures by (epoch, set, metric), and the costs that add up over the epochs.
@@ -167,13 +167,19 @@ def _given_sides(options: dict[str, Any]) -> tuple[str, ...]:
 def _read_options(path: Path) -> dict[str, Any] | None:
     """Return the options of the run in this folder, or None where it is not one."""
     try:
-        options = yaml.safe_load((path / 'args.yaml').read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        options = read_yaml(path / 'args.yaml')
+    except (OSError, UsageError, ValueError):
         return None
-    return options if isinstance(options, dict) and isinstance(options.get('method'), str) else None
+    if not isinstance(options.get('method'), str):
+        return None
+    # Where the report expects one value, there is one.
+    return {name: str(value) if name in _SINGLE and isinstance(value, (dict, list)) else value
+            for name, value in options.items()}
 
 
 def _read_table(path: Path) -> list[dict[str, str]]:
+    if path.exists() and not path.is_file():
+        raise UsageError(f'{path} can not be read: not a file')
     try:
         text = path.read_text(encoding='utf-8', errors='replace').replace('\0', '')
         # A killed run leaves a line that is cut short, at the end or, if something was appended, in the middle.
@@ -188,9 +194,9 @@ def _read_table(path: Path) -> list[dict[str, str]]:
 def _number(value: Any) -> float | None:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         return None
-    if not math.isfinite(number):
+    if not abs(number) < 1e15:
         return None
     return int(number) if number.is_integer() else number
 

@@ -1,6 +1,7 @@
 """The pair as a timm training task: forward and loss, distribution, compilation, stages, state."""
 import contextlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,6 +77,32 @@ class PairTask(TrainingTask):
             if any(parameter.requires_grad for parameter in part.parameters()):
                 self._ddp[name] = DistributedDataParallel(part, device_ids=device_ids, **ddp_kwargs)
         return self
+
+    def settle_buckets(self, input: torch.Tensor, autocast: Callable = contextlib.nullcontext) -> None:
+        """Run each distributed part forward and backward once, on images that do not matter.
+
+        After its first backward DistributedDataParallel arranges its buckets anew, which changes the order in which
+        three or more processes sum a gradient: a run that was resumed would differ from one that went on. Nothing is
+        learnt here; running statistics are put back.
+
+        Args:
+            input: Images of the shape of the training batches.
+            autocast: Context of the forward passes.
+        """
+        pair = self.trainable_module
+        buffers = [(buffer, buffer.clone()) for buffer in pair.buffers()]
+        for side in pair.sides:
+            with autocast():
+                outputs = [x for x in self._run(side, pair.images(side, input)) if x is not None]
+                if 'affine' in self._ddp and side == pair.affine_side:
+                    outputs.append(self._ddp['affine'](outputs[1].detach()))
+            wanted = [x.float().sum() for x in outputs if x.requires_grad]
+            if wanted:
+                sum(wanted).backward()
+        pair.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
     @contextlib.contextmanager
     def no_sync(self):

@@ -7,9 +7,8 @@ import math
 import os
 import shutil
 import time
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -19,22 +18,29 @@ import torchvision
 import yaml
 from timm.models import safe_model_name
 from timm.utils import AverageMeter, distribute_bn, get_outdir, setup_default_logging
-from timm.utils.summary import trim_summary
+from torch.utils.data import IterableDataset
 
 from . import build
-from .checkpoint import PairCheckpointSaver, checkpoint_bytes, read_checkpoint
+from .checkpoint import PairCheckpointSaver, checkpoint_bytes
+from .control import GIVE_UP, GO_ON, SAVE, STOP, Control, stop_line
 from .data import (
     TrainLoader,
     create_eval_loader,
     create_eval_loaders,
     create_split,
     create_train_loader,
+    data_errors,
     resolve_classes,
+    shared_facts,
+    skipped_images,
 )
-from .device import agreement, init_device
-from .errors import RunError, UsageError
+from .device import agreement, from_all, from_first, init_device, is_lost
+from .errors import RunError, UsageError, first_line
 from .export import export_run
+from .files import replacing
+from .finite import KEPT, FiniteCheck
 from .options import recipe_values
+from .resume import Progress, find_checkpoint, load_checkpoint, restore_ranks, resume, run_state
 from .seeding import BranchStreams
 from .task import PairTask
 from .trained import branch_config
@@ -61,6 +67,12 @@ class Run:
     loader_eval: Any
     updates_per_epoch: int
     columns: list
+    configs: dict[str, dict]  # data configuration of each branch
+    class_names: list[str] | None
+    finite: FiniteCheck
+    progress: Progress = field(default_factory=Progress)
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of summary.csv
+    control: Control = field(default_factory=Control)
     saver: PairCheckpointSaver | None = None
     output_dir: str | None = None
 
@@ -69,38 +81,87 @@ class Run:
         """The pair that is trained."""
         return self.task.get_trainable_module()
 
+    @property
+    def statistics(self) -> list[torch.Tensor]:
+        """Running statistics of BatchNorm, of the pair and its EMA: what processes do not have in common."""
+        ema = self.task.get_trainable_module(ema=True)
+        return [
+            buffer for module in (self.pair, *([] if ema is None else [ema.module]))
+            for name, buffer in module.named_buffers() if 'running_mean' in name or 'running_var' in name]
+
 
 def train(args) -> None:
     """Train as the options say; they come from `options.parse_args`."""
     if not logging.getLogger().handlers:
         setup_default_logging()
     options = recipe_values(args)  # as given, before device and data fill in what was not
+    args.output = args.output or OUTPUT
     device = init_device(args)
     if args.rank:
         logging.getLogger().setLevel(logging.ERROR)
     try:
         with agreement(args):
-            checkpoint = find_checkpoint(args)
-            run = create_run(args, device, options)
-            start_epoch = resume(run, checkpoint) if checkpoint else 0
-        if args.distributed:
-            run.task.prepare_distributed(
-                device_ids=[args.local_rank] if device.type == 'cuda' else None,
-                broadcast_buffers=not args.no_ddp_bb,
-            )
-        fit(run, start_epoch if args.start_epoch is None else args.start_epoch)
+            path = find_checkpoint(args) if args.rank == 0 else ''
+        args.resume = from_first(args, path)
+        with agreement(args):
+            checkpoint = load_checkpoint(args) if args.resume else None
+            run = create_run(args, device)
+            if checkpoint:
+                resume(run, checkpoint, options)
+        check_data(run)
+        with agreement(args):
+            if args.rank == 0:
+                open_folder(run, options, checkpoint)
+        start(run, checkpoint)
+        with run.control, data_errors():
+            fit(run)
+    except RuntimeError as e:
+        if not (args.distributed and is_lost(e)):
+            raise
+        raise RunError(
+            f'process {args.rank}: another process ended or can not be reached ({first_line(e)}); see the lines '
+            f'before this one, of the other machines too') from e
     finally:
         if args.distributed:
-            torch.distributed.destroy_process_group()
+            with contextlib.suppress(RuntimeError):  # of a group that is already broken
+                torch.distributed.destroy_process_group()
 
 
-def create_run(args, device: torch.device, options: dict[str, Any]) -> Run:
-    """Build everything that a run needs.
+def check_data(run: Run) -> None:
+    """Raise UsageError in all processes if they do not see the same data."""
+    facts = from_all(run.args, shared_facts(run.loader_train, run.loader_eval, run.class_names))
+    for rank, other in enumerate(facts):
+        for name, value in other.items():
+            if value != facts[0][name]:
+                if run.args.rank:
+                    raise SystemExit(UsageError.exit_status)
+                shown = 'others' if isinstance(value, list) else f'{facts[0][name]} and {value}'
+                raise UsageError(f'data: processes 0 and {rank} do not see the same {name} ({shown}); each machine '
+                                 f'needs the same files')
+
+
+def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
+    """Join the processes of a run that is built, and give each its own part of the checkpoint."""
+    args, task = run.args, run.task
+    if args.distributed:
+        task.prepare_distributed(
+            device_ids=[args.local_rank] if run.device.type == 'cuda' else None,
+            broadcast_buffers=not args.no_ddp_bb,
+        )
+        task.train()
+        size = build.loader_config(run.configs)['input_size']
+        task.settle_buckets(torch.zeros(args.batch_size, *size, device=run.device), run.autocast)
+    if checkpoint and args.start_epoch is None:
+        restore_ranks(run, checkpoint)
+    run.control = Control(args.distributed, args.hang_timeout, args.recovery_minutes)
+
+
+def create_run(args, device: torch.device) -> Run:
+    """Build everything that a run needs, but for what the processes do together and what writes to disk.
 
     Args:
         args: Options, completed by `init_device`.
         device: Device of this process.
-        options: Options as given, which the run's folder and checkpoints keep.
     """
     dataset_train = create_split(args, args.train_split, is_training=True)
     dataset_eval = create_split(args, args.val_split, is_training=False)
@@ -154,26 +215,42 @@ def create_run(args, device: torch.device, options: dict[str, Any]) -> Run:
         loader_eval=loader_eval,
         updates_per_epoch=updates_per_epoch,
         columns=_eval_columns(pair.sides, ema=args.model_ema and not args.model_ema_force_cpu),
+        configs=configs,
+        class_names=class_names,
+        progress=Progress(args.start_epoch or 0),
+        finite=FiniteCheck(device, skip=args.on_nonfinite == 'skip', limit=args.nonfinite_limit),
     )
     if args.eval_metric not in run.columns:
         raise UsageError(f'--eval-metric {args.eval_metric}: expected one of {", ".join(run.columns)}')
-    if args.rank == 0:
-        run.output_dir = _create_output_dir(args, data_config, options)
-        run.saver = PairCheckpointSaver(
-            task,
-            optimizer,
-            {**options, 'num_classes': args.num_classes, 'class_names': class_names, 'data_config': data_config},
-            {side: branch_config(pair.branch(side), configs[side], class_names) for side in pair.sides},
-            amp_scaler=run.scaler if run.scaler.is_enabled() else None,
-            checkpoint_dir=run.output_dir,
-            recovery_dir=run.output_dir,
-            decreasing='loss' in args.eval_metric,
-            max_history=args.checkpoint_hist,
-        )
-        _log_plan(run, configs, lrs)
-        if args.log_wandb:
-            _start_wandb(args, options)
     return run
+
+
+def open_folder(run: Run, options: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
+    """Make the run's folder, or enter it again, and all that writes to it.
+
+    Args:
+        run: The run.
+        options: Options as given, which the folder and its checkpoints keep.
+        checkpoint: The checkpoint that the run goes on from.
+    """
+    args, data_config = run.args, build.loader_config(run.configs)
+    run.output_dir = _create_output_dir(args, data_config, options)
+    run.saver = PairCheckpointSaver(
+        run.task,
+        run.optimizer,
+        {**options, 'num_classes': args.num_classes, 'class_names': run.class_names, 'data_config': data_config},
+        {side: branch_config(run.pair.branch(side), run.configs[side], run.class_names) for side in run.pair.sides},
+        amp_scaler=run.scaler if run.scaler.is_enabled() else None,
+        checkpoint_dir=run.output_dir,
+        recovery_dir=run.output_dir,
+        decreasing='loss' in args.eval_metric,
+        max_history=args.checkpoint_hist,
+    )
+    if checkpoint and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(run.output_dir):
+        run.saver.load_state_dict(checkpoint.get('saver', {}), args.resume)
+    _log_plan(run)
+    if args.log_wandb:
+        _start_wandb(args, options)
 
 
 def _check_compile(args):
@@ -199,13 +276,13 @@ def _create_output_dir(args, data_config, options) -> str:
         *(safe_model_name(getattr(args, f'model_{side}')) for side in args.sides),
         str(data_config['input_size'][-1]),
     ])
-    output = args.output or OUTPUT
+    output = args.output
     try:
         # A run of the same name is continued with --resume, never written over.
-        output_dir = get_outdir(output, name, inc=not args.resume)
+        output_dir = get_outdir(output, name, inc=not (args.resume or args.resume_auto))
         if args.resume and not args.experiment:
             _logger.info(f'New folder {output_dir}: --output and --experiment continue in the old one')
-        with open(os.path.join(output_dir, 'args.yaml'), 'w') as f:
+        with replacing(os.path.join(output_dir, 'args.yaml')) as f:
             yaml.safe_dump(options, f, default_flow_style=False)
     except (AssertionError, OSError) as e:
         raise UsageError(f'--output {output}: {e}') from e
@@ -222,13 +299,13 @@ def _start_wandb(args, options):
         project=args.wandb_project, name=args.experiment, config=options, tags=args.wandb_tags, **resume_id)
 
 
-def _log_plan(run, configs, lrs):
-    args, criterion = run.args, run.task.criterion
+def _log_plan(run):
+    args, criterion, lrs = run.args, run.task.criterion, build.learning_rates(run.args)
     for side in run.pair.sides:
         count = sum(parameter.numel() for parameter in run.pair.branch(side).parameters())
         _logger.info(
             f'Branch {side}: {getattr(args, f"model_{side}")}, {count / 1e6:.2f} M parameters, LR {lrs[side]:.3g}, '
-            f'images {" x ".join(map(str, configs[side]["input_size"]))}')
+            f'images {" x ".join(map(str, run.configs[side]["input_size"]))}')
     if run.pair.affine is not None:
         _logger.info(
             f'Affine layer on side {run.pair.affine_side}: {run.pair.affine.in_features} -> '
@@ -245,137 +322,158 @@ def _log_plan(run, configs, lrs):
     each = checkpoint_bytes(run.task, run.optimizer)
     # History, last, a best for each branch, one being written; recovery checkpoints; milestones.
     files = args.checkpoint_hist + 2 + len(run.pair.sides)
-    files += 2 * bool(args.recovery_interval) + len(args.save_epochs or ())
+    files += 2 * bool(args.recovery_interval or args.recovery_minutes) + len(args.save_epochs or ())
+    free = shutil.disk_usage(run.output_dir).free
     _logger.info(
         f'Checkpoints: about {each / 2**20:.0f} MiB each, at most {files} of them, {files * each / 2**30:.2f} GiB in '
-        f'{run.output_dir} ({shutil.disk_usage(run.output_dir).free / 2**30:.0f} GiB free)')
+        f'{run.output_dir} ({free / 2**30:.0f} GiB free)')
+    if files * each > free:
+        _logger.warning(f'--output {run.output_dir}: the disk may become full, --checkpoint-hist keeps fewer')
 
 
-def find_checkpoint(args) -> dict[str, Any] | None:
-    """Return the checkpoint of --resume; None where there is none to resume.
-
-    Raises:
-        RunError: The checkpoint can't be read, or lacks what a run needs to go on.
-    """
-    if args.resume == 'auto':
-        last = os.path.join(args.output or OUTPUT, args.experiment, 'last.pth.tar')
-        args.resume = last if os.path.exists(last) else ''
-        _logger.info(f'--resume auto: {last}' if args.resume else f'--resume auto: no {last} yet, a fresh start')
-    if not args.resume:
-        return None
-    checkpoint = read_checkpoint(args.resume)
-    missing = [key for key, needed in (
-        ('epoch', args.start_epoch is None), ('optimizer', not args.no_resume_opt)) if needed and key not in checkpoint]
-    if missing:
-        raise RunError(
-            f'--resume {args.resume}: holds weights, but no {" and no ".join(missing)}; --no-resume-opt and '
-            f'--start-epoch N go on without')
-    return checkpoint
+def save_recovery(run: Run) -> None:
+    """Save within an epoch."""
+    check_finite(run)
+    state = run_state(run)
+    if run.saver is not None:
+        run.saver.save_recovery(run.progress.epoch, run.progress.batch, state)
+    run.control.saved()
 
 
-def resume(run: Run, checkpoint: dict[str, Any]) -> int:
-    """Restore a run from a checkpoint and return the epoch to start with.
+def heed(run: Run, decision: int) -> None:
+    """Do what the processes decided.
 
     Raises:
-        RunError: The checkpoint is one of other models.
+        RunError: A loss or gradient was not finite.
+        Stopped: A signal came; the run is saved.
     """
-    args, task = run.args, run.task
-    try:
-        task.load_checkpoint_state(checkpoint['state_dict'], task_state=checkpoint.get('task_state'))
-        if task.has_ema():
-            task.load_checkpoint_state(checkpoint.get('state_dict_ema', checkpoint['state_dict']), ema=True)
-        if not args.no_resume_opt:
-            run.optimizer.load_state_dict(checkpoint['optimizer'])
-            if run.scaler.is_enabled() and 'amp_scaler' in checkpoint:
-                run.scaler.load_state_dict(checkpoint['amp_scaler'])
-    except (KeyError, RuntimeError, ValueError) as e:
-        raise RunError(f'--resume {args.resume}: does not fit this pair ({str(e).splitlines()[0]})') from e
-    epoch = checkpoint.get('epoch', -1)
-    _logger.info(f'Resumed {args.resume}, the checkpoint of epoch {epoch}')
-    same_folder = run.saver and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(run.output_dir)
-    if same_folder and 'saver' in checkpoint:
-        run.saver.load_state_dict(checkpoint['saver'])
-    return epoch + 1
+    if decision >= GIVE_UP:
+        check_finite(run)
+    elif decision > GO_ON:
+        save_recovery(run)
+    if decision >= STOP:
+        progress = run.progress
+        raise stop_line(decision, f'after epoch {progress.epoch}, batch {progress.batch} of {len(run.loader_train)}; '
+                                  f'--resume auto or --resume PATH goes on')
 
 
-def fit(run: Run, start_epoch: int = 0) -> None:
-    """Train and validate from `start_epoch` to the end, saving each epoch."""
+def check_finite(run: Run) -> None:
+    """Raise RunError in all processes if one has seen a loss or gradient that was not finite."""
+    run.finite.settle()
+    errors = from_all(run.args, run.finite.error)
+    if any(errors):
+        if run.args.rank:
+            raise SystemExit(RunError.exit_status)
+        rank, line = max(enumerate(errors), key=lambda error: len(error[1] or ''))  # who saw most
+        raise RunError(f'{line} (process {rank}); nothing of it is saved, older checkpoints are as they were')
+
+
+def fit(run: Run) -> None:
+    """Train and validate from where the run is to the end, saving each epoch.
+
+    Raises:
+        RunError: A number went bad, or the last epoch could not be saved.
+        Stopped: A signal came; the run is saved.
+    """
     args, task, saver = run.args, run.task, run.saver
-    if run.scheduler is not None and start_epoch > 0:
+    start_epoch, num_batches = run.progress.epoch, len(run.loader_train)
+    if run.scheduler is not None and start_epoch > 0 and not hasattr(run.scheduler, 'lr_scheduler'):
         run.scheduler.step(start_epoch)
-        run.scheduler.step_update(start_epoch * run.updates_per_epoch)
-    if saver is not None:
-        trim_summary(os.path.join(run.output_dir, SUMMARY), start_epoch)
-    if task.teacher is not None and start_epoch == 0:
+        run.scheduler.step_update(_num_updates(run))
+    write_summary(run)
+    if task.teacher is not None and (run.progress.epoch, run.progress.batch) == (0, 0):
         validate_teacher(run)
-    metrics: dict[str, float] = {}
     started = time.time()
     end_epoch = min(run.num_epochs, args.stop_epoch or run.num_epochs)
     if start_epoch >= end_epoch:
         _logger.info(f'Nothing to train: epoch {start_epoch} would come next, the run ends with epoch {end_epoch - 1}')
     for epoch in range(start_epoch, end_epoch):
         task.set_epoch(epoch)
-        train_metrics = train_one_epoch(run, epoch)
-        if args.distributed and args.dist_bn in ('broadcast', 'reduce'):
-            distribute_bn(run.pair, args.world_size, args.dist_bn == 'reduce')
         evaluated = epoch + 1 == end_epoch or (epoch + 1) % args.val_interval == 0
+        if run.progress.batch < num_batches:
+            decision = train_one_epoch(run)
+            if args.distributed and args.dist_bn in ('broadcast', 'reduce'):
+                for ema in (False, True)[:1 + (evaluated and _evaluates_ema(run))]:
+                    distribute_bn(task.get_eval_model(ema=ema), args.world_size, args.dist_bn == 'reduce')
+            # Here, since validation comes next in a run that goes on from this place.
+            heed(run, max(decision, SAVE) if args.recovery_interval else decision)
+        check_finite(run)
+        row = {'epoch': epoch, **epoch_terms(run)}
         eval_metrics = validate(run) if evaluated else {}
+        skipped = run.progress.skipped + (skipped_images(run.loader_eval) if evaluated else 0)
         if run.scheduler is not None:
             run.scheduler.step(epoch + 1, eval_metrics.get(args.eval_metric))
+        row.update((f'eval_{name}', eval_metrics.get(name, '')) for name in run.columns)
+        row.update(epoch_costs(run, sum(from_all(args, skipped))))
+        run.rows.append(row)
+        run.progress = Progress(epoch + 1)
+        state = run_state(run)
+        run.control.saved()
         if saver is None:
             continue
-        row = OrderedDict(epoch=epoch, **{f'train_{key}': value for key, value in train_metrics.pop('terms').items()})
-        row.update((f'eval_{name}', eval_metrics.get(name, '')) for name in run.columns)
-        row.update(train_metrics)
-        _append_row(os.path.join(run.output_dir, SUMMARY), row)
+        if row['skipped']:
+            _logger.warning(f"Epoch {epoch}: {row['skipped']} images could not be read, others took their places")
+        saver.save(
+            epoch,
+            {**state, 'metrics': dict(eval_metrics)},
+            metric=eval_metrics.get(args.eval_metric),
+            branch_metrics=_branch_metrics(run, eval_metrics),
+            milestone=epoch + 1 in (args.save_epochs or ()),
+        )
+        write_summary(run)
         if args.log_wandb:
             import wandb
             wandb.log(row)
-        metrics = eval_metrics or metrics
-        saver.save(
-            epoch,
-            metric=eval_metrics.get(args.eval_metric),
-            branch_metrics=_branch_metrics(run, eval_metrics),
-            metrics=dict(eval_metrics),
-        )
-        if args.save_epochs and epoch + 1 in args.save_epochs:
-            saver.save_milestone(epoch + 1)
-    if saver is not None:
-        _log_result(run, metrics, time.time() - started)
-        if args.export and any(epoch is not None for _, epoch in saver.best_branches.values()):
-            try:
-                export_run(run.output_dir)
-            except (RunError, UsageError) as e:  # what was trained is kept
-                _logger.error(f'Not exported: {e}')
+    if saver is None:
+        return
+    _log_result(run, time.time() - started)
+    if saver.failed:
+        raise RunError(f'--output {run.output_dir}: the last epoch could not be saved, see above')
+    if args.export and any(epoch is not None for _, epoch in saver.best_branches.values()):
+        try:
+            export_run(run.output_dir)
+        except (RunError, UsageError) as e:  # what was trained is kept
+            _logger.error(f'Not exported: {e}')
 
 
-def train_one_epoch(run: Run, epoch: int) -> dict[str, Any]:
-    """Train one epoch.
+def _num_updates(run: Run) -> int:
+    """Return the optimizer updates done so far."""
+    in_epoch = math.ceil(run.progress.batch / run.args.grad_accum_steps)
+    return run.progress.epoch * run.updates_per_epoch + in_epoch
+
+
+def train_one_epoch(run: Run) -> int:
+    """Train what is left of the present epoch, and keep account of it in `run.progress`.
 
     Returns:
-        Dictionary with 'terms' (mean of each loss term over the epoch and the processes, '' where off), the learning
-        rates, the stage, the epochs of the whole schedule, 'processes', 'images' of all of them, 'seconds' and
-        'images_per_second'.
+        What the processes decided after the last update, for the caller to heed.
     """
     args, task, optimizer, loader = run.args, run.task, run.optimizer, run.loader_train
+    progress, finite = run.progress, run.finite
+    epoch, first_batch = progress.epoch, progress.batch
     task.train()
     clip_limits = {side: getattr(args, f'clip_grad_{side}') for side in run.pair.sides}
     accum_steps = args.grad_accum_steps
     num_batches = len(loader)
     tail = num_batches % accum_steps or accum_steps  # batches in the last update
-    num_updates = epoch * run.updates_per_epoch
-    lrs = _learning_rates(optimizer)
-    sums: dict[str, torch.Tensor] = {}
+    num_updates = _num_updates(run)
+    progress.lrs = progress.lrs or _learning_rates(optimizer)
+    skipped = progress.skipped
+    decision = GO_ON
+    values: dict[str, torch.Tensor] = {}  # sums over the batches of an update
     data_time, batch_time = AverageMeter(), AverageMeter()
-    started = end = time.time()
+    end = time.time()
+    started = end - progress.seconds
     optimizer.zero_grad()
-    for batch, input, target, sample_ids in loader.epoch(epoch):
+    for batch, input, target, sample_ids in loader.epoch(epoch, first_batch):
         last_batch = batch + 1 == num_batches
         need_update = last_batch or (batch + 1) % accum_steps == 0
         in_update = tail if batch >= num_batches - tail else accum_steps
         data_time.update(time.time() - end)
         task.streams.set_position(epoch, batch)
-        values: dict[str, torch.Tensor] = {}
+        if batch % accum_steps == 0:
+            values, found = {}, {}
+            finite.keep_statistics(run.pair)
         with contextlib.nullcontext() if need_update else task.no_sync():
             for phase, learners in enumerate(task.phases):
                 with run.autocast():
@@ -386,63 +484,96 @@ def train_one_epoch(run: Run, epoch: int) -> dict[str, Any]:
                     if name.endswith('loss'):
                         values[name] = values.get(name, 0) + value.detach()
                 if need_update:
-                    update(run, learners, clip_limits)
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0) + value
+                    found.update(update(run, learners, clip_limits))
+        progress.batch, progress.skipped = batch + 1, skipped + loader.skipped
         if need_update:
             num_updates += 1
+            finite.record(f'epoch {epoch}, batch {batch}', values, found)
+            for name, total in finite.kept(values, in_update).items():
+                progress.sums[name] = progress.sums.get(name, 0) + total
             task.update_ema(step=num_updates)
             if run.scheduler is not None:
                 run.scheduler.step_update(num_updates=num_updates)
         batch_time.update(time.time() - end)
         end = time.time()
-        if run.saver is not None:
-            if last_batch or batch % args.log_interval == 0:
-                _log_batch(run, epoch, batch, values, batch_time, data_time)
-                if args.save_images:
-                    torchvision.utils.save_image(
-                        input, os.path.join(run.output_dir, f'train-batch-{batch}.jpg'), padding=0, normalize=True)
-            if args.recovery_interval and (last_batch or (batch + 1) % args.recovery_interval == 0):
-                run.saver.save_recovery(epoch, batch_idx=batch)
+        progress.seconds = end - started
+        if not need_update:
+            continue
+        if run.saver is not None and (last_batch or batch // accum_steps % args.log_interval == 0):
+            _log_batch(run, batch, {name: total / in_update for name, total in values.items()}, batch_time, data_time)
+            if args.save_images:
+                torchvision.utils.save_image(
+                    input, os.path.join(run.output_dir, f'train-batch-{batch}.jpg'), padding=0, normalize=True)
+        decision = run.control.decide(GIVE_UP if finite.error else GO_ON)
+        if args.recovery_interval and num_updates % args.recovery_interval == 0:
+            decision = max(decision, SAVE)
+        if decision > GO_ON and not last_batch:
+            heed(run, decision)
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
-    if not sums:
+    if progress.batch == first_batch:
         raise RunError('data: the training loader gave no batch')
+    progress.batch = num_batches  # also where a stream ended early
+    return decision
 
-    seconds = time.time() - started
-    means = torch.stack([total / num_batches for total in sums.values()])
+
+def epoch_terms(run: Run) -> dict[str, Any]:
+    """Return the mean of each loss term over the epoch and the processes, '' where it was off."""
+    args, sums = run.args, dict(run.progress.sums)
+    batches = sums.pop(KEPT)
+    means = torch.stack([total / batches for total in sums.values()])
     if args.distributed:
         torch.distributed.all_reduce(means)
         means /= args.world_size
-    terms = dict.fromkeys(['loss', *(term.name for term in task.criterion.all_terms)], '')
+    terms = dict.fromkeys(['loss', *(term.name for term in run.task.criterion.all_terms)], '')
     terms.update(zip(sums, means.tolist(), strict=True))
-    row = {'terms': terms, **{f'lr_{side}': lr for side, lr in lrs.items()}}
-    if hasattr(task.criterion, 'stage'):
-        row['stage'] = task.criterion.schedule.stage(epoch)
-    images = num_batches * args.batch_size * args.world_size
+    return {f'train_{name}': value for name, value in terms.items()}
+
+
+def epoch_costs(run: Run, skipped: int) -> dict[str, Any]:
+    """Return the further columns of the epoch: learning rates, stage, epochs of the whole schedule, images, time.
+
+    Args:
+        run: The run.
+        skipped: Images of the epoch, validation included, that could not be read.
+    """
+    args, progress, criterion = run.args, run.progress, run.task.criterion
+    images = len(run.loader_train) * args.batch_size * args.world_size
     return {
-        **row,
+        **{f'lr_{side}': lr for side, lr in progress.lrs.items()},
+        **({'stage': criterion.schedule.stage(progress.epoch)} if hasattr(criterion, 'stage') else {}),
         'num_epochs': run.num_epochs,
         'processes': args.world_size,
         'images': images,
-        'seconds': round(seconds, 3),
-        'images_per_second': round(images / seconds, 2),
+        'skipped': skipped,
+        'seconds': round(progress.seconds, 3),
+        'images_per_second': round(images / progress.seconds, 2),
     }
 
 
-def update(run: Run, learners: str, clip_limits: dict[str, float | None]) -> None:
-    """Clip the gradients of the branches that learn in this phase, and let the optimizer step with theirs alone."""
+def update(run: Run, learners: str, clip_limits: dict[str, float | None]) -> dict[str, torch.Tensor]:
+    """Clip the gradients of the branches that learn in this phase, and let the optimizer step with theirs alone.
+
+    Returns:
+        By branch a flag (0-d) that is 1 where a gradient was not finite; empty under a GradScaler, which looks itself.
+    """
     optimizer = run.optimizer
     groups = optimizer.param_groups
     optimizer.param_groups = [group for group in groups if group['name'][0] in learners]
     try:
+        scaled = run.scaler.is_enabled()
         run.scaler.unscale_(optimizer)
+        found = {} if scaled else run.finite.gradients(optimizer.param_groups)
         run.task.clip_gradients(clip_limits, run.args.clip_mode, learners)
-        run.scaler.step(optimizer)
-        run.scaler.update()
+        if scaled:
+            run.scaler.step(optimizer)
+            run.scaler.update()
+        else:
+            run.finite.step(optimizer, found)
         optimizer.zero_grad()
     finally:
         optimizer.param_groups = groups
+    return found
 
 
 def _learning_rates(optimizer) -> dict[str, float]:
@@ -454,7 +585,8 @@ def _learning_rates(optimizer) -> dict[str, float]:
     return lrs
 
 
-def _log_batch(run, epoch, batch, values, batch_time, data_time):
+def _log_batch(run, batch, values, batch_time, data_time):
+    epoch = run.progress.epoch
     lrs = _learning_rates(run.optimizer)
     read = torch.stack(list(values.values())).tolist()
     losses = '  '.join(f'{name.removesuffix("_loss")} {value:#.4g}' for name, value in zip(values, read, strict=True))
@@ -472,12 +604,17 @@ def validate(run: Run) -> dict[str, float]:
         Metrics by column name; 'top1' is the mean of the branches, of their EMA where there is one.
     """
     args, task = run.args, run.task
+    # Processes that share a stream may have different numbers of batches; they can't decide after each.
+    stream = isinstance(run.loader_eval.dataset, IterableDataset)
     kwargs = {
-        'sides': run.pair.sides, 'device': run.device, 'autocast': run.autocast, 'distributed': args.distributed}
+        'sides': run.pair.sides,
+        'device': run.device,
+        'autocast': run.autocast,
+        'distributed': args.distributed,
+        'after_batch': run.control.watch if stream else lambda: heed(run, run.control.decide()),
+    }
     metrics = evaluate_pair(task.get_eval_model(), run.loader_eval, **kwargs)
-    if task.has_ema() and not args.model_ema_force_cpu:
-        if args.distributed and args.dist_bn in ('broadcast', 'reduce'):
-            distribute_bn(task.get_eval_model(ema=True), args.world_size, args.dist_bn == 'reduce')
+    if _evaluates_ema(run):
         ema = evaluate_pair(task.get_eval_model(ema=True), run.loader_eval, **kwargs)
         metrics.update((f'ema_{name}', value) for name, value in ema.items())
     branches = _branch_metrics(run, metrics)
@@ -486,6 +623,10 @@ def validate(run: Run) -> dict[str, float]:
         names = [name for name in run.columns if 'top1' in name and name != 'top1']
         _logger.info('Test: ' + '  '.join(f'{name} {metrics[name]:.3f}' for name in names))
     return metrics
+
+
+def _evaluates_ema(run):
+    return run.task.has_ema() and not run.args.model_ema_force_cpu
 
 
 def validate_teacher(run: Run) -> None:
@@ -501,21 +642,26 @@ def validate_teacher(run: Run) -> None:
 
 def _branch_metrics(run, metrics) -> dict[str, float]:
     """Return each branch's top-1, of its EMA where there is one."""
-    prefix = 'ema_' if 'ema_top1_' + run.pair.sides[0] in run.columns else ''
+    prefix = 'ema_' if _evaluates_ema(run) else ''
     return {side: metrics[f'{prefix}top1_{side}'] for side in run.pair.sides} if metrics else {}
 
 
-def _append_row(path, row):
-    """Append a row to a CSV file, with a header if it is new."""
-    new = not os.path.exists(path) or os.path.getsize(path) == 0
-    with open(path, 'a', newline='') as f:
-        writer = csv.DictWriter(f, fieldnames=row.keys())
-        if new:
+def write_summary(run: Run) -> None:
+    """Write summary.csv, a row an epoch; where that fails, say so."""
+    if run.saver is None or not run.rows:
+        return
+    path = os.path.join(run.output_dir, SUMMARY)
+    try:
+        with replacing(path, newline='') as f:
+            writer = csv.DictWriter(f, fieldnames=run.rows[-1].keys(), restval='', extrasaction='ignore')
             writer.writeheader()
-        writer.writerow(row)
+            writer.writerows(run.rows)
+    except OSError as e:
+        _logger.error(f'{path}: can not be written ({e.strerror}); its rows are in the checkpoint too')
 
 
-def _log_result(run, metrics, seconds):
+def _log_result(run, seconds):
+    metrics = next((row for row in reversed(run.rows) if row['eval_top1'] != ''), {})
     _logger.info(f'Trained in {seconds:.0f} s.')
     for side in run.pair.sides:
         best, epoch = run.saver.best_branches[side]
@@ -523,7 +669,7 @@ def _log_result(run, metrics, seconds):
             continue
         last = ', '.join(
             f'{name} {metrics[column]:.2f} %'
-            for name, column in (('top-1', f'top1_{side}'), ('EMA', f'ema_top1_{side}')) if column in metrics)
+            for name, column in (('top-1', f'eval_top1_{side}'), ('EMA', f'eval_ema_top1_{side}')) if column in metrics)
         _logger.info(
             f'Branch {side} ({getattr(run.args, f"model_{side}")}): {last}; best {best:.2f} % at epoch {epoch}: '
             f'{os.path.join(run.output_dir, f"best_{side}.pth.tar")}')

@@ -1,13 +1,14 @@
 """Trained models, each a plain timm model, from where they are: a run, a checkpoint, an export, the Hub, timm."""
 import json
 import logging
+import math
 import os
+import pickle
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.nn as nn
-from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from timm.models import clean_state_dict, create_model
 from timm.models._hub import save_config_for_hf
@@ -15,6 +16,7 @@ from timm.models._hub import save_config_for_hf
 from .checkpoint import read_checkpoint
 from .errors import RunError, UsageError, first_line
 from .names import SIDES
+from .options import INTERPOLATIONS
 
 _logger = logging.getLogger(__name__)
 
@@ -139,6 +141,10 @@ def _load_branch(path, checkpoint, branches, side, ema):
                        f'({" ".join(str(e).split())[:160]})') from e
     # What timm's saver stores as a Namespace says nothing of ours.
     known = {key: value for key in ('args', 'metrics') if isinstance(value := checkpoint.get(key), dict)}
+    if not _is_plain(known) or not isinstance(known.get('args', {}).get('method', ''), str):
+        raise RunError(f"{path}: its 'args' are not those of a run")
+    if not all(isinstance(value, (int, float)) for value in known.get('metrics', {}).values()):
+        raise RunError(f"{path}: its 'metrics' are not those of a run")
     return TrainedModel(
         model.eval(),
         source=path,
@@ -156,8 +162,19 @@ def _load_branch(path, checkpoint, branches, side, ema):
     )
 
 
+def _is_plain(value) -> bool:
+    """Return whether a value is one that YAML can hold."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 def _build(config, where) -> nn.Module:
     """Build a model from timm's config, without weights."""
+    if not _is_plain(config):
+        raise RunError(f"{where}: its 'branches' are not those of a run")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / 'config.json').write_text(json.dumps(config))
         return create_named(f'local-dir:{folder}', where)
@@ -170,11 +187,43 @@ def create_named(name: str, where: str, **kwargs) -> nn.Module:
         UsageError: timm can't; the message begins with `where`.
     """
     try:
-        return create_model(name, **kwargs)
-    except (
-            AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError,
-    ) as e:
+        model = create_model(name, **kwargs)
+    except Exception as e:  # timm checks little of what a config.json or a file of weights holds
+        if isinstance(e.__cause__, pickle.UnpicklingError):
+            raise UsageError(f'{where}: refused, a file of its weights holds more than tensors and plain types') from e
         raise UsageError(f'{where}: can not be built: {first_line(e, 300)}') from e
+    if ':' in name:
+        _check_config(model.pretrained_cfg, where)
+    return model
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+_VALID = {
+    'architecture': lambda value: isinstance(value, str),
+    'input_size': lambda value: len(value) == 3 and all(isinstance(size, int) and 0 < size <= 4096 for size in value),
+    'mean': lambda value: len(value) > 0 and all(map(_is_number, value)),
+    'std': lambda value: len(value) > 0 and all(_is_number(std) and std > 0 for std in value),
+    'crop_pct': lambda value: _is_number(value) and value > 0,
+    'crop_mode': lambda value: value in ('center', 'squash', 'border'),
+    'interpolation': lambda value: value in ('random', *INTERPOLATIONS),
+    'num_classes': lambda value: isinstance(value, int) and value >= 0,
+    'label_names': lambda value: not isinstance(value, str) and all(isinstance(name, str) for name in value),
+}
+
+
+def _check_config(cfg: dict[str, Any], where: str) -> None:
+    """Raise UsageError where a config.json of others says what timm would trip over later."""
+    for key, valid in _VALID.items():
+        value = cfg.get(key)
+        try:
+            good = value is None or valid(value)
+        except TypeError:
+            good = False
+        if not good:
+            raise UsageError(f'{where}: its configuration can not be right: {key} is {str(value)[:80]!r}')
 
 
 def load_trained(source: str, ema: bool | None = None, side: str | None = None) -> list[TrainedModel]:

@@ -21,9 +21,19 @@ from timm.utils import setup_default_logging
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from .card import VALIDATION
-from .data import DIGITS, class_names, create_eval_loader, create_split, read
-from .device import agreement, init_device
+from .data import (
+    DIGITS,
+    check_labels,
+    class_names,
+    create_eval_loader,
+    create_split,
+    data_errors,
+    read,
+    skipped_images,
+)
+from .device import agreement, from_all, init_device
 from .errors import RunError, UsageError
+from .files import replacing
 from .trained import TrainedModel, load_branches, load_trained
 
 _logger = logging.getLogger('validate')
@@ -94,6 +104,7 @@ def evaluate(
         distributed: bool = False,
         real_labels: torch.Tensor | None = None,
         per_class: int | None = None,
+        after_batch: Callable[[], None] | None = None,
 ) -> dict[Hashable, dict[str, Any]]:
     """Count what several models, or several outputs of one, get right in one pass over the data.
 
@@ -106,6 +117,7 @@ def evaluate(
         distributed: Sum the counts of all processes; samples that pad a process's share are left out.
         real_labels: Sets of labels [images, labels] of the whole data set in its order, padded with -1.
         per_class: Number of classes, to count each by itself.
+        after_batch: Called after each batch.
 
     Returns:
         By name 'images', 'loss', 'top1' and 'top5' (percent); with `real_labels` also 'real_images', 'real_top1' and
@@ -137,6 +149,8 @@ def evaluate(
         for name, evaluator in real_evaluators.items():
             evaluator.update(logits[name], real_labels[seen:seen + len(target)])
         seen += len(target)
+        if after_batch is not None:
+            after_batch()
     results = {name: _figures(evaluator, distributed) for name, evaluator in evaluators.items()}
     for name, evaluator in class_evaluators.items():
         results[name]['classes'] = evaluator.compute(distributed)
@@ -153,6 +167,7 @@ def evaluate_pair(
         device: torch.device,
         autocast: Callable = nullcontext,
         distributed: bool = False,
+        after_batch: Callable[[], None] | None = None,
 ) -> 'OrderedDict[str, float]':
     """Return loss, top1 and top5 (percent) of each branch and of two branches' averaged probabilities ('ens').
 
@@ -163,6 +178,7 @@ def evaluate_pair(
         device: Where the model is.
         autocast: Context of the forward passes.
         distributed: Sum the counts of all processes; samples that pad a process's share are left out.
+        after_batch: Called after each batch.
     """
     def forward(input):
         output = model(input, project=False)
@@ -175,7 +191,7 @@ def evaluate_pair(
 
     names = [*sides, 'ens'] if len(sides) > 1 else list(sides)
     model.eval()
-    results = evaluate(forward, names, loader, device, autocast, distributed)
+    results = evaluate(forward, names, loader, device, autocast, distributed, after_batch=after_batch)
     return OrderedDict(
         (f'{metric}_{name}', results[name][metric]) for name in names for metric in ('loss', 'top1', 'top5'))
 
@@ -367,10 +383,11 @@ def validate(args) -> list[dict[str, Any]]:
                 _create_pass(args, list(group), device)
                 for _, group in groupby(models, key=lambda trained: (trained.data_config, trained.class_names))]
         rows, classes = [], []
-        for each in passes:
-            pass_rows, pass_classes = _run_pass(args, each, device)
-            rows += pass_rows
-            classes += pass_classes
+        with data_errors():
+            for each in passes:
+                pass_rows, pass_classes = _run_pass(args, each, device)
+                rows += pass_rows
+                classes += pass_classes
     finally:
         if args.distributed:
             torch.distributed.destroy_process_group()
@@ -437,6 +454,7 @@ def _create_pass(args, models: list[TrainedModel], device: torch.device) -> Pass
         indices = target_indices(trained, names, data)
         if indices is not None:
             dataset.target_transform = indices.__getitem__
+    check_labels(dataset, trained.model.num_classes)
     if args.file_list:
         dataset = select_files(dataset, args.file_list, data)
         data = f'{data} ({os.path.basename(args.file_list)})'
@@ -465,20 +483,22 @@ def _run_pass(args, each: Pass, device: torch.device) -> tuple[list[dict[str, An
         return {i: model(input) for i, model in enumerate(models)}
 
     started = time.perf_counter()
-    try:
-        results = evaluate(
-            forward,
-            range(len(models)),
-            each.loader,
-            device,
-            autocast=partial(torch.autocast, device.type, dtype=dtype) if args.amp else nullcontext,
-            distributed=args.distributed,
-            real_labels=each.real_labels,
-            per_class=None if args.per_class is None else models[0].num_classes,
-        )
-    except IndexError as e:  # of the cross-entropy
-        raise RunError(f'{each.data}: has a label that is none of the {models[0].num_classes} classes ({e})') from e
+    results = evaluate(
+        forward,
+        range(len(models)),
+        each.loader,
+        device,
+        autocast=partial(torch.autocast, device.type, dtype=dtype) if args.amp else nullcontext,
+        distributed=args.distributed,
+        real_labels=each.real_labels,
+        per_class=None if args.per_class is None else models[0].num_classes,
+    )
     seconds = time.perf_counter() - started
+    skipped = sum(from_all(args, skipped_images(each.loader)))
+    if skipped and args.rank == 0:
+        _logger.warning(f'{each.data}: {skipped} images could not be read; others took their places, and their ReaL '
+                        f'labels' if args.real_labels is not None else f'{each.data}: {skipped} images could not be '
+                        f'read, others took their places')
     rows, classes = [], []
     for i, trained in enumerate(each.models):
         config, figures = trained.data_config, results[i]
@@ -565,9 +585,8 @@ def write_results(args, rows: list[dict[str, Any]]) -> None:
 
 def _write(path: str, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
     """Write rows as CSV, or as JSON to a file of that name; a file that is there stays until the new one is whole."""
-    temporary = f'{path}.{os.getpid()}.tmp'
     try:
-        with open(temporary, 'w', newline='', encoding='utf-8') as f:
+        with replacing(path, newline='', encoding='utf-8') as f:
             if path.lower().endswith('.json'):
                 json.dump(rows, f, indent=2)
                 f.write('\n')
@@ -575,12 +594,8 @@ def _write(path: str, columns: Sequence[str], rows: list[dict[str, Any]]) -> Non
                 writer = csv.DictWriter(f, columns)
                 writer.writeheader()
                 writer.writerows(rows)
-        os.replace(temporary, path)
     except OSError as e:
         raise RunError(f'{path}: can not be written: {e.strerror}') from e
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 def _other_rows(path, rows) -> list[dict[str, str]]:

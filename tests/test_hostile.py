@@ -1,0 +1,415 @@
+"""Files and names of others: none runs code, writes elsewhere, keeps a command busy or gives away a token."""
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from hub import Hub
+from safetensors.torch import save_file
+from timm.data import resolve_model_data_config
+
+from timm_vpl.cli import main
+from timm_vpl.options import parse_args, recipe_values
+from timm_vpl.trained import branch_config
+
+ROOT = Path(__file__).resolve().parent.parent
+PAIR = ['--model-a', 'test_resnet', '--model-b', 'test_vit']
+TRAIN = ['train', '--dataset', 'digits', *PAIR, '--img-size', '32', '-b', '8', '--workers', '0', '--device', 'cpu',
+         '--epochs', '1', '--warmup-epochs', '0', '--output', 'output']
+EVAL = ['--dataset', 'digits', '--workers', '0', '--device', 'cpu']
+CANARY = 'hf_CANARYcanaryCANARYcanaryCANARY12'
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(argv, capsys, *words, seconds=20):
+    """Check that a command ends soon, with status 1 or 2 and one line that has these words; return the line."""
+    capsys.readouterr()
+    start = time.monotonic()
+    try:
+        status = main([str(arg) for arg in argv])
+    except SystemExit as e:
+        status = e.code
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if ': error: ' in line]
+    assert status in (1, 2) and len(lines) == 1 and err.endswith(lines[0] + '\n'), (status, out, err)
+    assert 'Traceback' not in err and len(lines[0]) < 1100
+    assert time.monotonic() - start < seconds
+    for word in words:
+        assert str(word) in lines[0], lines[0]
+    return lines[0]
+
+
+# Checkpoints
+
+
+class Bomb:
+    """Leaves a folder where it is unpickled by a loader that runs code."""
+
+    def __reduce__(self):
+        return os.mkdir, (os.path.abspath('ran'),)
+
+
+def save_bombs():
+    """Save one of each kind of file that torch or numpy would unpickle, and return their names."""
+    torch.save({'state_dict': {'x': torch.zeros(1)}, 'args': Bomb()}, 'bomb.pth.tar')
+    torch.save({'x': Bomb()}, 'legacy.pth', _use_new_zipfile_serialization=False)
+    Path('pickle.pth.tar').write_bytes(pickle.dumps({'state_dict': Bomb()}))
+    Path('bomb.safetensors').write_bytes(pickle.dumps(Bomb()))
+    np.savez('array.npz', **{'embedding/kernel': np.array([Bomb()], dtype=object)})
+    Path('empty.pth').touch()
+    return ['bomb.pth.tar', 'legacy.pth', 'pickle.pth.tar', 'bomb.safetensors', 'array.npz', 'empty.pth']
+
+
+@pytest.mark.parametrize('argv', [
+    [*TRAIN, '--initial-checkpoint-b'],
+    [*TRAIN, '--pretrained-path-b'],
+    [*TRAIN, '--resume'],
+    ['train', *EVAL, '--model-b', 'deit_tiny_distilled_patch16_224', '--model-kwargs', 'depth=1', '--method', 'deit',
+     '--img-size', '32', '--teacher'],
+    ['validate', *EVAL],
+    ['export'],
+    ['export', '--model-b', 'test_vit', '--num-classes', '10'],
+], ids=['initial', 'pretrained', 'resume', 'teacher', 'validate', 'export', 'export-named'])
+def test_pickles_are_refused_without_running(argv, capsys):
+    pickle.loads(pickle.dumps(Bomb()))
+    assert Path('ran').is_dir()  # it is one
+    Path('ran').rmdir()
+    for name in save_bombs():
+        refused([*argv, name], capsys)
+        assert not Path('ran').exists(), name
+    assert not Path('output').exists()
+
+
+def model_folder(name, weights=None, **changes):
+    """Write the folder of a model, changed, and return its name for timm."""
+    folder = Path(name)
+    folder.mkdir()
+    config = {'architecture': 'test_vit', 'num_classes': 10, 'model_args': {'img_size': 32}, 'pretrained_cfg': {
+        'input_size': [3, 32, 32], 'fixed_input_size': True, 'num_classes': 10, 'first_conv': 'patch_embed.proj',
+        'classifier': 'head'}}
+    config['pretrained_cfg'].update(changes.pop('pretrained_cfg', {}))
+    (folder / 'config.json').write_text(json.dumps({**config, **changes}))
+    if weights:
+        shutil.copy(weights, folder / ('model.safetensors' if weights.endswith('safetensors') else 'pytorch_model.bin'))
+    return str(folder.resolve())
+
+
+@pytest.mark.parametrize('changes', [
+    {'architecture': 'os.system'}, {'architecture': '../../test_vit'}, {'architecture': 3}, {'architecture': None},
+    {'architecture': 'hf-hub:someone/model'}, {'architecture': ['test_vit']},
+    {'model_args': {'checkpoint_path': 'bomb.pth.tar'}}, {'model_args': {'cache_dir': 'cache'}},
+    {'model_args': {'pretrained_cfg_overlay': {'file': 'bomb.pth.tar'}}}, {'model_args': {'__class__': 'x', '': 1}},
+    {'model_args': ['img_size']}, {'model_args': {'act_layer': 'os.system'}}, {'model_args': {'num_heads': 0}},
+    {'model_args': {'patch_size': 0}}, {'model_args': {'img_size': []}}, {'model_args': {'embed_dim': 10**12}},
+    {'model_args': {'pruned': True}}, {'model_args': {'features_only': True}},
+    {'pretrained_cfg': {'input_size': []}},
+    {'pretrained_cfg': {'input_size': [3, 10**9, 10**9], 'fixed_input_size': False}},
+    {'pretrained_cfg': {'mean': 'x'}}, {'pretrained_cfg': {'std': [0, 0, 0]}}, {'pretrained_cfg': {'unknown': 1}},
+    {'pretrained_cfg': {'interpolation': ['x']}}, {'pretrained_cfg': {'crop_pct': float('nan')}},
+], ids=str)
+def test_config_json_of_others(changes, capsys):
+    model = timm.create_model('test_vit', num_classes=10, img_size=32)
+    save_file(model.state_dict(), 'good.safetensors')
+    torch.save({'x': Bomb()}, 'bomb.pth.tar')
+    folder = model_folder('model', 'good.safetensors', **changes)
+    refused([*TRAIN, '--model-b', f'local-dir:{folder}', '--pretrained-b'], capsys, folder)
+    if changes != {'model_args': {'features_only': True}}:  # it has weights that fit
+        refused(['validate', folder, *EVAL], capsys, folder)
+    assert not any(Path(name).exists() for name in ('ran', 'cache', 'output'))
+
+
+def test_config_json_does_not_choose_the_weights(capsys):
+    """A file or an address in it is not read: only what lies in its folder."""
+    torch.save({'x': Bomb()}, 'bomb.pth.tar')
+    elsewhere = {'file': os.path.abspath('bomb.pth.tar'), 'url': 'http://127.0.0.1:9/.profile', 'source': 'file',
+                 'hf_hub_id': 'someone/model', 'hf_hub_filename': '../../x', 'custom_load': True}
+    folder = model_folder('model', pretrained_cfg=elsewhere)
+    refused(['validate', folder, *EVAL], capsys, f'No suitable checkpoints found in {folder}')
+    for name in ('bomb.pth.tar', 'array.npz'):
+        save_bombs()
+        other = model_folder(f'with-{name}', name, pretrained_cfg=elsewhere)
+        refused(['validate', other, *EVAL], capsys, other)
+    assert not Path('ran').exists()
+
+
+@pytest.mark.parametrize('text', ['[' * 100000, '[1]', 'null', '\0', '9' * 5000, '', '{"architecture": '])
+def test_config_json_that_is_none(text, capsys):
+    Path('model').mkdir()
+    Path('model', 'config.json').write_text(text)
+    refused(['validate', 'model', *EVAL], capsys, 'model: can not be built')
+
+
+@pytest.fixture(scope='module')
+def checkpoint():
+    """The checkpoint of a run, as far as export needs it."""
+    state, branches = {}, {}
+    for side, name in (('a', 'test_resnet'), ('b', 'test_vit')):
+        model = timm.create_model(name, num_classes=2, **({'img_size': 32} if side == 'b' else {}))
+        state.update({f'model_{side}.{key}': value for key, value in model.state_dict().items()})
+        data_config = {**resolve_model_data_config(model), 'input_size': (3, 32, 32)}
+        branches[side] = branch_config(model, data_config, ['cat', 'dog'])
+    metrics = {f'{metric}_{side}': 50. for side in 'ab' for metric in ('top1', 'top5')}
+    return {'state_dict': state, 'branches': branches, 'metrics': metrics, 'epoch': 0, 'args': {
+        'method': 'vpl', 'model_a': 'test_resnet', 'model_b': 'test_vit', 'dataset': 'digits'}}
+
+
+ELSEWHERE = '../../elsewhere'
+
+
+@pytest.mark.parametrize('key, change', [
+    ('args', {'method': ELSEWHERE}), ('args', {'method': '/elsewhere'}), ('args', {'method': 'a\nb'}),
+    ('args', {'method': 'x' * 300}), ('args', {'method': ['vpl']}), ('args', {'lr': torch.zeros(1)}), ('args', {1: 2}),
+    ('metrics', {'top1_a': '50'}), ('metrics', {'top1_a': torch.ones(1)}),
+    ('branches', {'a': {'architecture': ELSEWHERE}}), ('branches', {'a': {}}), ('branches', {'a': torch.zeros(1)}),
+    ('branches', {'a': {'architecture': 'test_resnet', 'x': torch.zeros(1)}}), ('branches', {'a': {'x': {1: 2}}}),
+], ids=str)
+def test_checkpoints_of_others(checkpoint, key, change, capsys):
+    Path('run').mkdir()
+    torch.save({**checkpoint, key: {**checkpoint[key], **change}}, 'run/last.pth.tar')
+    refused(['export', 'run'], capsys)
+    if not isinstance(change.get('method'), str):  # that one only names the export
+        refused(['export', 'run', '--name-a', 'a', '--name-b', 'b'], capsys)
+    assert os.listdir() == ['run'] and os.listdir('run') == ['last.pth.tar']
+
+
+def test_names_of_exports_stay_inside(checkpoint, capsys):
+    torch.save(checkpoint, 'last.pth.tar')
+    for name in (ELSEWHERE, '/elsewhere', '..', '.', '-x', 'a b', 'x' * 300):
+        refused(['export', 'last.pth.tar', f'--name-a={name}'], capsys, '--name-a', 'at most 96')
+    refused(['export', 'last.pth.tar', '--out', 'x' * 300], capsys, '--out', 'too long')
+    assert os.listdir() == ['last.pth.tar']
+
+
+def test_card_of_a_checkpoint_of_others(checkpoint):
+    """Text of others stays text: one line of Markdown, a value of the card's YAML, no code in the example."""
+    evil = "x\n---\nlicense: mit\n'); import os #"
+    args = {**checkpoint['args'], 'dataset': f'hfds/{evil}', 'input_img_mode': evil, 'teacher': evil, 'opt': evil}
+    torch.save({**checkpoint, 'args': args, 'branches': {**checkpoint['branches'], ELSEWHERE: {}}}, 'last.pth.tar')
+    assert main(['export', 'last.pth.tar']) == 0
+    card = Path('export', 'vpl-test_vit', 'README.md').read_text()
+    assert yaml.safe_load(card.split('---\n')[1])['license'] == 'unknown'
+    example = card.partition('```python')[2].partition('```')[0]
+    compile(example, 'example', 'exec')
+    assert 'os' not in example.replace('rosoft', '').split()
+    assert sorted(os.listdir('export')) == ['vpl-test_resnet', 'vpl-test_vit']
+
+
+def test_measurements_of_others(checkpoint, capsys):
+    torch.save(checkpoint, 'last.pth.tar')
+    for text in ('branch,epoch\na,0\n', 'a,b\n' + 'x' * 200000 + ',1\n'):
+        Path('validation.csv').write_text(text)
+        refused(['export', 'last.pth.tar'], capsys, 'validation.csv')
+
+
+# Recipes
+
+
+def recipe_line(text, capsys, *words):
+    """Return how a recipe is refused."""
+    Path('recipe.yaml').write_bytes(text if isinstance(text, bytes) else text.encode())
+    return refused(['train', '--dataset', 'digits', *PAIR, *words, '-c', 'recipe.yaml'], capsys, 'recipe.yaml')
+
+
+LAUGHS = 'mean: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n' + ''.join(
+    f'{name}: &{letter} [{", ".join([f"*{before}"] * 9)}]\n' for name, before, letter in zip(
+        ('std', 'opt_betas', 'scale', 'ratio', 'lr_noise', 'wandb_tags', 'save_epochs', 'input_size'), 'abcdefgh',
+        'bcdefghi', strict=True))
+
+
+@pytest.mark.parametrize('text, message', [
+    ('opt: !!python/object/apply:os.mkdir [ran]', 'python/object/apply:os.mkdir is not allowed'),
+    ('opt: !!python/name:os.system', 'is not allowed'),
+    ('opt: !!set {a, b}', 'is not allowed'),
+    ('opt: !!seq a', 'is not allowed here'),
+    ('opt: !!bool [a]', 'is not allowed here'),
+    (LAUGHS, 'more than 10000 values'),
+    ('mean: ' + '[' * 30 + ']' * 30, 'nested too deeply'),
+    ('[' * 90000, 'nested too deeply'),
+    ('{' * 90000, 'nested too deeply'),
+    ('- ' * 45000, 'nested too deeply'),
+    ('x: 1\n' * 25000, 'more than 100000 bytes'),
+    ('lr: 1\nlr: 2', 'given twice'),
+    ('[lr]: 1', 'not the name of an option'),
+    ('{a: 1}: 1', 'not the name of an option'),
+    (b'lr: \xff', 'not a text file in UTF-8'),
+    (b'lr: \0', 'not YAML'),
+    ('opt: "a\\0b"', 'is not text'),
+    ('opt: "\\ud800"', 'is not text'),
+    ('opt: "\\UFFFFFFFF"', 'not YAML'),
+    ('%YAML 9' + '9' * 5000 + '.1\n---\na: 1', 'not YAML'),
+    ('opt: "\\e[31mred"\nlr: "\\e[31m"', '\\x1b[31m'),
+])
+def test_recipes_of_others(text, message, capsys):
+    assert message in recipe_line(text, capsys)
+    assert not Path('ran').exists()
+
+
+def test_recipes_that_are_no_files(capsys):
+    Path('folder').mkdir()
+    os.mkfifo('pipe')
+    for name, message in (('folder', 'a folder'), ('pipe', 'neither a file'), ('/dev/zero', 'neither a file')):
+        refused(['train', '-c', name], capsys, f'--config {name} is {message}', seconds=3)
+    with open('huge.yaml', 'wb') as file:
+        file.truncate(100_000_000)
+    refused(['train', '-c', 'huge.yaml'], capsys, 'huge.yaml is too large for a recipe', seconds=3)
+
+
+def test_long_values_are_quick(capsys):
+    start = time.monotonic()
+    for value in ('(' * 90000, '-' * 90000 + '1', '9' * 90000, ' ' * 90000 + 'b', 'b=' * 40000, "'\\d'"):
+        Path('recipe.yaml').write_text(yaml.safe_dump({'model_kwargs': f'a={value}'}))
+        parse_args(['--dataset', 'digits', *PAIR, '-c', 'recipe.yaml'])
+    assert capsys.readouterr() == ('', '') and time.monotonic() - start < 20
+
+
+def test_code_of_a_data_set_only_by_the_command_line(capsys):
+    line = recipe_line('dataset_trust_remote_code: true', capsys)
+    assert line.endswith('a recipe can not allow a data set to run code, only --dataset-trust-remote-code on the '
+                         'command line can')
+    args = parse_args(['--dataset', 'digits', *PAIR, '-c', 'recipe.yaml', '--dataset-trust-remote-code'])
+    assert args.dataset_trust_remote_code and 'dataset_trust_remote_code' not in recipe_values(args)
+    Path('recipe.yaml').write_text('dataset_trust_remote_code: false')
+    assert not parse_args(['--dataset', 'digits', *PAIR, '-c', 'recipe.yaml']).dataset_trust_remote_code
+
+
+@pytest.mark.parametrize('value', ['/elsewhere', '..', '../x', 'a/../../x'])
+def test_output_of_a_recipe_stays_below(value, capsys):
+    assert recipe_line(f'output: {value}', capsys).endswith(
+        f'output: {value} is not below the current folder; give --output on the command line')
+    args = parse_args(['--dataset', 'digits', *PAIR, '-c', 'recipe.yaml', '--output', value])
+    assert args.output == value and 'output' not in recipe_values(args)
+    Path('recipe.yaml').write_text('output: runs/mine')
+    assert parse_args(['--dataset', 'digits', *PAIR, '-c', 'recipe.yaml']).output == 'runs/mine'
+
+
+@pytest.mark.parametrize('name', [
+    '..', '.', '.hidden', '../x', 'a/b', '/x', 'a\\b', ' ', ' a', 'a ', '-x', '~', 'a\nb', '\x1b[31m', 'x' * 201])
+def test_experiment_is_a_name(name, capsys):
+    refused(['train', '--dataset', 'digits', *PAIR, f'--experiment={name}'], capsys, '--experiment', 'not a path')
+    Path('recipe.yaml').write_text(yaml.safe_dump({'experiment': name}))
+    refused(['train', '--dataset', 'digits', *PAIR, '-c', 'recipe.yaml'], capsys, '--experiment')
+    for good in ('', 'run', '007', 'a.b_c-d', 'lr=0.1 (2)', 'größe'):
+        assert parse_args(['--dataset', 'digits', *PAIR, '--experiment', good]).experiment == good
+
+
+@pytest.mark.parametrize('key', ['cache_dir', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay'])
+def test_a_recipe_chooses_no_files_for_timm(key, capsys):
+    """With these, timm would download any address into any folder."""
+    for name in ('model_kwargs', 'model_kwargs_b'):
+        text = yaml.safe_dump({name: {key: {'url': 'http://127.0.0.1:9/.profile'}}})
+        assert recipe_line(text, capsys).endswith(f'{name}: {key} names files, only the command line can give it')
+        assert recipe_line(f'{name}: {key}=x', capsys).endswith('only the command line can give it')
+
+
+@pytest.mark.parametrize('place, message', [
+    ('pipe:touch ran', 'in a shell'), ('PIPE:touch ran', 'in a shell'), ('pipe:touch ran; cat https://x', 'in a shell'),
+    ('hf://datasets/a/b', 'the token of the Hub'), ('https://user:secret@host/x', 'a user name or password'),
+    ("https://host/x';touch ran;'", 'not an address'),
+])
+def test_shards_run_no_commands(place, message, capsys):
+    options = ['--dataset', 'wds/x', '--data-dir', place]
+    for argv in (['train', *PAIR, *options], ['validate', 'test_vit', *options]):
+        assert 'secret' not in refused(argv, capsys, message)
+    Path('recipe.yaml').write_text(yaml.safe_dump({'dataset': 'wds/x', 'data_dir': place}))
+    refused(['train', *PAIR, '-c', 'recipe.yaml'], capsys, message)
+    assert not Path('ran').exists()
+
+
+def test_splits_run_no_commands(capsys):
+    for split in ('pipe:touch ran.tar', 'a.tar::pipe:touch ran.tar|5'):
+        for flag in ('--train-split', '--val-split'):
+            refused(['train', *PAIR, '--dataset', 'wds/x', '--data-dir', '.', flag, split], capsys, 'in a shell')
+        refused(['validate', 'test_vit', '--dataset', 'wds/x', '--data-dir', '.', '--val-split', split], capsys,
+                'in a shell')
+
+
+# Pipes in the place of files, and the report
+
+
+def test_fifos_keep_nobody_waiting(capsys):
+    os.mkfifo('fifo')
+    os.mkfifo('fifo.tar')
+    Path('run').mkdir()
+    os.mkfifo('run/args.yaml')
+    for argv in (
+            ['train', 'fifo.tar', *PAIR], ['train', 'fifo', *PAIR], ['train', *TRAIN[1:], '--resume', 'fifo'],
+            [*TRAIN, '--initial-checkpoint-b', 'fifo'], [*TRAIN, '--class-map', 'fifo'], [*TRAIN, '--teacher', 'fifo'],
+            ['export', 'fifo'], ['validate', 'fifo', *EVAL], ['validate', 'test_vit', *EVAL, '--class-map', 'fifo'],
+            ['validate', 'test_vit', *EVAL, '--file-list', 'fifo'], ['report', 'run'], ['report', 'fifo']):
+        refused(argv, capsys, seconds=5)
+
+
+@pytest.mark.parametrize('options, cell', [
+    (LAUGHS, '1'), ('!!python/object/apply:os.mkdir [ran]: 1', '1'), ('<<: 5', '1'), ('lr: !!bool x', '1'),
+    ('contrastive_to: [1]\nkl_to: {a: 1}\nx: {a: 1}\nteacher: [.]', '1'), ('model_b: {a: 1}\nseed: [1]', '1e308'),
+    ('epochs: 1e300\ndata_dir: {a: 1}', '1e999'), ('epochs: 99999999999\nmodel_kwargs: {a: [1]}', 'x'),
+])
+def test_runs_of_others_in_a_report(options, cell, capsys):
+    Path('run').mkdir()
+    Path('run/args.yaml').write_text(f'method: vpl\nmodel_a: x\n{options}\n')
+    Path('run/summary.csv').write_text(
+        f'epoch,lr_a,eval_top1_a,images,seconds,processes,num_epochs\n0,1,{cell},{cell},{cell},{cell},{cell}\n')
+    start = time.monotonic()
+    for format in ('md', 'csv', 'json'):
+        assert main(['report', 'run', '--format', format]) in (0, 2)
+    assert 'Traceback' not in capsys.readouterr().err and time.monotonic() - start < 10
+    assert not Path('ran').exists()
+
+
+def test_a_saver_of_others_names_files_of_its_folder():
+    """What a checkpoint lists as its history is deleted in time: nothing elsewhere, nothing of another name."""
+    from timm_vpl import checkpoint as module
+    own = {'checkpoint_files': [
+        ('../mine.txt', 1.), ('/etc/hosts', 1.), ('last.pth.tar', 1.), ('checkpoint-3.pth.tar', 2.)],
+        'best_branches': {'a': (1., 3), '/../../x': (1., 3)}, 'pending': (3, 1.)}
+    found = module._own(own, ('a', 'b'))
+    assert found['checkpoint_files'] == [('checkpoint-3.pth.tar', 2.)] and list(found['best_branches']) == ['a']
+    for bad in ({'pending': ('x/../y', 1.)}, {'checkpoint_files': 5}, {'checkpoint_files': [(1, 2)]}, 5):
+        with pytest.raises(module.RunError, match="'saver' of the checkpoint is not that of a run"):
+            module._own(bad, ('a', 'b'))
+
+
+# The token
+
+
+def test_no_token_in_any_file_or_line(checkpoint, tmp_path):
+    """Commands that may know it, failing and succeeding; the Hub, on loopback, knows nothing of it."""
+    torch.save(checkpoint, 'last.pth.tar')
+    Path('recipe.yaml').write_text('lr: fast')
+    script = (
+        'import sys\n'
+        'from timm_vpl.cli import main\n'
+        'for argv in eval(sys.argv[1]):\n'
+        '    try:\n'
+        '        print(main(argv))\n'
+        '    except SystemExit as e:\n'
+        '        print(e.code)\n')
+    commands = [
+        [*TRAIN, '-c', 'recipe.yaml'], [*TRAIN, '--model-b', 'hf-hub:someone/model', '--pretrained-b'],
+        ['validate', 'hf-hub:someone/model', *EVAL], [*TRAIN, '--teacher', 'hf-hub:someone/model', '--method', 'deit'],
+        ['export', 'last.pth.tar', '--push-to', 'someone'], [*TRAIN, '-b', '128', '--experiment', 'run', '--no-export']]
+    with Hub({}) as hub:
+        environment = {**hub.environment(tmp_path / 'home', token=CANARY), 'PYTHONPATH': str(ROOT)}
+        result = subprocess.run(
+            [sys.executable, '-c', script, repr(commands)],
+            env=environment, capture_output=True, text=True, timeout=120)
+    statuses = [line for line in result.stdout.splitlines() if line.isdigit()]
+    assert 'Traceback' not in result.stderr and statuses == ['2', '2', '2', '2', '1', '0'], result.stderr[-3000:]
+    assert CANARY not in result.stdout + result.stderr
+    files = [path for path in tmp_path.rglob('*') if path.is_file()]
+    assert {'args.yaml', 'summary.csv', 'last.pth.tar', 'README.md', 'config.json'} <= {path.name for path in files}
+    assert not [path for path in files if CANARY.encode() in path.read_bytes()]

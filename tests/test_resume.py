@@ -1,0 +1,248 @@
+"""A run that is stopped or interrupted, anywhere, ends as the run that was left alone, to the bit."""
+import logging
+import os
+import re
+import shutil
+import signal
+
+import pytest
+import timm.optim
+import torch
+from runs import differences, summary
+from test_train import NOISE, last, rows, run
+
+import timm_vpl.files
+from timm_vpl.checkpoint import newest_checkpoint, read_checkpoint
+
+SHORT = [*NOISE, '--epochs', '3', '--x', '40', '--y', '30', '--log-interval', '1', '--experiment', 'run']
+
+
+class SignalAt(logging.Handler):
+    """Sends this process a signal at the first log line that has a pattern."""
+
+    def __init__(self, pattern, number=signal.SIGTERM):
+        super().__init__()
+        self.pattern = pattern
+        self.number = number
+
+    def emit(self, record):
+        if self.pattern and re.search(self.pattern, record.getMessage()):
+            self.pattern = None
+            os.kill(os.getpid(), self.number)
+
+
+def stop_at(pattern, data, output, *options, **kwargs):
+    """Train until a log line has the pattern; return the run's exit status."""
+    handler = SignalAt(pattern)
+    logging.getLogger('train').addHandler(handler)
+    logging.getLogger('train').setLevel(logging.INFO)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run(data, output, *options, **kwargs)
+        return stopped.value.code
+    finally:
+        logging.getLogger('train').removeHandler(handler)
+
+
+@pytest.mark.parametrize('options', [
+    ['--mixup', '0.2', '--cutmix', '1.0', '--workers', '2'],
+    ['--method', 'dml', '--aug-repeats', '3'],
+    ['--grad-accum-steps', '2', '--opt', 'lookahead_adamw', '--sched-on-updates', '--no-prefetcher', '--mixup', '0.8'],
+    ['--sched', 'plateau', '--patience-epochs', '0', '--lr-noise', '0.1', '--val-interval', '2'],
+    ['--amp', '--amp-dtype', 'bfloat16', '--on-nonfinite', 'skip', '--no-model-ema'],
+], ids=lambda options: options[-1] if options[-1][0] != '-' else options[0])
+def test_stopped_in_mid_epoch(digits_folder, tmp_path, options):
+    whole = run(digits_folder, tmp_path / 'whole', *SHORT, *options)
+    assert stop_at(r'Train: 1 \[ *[12]/', digits_folder, tmp_path / 'part', *SHORT, *options) == 143
+    assert read_checkpoint(newest_checkpoint(tmp_path / 'part' / 'run'))['progress']['batch'] in (1, 2, 3, 4)
+    part = run(digits_folder, tmp_path / 'part', *SHORT, *options, '--resume', 'auto')
+    assert not differences(whole, part)
+
+
+def test_stopped_in_validation(digits_folder, tmp_path, capsys):
+    options = ['-vb', '4', '--save-epochs', '2']
+    whole = run(digits_folder, tmp_path / 'whole', *SHORT, *options)
+    assert stop_at(r'Train: 1 \[ *4/', digits_folder, tmp_path / 'part', *SHORT, *options) == 143
+    assert 'after epoch 1, batch 5 of 5' in capsys.readouterr().err
+    decoded = []
+    part = run(digits_folder, tmp_path / 'part', *SHORT, *options, '--resume', 'auto')
+    assert not differences(whole, part), decoded
+
+
+def test_recovery_checkpoints(digits_folder, tmp_path):
+    options = [*SHORT, '--checkpoint-hist', '3', '--recovery-interval', '2']
+    whole = run(digits_folder, tmp_path / 'whole', *options)
+    assert {path.name for path in whole.glob('recovery-*')} == {'recovery-2-3.pth.tar', 'recovery-2-4.pth.tar'}
+    for name in ('recovery-2-3', 'recovery-2-4'):
+        part = tmp_path / name / 'run'
+        shutil.copytree(whole, part)
+        run(digits_folder, tmp_path / name, *options, '--resume', str(part / f'{name}.pth.tar'))
+        assert not differences(whole, part)
+
+
+def test_recovery_minutes(digits_folder, tmp_path):
+    folder = run(digits_folder, tmp_path, *SHORT, '--recovery-minutes', '0.00001')
+    assert len(list(folder.glob('recovery-*'))) == 2
+
+
+class Killed(BaseException):
+    """The end of a process at an instant that a test chose."""
+
+
+@pytest.mark.parametrize('instant', range(9))
+def test_killed_while_saving(digits_folder, tmp_path, monkeypatch, instant):
+    # Of the file operations of the second epoch, each in turn is the last that the process did not do.
+    whole = run(digits_folder, tmp_path / 'whole', *SHORT, '--save-epochs', '2')
+    count = [0]
+
+    def interrupted(name):
+        function = getattr(os, name)
+
+        def call(*args, **kwargs):
+            if (tmp_path / 'part' / 'run' / 'checkpoint-0.pth.tar').exists() and 'summary' not in str(args[-1]):
+                if count[0] >= instant:  # and none after it
+                    raise Killed
+                count[0] += 1
+            return function(*args, **kwargs)
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ('replace', 'link', 'remove'):
+            patch.setattr(os, name, interrupted(name))
+        try:
+            run(digits_folder, tmp_path / 'part', *SHORT, '--save-epochs', '2', '--stop-epoch', '2')
+            assert instant >= 7
+        except Killed:
+            pass
+    part = run(digits_folder, tmp_path / 'part', *SHORT, '--save-epochs', '2', '--resume', 'auto')
+    assert not differences(whole, part)
+
+
+def test_newest_checkpoint_that_can_be_read(digits_folder, tmp_path, caplog):
+    folder = run(digits_folder, tmp_path, *SHORT, '--recovery-interval', '2')
+    assert newest_checkpoint(folder) == str(folder / 'last.pth.tar')
+    for name in ('last', 'recovery-2-4'):
+        path = folder / f'{name}.pth.tar'
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content[:len(content) // 2])
+    assert newest_checkpoint(folder) == str(folder / 'recovery-2-3.pth.tar')
+    assert 'last.pth.tar' in caplog.text and 'truncated, or not a checkpoint' in caplog.text
+    for path in folder.glob('recovery-*'):
+        path.unlink()
+    assert newest_checkpoint(folder) == str(folder / 'checkpoint-2.pth.tar')
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_auto_after_a_death_before_the_first_checkpoint(digits_folder, tmp_path):
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    (folder / 'args.yaml').write_text('method: vpl\n')
+    (folder / 'tmp.pth.tar').write_bytes(b'half')
+    assert run(digits_folder, tmp_path, '--resume', 'auto', '--epochs', '1') == folder
+    assert (folder / 'last.pth.tar').exists() and not (folder / 'tmp.pth.tar').exists()
+    assert not (tmp_path / 'run-1').exists()
+
+
+@pytest.fixture(scope='module')
+def begun(digits_folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp('begun')
+    run(digits_folder, output, *SHORT, '--stop-epoch', '1')
+    return output
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--model-b', 'test_convnext'], '--model-b test_vit before, now test_convnext'),
+    (['--method', 'dml'], '--method vpl before, now dml'),
+    (['--epochs', '4'], '--epochs 3 before, now 4'),
+    (['-b', '4'], '1 processes x batch 8 before, now 1 x 4'),
+    (['--seed', '8'], '--seed 7 before, now 8'),
+    (['--weight-decay-a', '0.1'], '--weight-decay-a 0.05 before, now 0.1'),
+    (['--no-model-ema'], '--model-ema on before, now none'),
+    (['--eval-metric', 'loss_a'], '--eval-metric top1 before, now loss_a'),
+    (['--cooldown-epochs', '2'], '3 epochs in all before, now 5'),
+], ids=lambda value: value[0] if isinstance(value, list) else '')
+def test_another_run_is_refused(digits_folder, begun, capsys, options, message):
+    from timm_vpl.cli import train
+    before = (begun / 'run' / 'last.pth.tar').stat().st_mtime_ns
+    argv = [str(digits_folder), '--model-a', 'test_resnet', '--model-b', 'test_vit']
+    from test_train import SMALL
+    argv += [*SMALL, *SHORT, '--output', str(begun), '--resume', 'auto', *options]
+    assert train(argv) == 2
+    line = capsys.readouterr().err
+    assert message in line and line.count('\n') == 1 and '--start-epoch 1' in line
+    assert (begun / 'run' / 'last.pth.tar').stat().st_mtime_ns == before
+
+
+def test_other_data_is_refused(digits_folder, begun, tmp_path, capsys):
+    data = tmp_path / 'data'
+    shutil.copytree(digits_folder, data)
+    for path in sorted(data.glob('train/*/*.png'))[:8]:
+        path.unlink()
+    with pytest.raises(AssertionError):
+        run(data, begun, *SHORT, '--resume', 'auto')
+    assert '5 batches an epoch before, now 4' in capsys.readouterr().err
+
+
+def test_a_change_of_course_is_allowed(digits_folder, begun, tmp_path, caplog):
+    shutil.copytree(begun / 'run', tmp_path / 'run')
+    run(digits_folder, tmp_path, *SHORT, '--resume', 'auto', '--lr', '0.002', '--workers', '1', '--stop-epoch', '2')
+    lines = [record.getMessage() for record in caplog.records if 'changed' in record.getMessage()]
+    assert lines == [f'--resume: changed: --lr-{side} 0.001 before, now 0.002' for side in 'ab']
+    assert [row['epoch'] for row in rows(tmp_path / 'run')] == ['0', '1']
+
+
+def test_restart_by_hand(digits_folder, begun, tmp_path):
+    run(digits_folder, tmp_path, *SHORT, '--resume', str(begun / 'run' / 'last.pth.tar'), '--start-epoch', '1',
+        '--epochs', '2', '--weight-decay', '0.2')
+    assert [row['epoch'] for row in rows(tmp_path / 'run')] == ['0', '1']  # what came before is in the checkpoint
+
+
+def test_a_name_torchrun_restarts_goes_on(digits_folder, begun, tmp_path, monkeypatch, caplog):
+    shutil.copytree(begun / 'run', tmp_path / 'run')
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    run(digits_folder, tmp_path, *SHORT, '--stop-epoch', '2')
+    assert len(summary(tmp_path / 'run')) == 2
+    run(digits_folder, tmp_path, *SHORT, '--stop-epoch', '1', '--experiment', '', '--output', str(tmp_path / 'new'))
+    assert 'from the beginning' in caplog.text
+
+
+# kron keeps a generator of its own outside its state; docs/reliability.md says so
+OPTIMIZERS = timm.optim.list_optimizers(exclude_filters=['fused*', 'bnb*', 'adahessian', 'kron*'])
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_optimizer_goes_on_exactly(tmp_path, name):
+    def create():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+        return model, timm.optim.create_optimizer_v2(model, opt=name, lr=0.01, weight_decay=0.1)
+
+    def train(model, optimizer, batches):
+        for batch in batches:
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(batch))
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+
+    model, optimizer = create()
+    train(model, optimizer, range(8))
+    half, half_optimizer = create()
+    train(half, half_optimizer, range(5))
+    torch.save([half.state_dict(), half_optimizer.state_dict()], tmp_path / 'half.pt')
+    again, again_optimizer = create()
+    state, optimizer_state = torch.load(tmp_path / 'half.pt', weights_only=True)
+    again.load_state_dict(state)
+    again_optimizer.load_state_dict(optimizer_state)
+    train(again, again_optimizer, range(5, 8))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_files_are_whole_or_as_they_were(tmp_path):
+    path = tmp_path / 'file'
+    path.write_text('old')
+    with pytest.raises(OSError, match='full'), timm_vpl.files.replacing(str(path)) as f:
+        f.write('new')
+        raise OSError('full')
+    assert path.read_text() == 'old' and [p.name for p in tmp_path.iterdir()] == ['file']
+    assert last is not None

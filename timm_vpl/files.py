@@ -1,0 +1,38 @@
+"""Files that are whole or as they were: written under another name, flushed to disk, renamed."""
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: str, mode: str = 'w', **kwargs) -> Iterator:
+    """Open a file that takes the place of `path` once all of it is on disk; after an error the old one stays.
+
+    Args:
+        path: File to write; its folder is made if it is gone.
+        mode: As that of open().
+        **kwargs: Further arguments of open().
+    """
+    folder = os.path.dirname(path) or '.'
+    os.makedirs(folder, exist_ok=True)
+    temporary = Path(f'{path}.{os.getpid()}.tmp')
+    try:
+        with open(temporary, mode, **kwargs) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace(src: str | Path, dst: str | Path) -> None:
+    """Rename a file over another, so that a loss of power leaves one of the two."""
+    os.replace(src, dst)
+    with contextlib.suppress(OSError):  # not every system lets a folder be opened
+        folder = os.open(os.path.dirname(dst) or '.', os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -1,0 +1,124 @@
+"""Numbers gone bad: losses and gradients that are not finite, found without waiting for the device."""
+import logging
+from collections import deque
+
+import torch
+
+_logger = logging.getLogger(__name__)
+
+KEPT = 'batches'  # among the sums of the losses: the batches that they are sums over
+
+
+class FiniteCheck:
+    """Looks at the losses and gradients of each update, and says when a run has to end.
+
+    On a CPU the flags are read at once; from a GPU they travel behind the computation and are read when they have
+    arrived, some updates later.
+
+    Args:
+        device: Where losses and gradients are.
+        skip: Go on after an update that was left out; else the first one ends the run.
+        limit: Updates in a row that may be left out.
+    """
+
+    def __init__(self, device: torch.device, skip: bool = False, limit: int = 10):
+        self.device = device
+        self.skip = skip
+        self.limit = limit
+        self.skipped = 0  # updates left out, as far as they are known
+        self.error: str | None = None  # why the run has to end
+        self._row = 0
+        self._under_way: deque = deque()
+        self._one = torch.ones((), dtype=torch.float32, device=device)
+        self._statistics: list = []
+
+    def gradients(self, groups: list[dict]) -> dict[str, torch.Tensor]:
+        """Return for each branch of these optimizer groups a flag (0-d, 1 for bad) of its gradients.
+
+        It is the same in all processes, whose gradients are already averaged.
+        """
+        found = {}
+        for side in sorted({group['name'][0] for group in groups}):
+            grads = [
+                parameter.grad for group in groups if group['name'][0] == side
+                for parameter in group['params'] if parameter.grad is not None]
+            found[side] = torch.zeros((), dtype=torch.float32, device=self.device)
+            if grads and self.device.type in ('cpu', 'cuda'):
+                # The kernel behind GradScaler.unscale_, at scale 1: one pass over all gradients.
+                torch._amp_foreach_non_finite_check_and_unscale_(grads, found[side], self._one)
+            elif grads:
+                found[side] = (~torch.stack([grad.isfinite().all() for grad in grads])).any().float()
+        return found
+
+    def step(self, optimizer: torch.optim.Optimizer, found: dict[str, torch.Tensor]) -> None:
+        """Let the optimizer step, unless a gradient is bad.
+
+        torch's fused optimizers leave the update out on the device. For others the host reads the flag: on a CPU, and
+        where updates are to be skipped; a run that stops anyway does not wait for it.
+        """
+        bad = torch.stack(list(found.values())).amax()
+        if getattr(optimizer, '_step_supports_amp_scaling', False):
+            optimizer.grad_scale, optimizer.found_inf = None, bad
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.grad_scale, optimizer.found_inf
+        elif (self.device.type != 'cpu' and not self.skip) or not bad:
+            optimizer.step()
+
+    def keep_statistics(self, module: torch.nn.Module) -> None:
+        """Note running statistics before an update that may be left out."""
+        if self.skip:
+            self._statistics = [
+                (buffer, buffer.clone()) for name, buffer in module.named_buffers() if 'running_' in name]
+
+    def record(self, where: str, losses: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+        """Note what of an update is bad; put running statistics back where it is to be left out.
+
+        Args:
+            where: Place of the update, for the log.
+            losses: Loss terms (0-d) by name.
+            found: Flags of the gradients, by branch.
+        """
+        flags = torch.stack([*(~loss.isfinite() for loss in losses.values()), *(flag > 0 for flag in found.values())])
+        names = [*losses, *(f'gradient of branch {side}' for side in found)]
+        if self.skip:
+            self._bad = flags.any()
+            for buffer, before in self._statistics:
+                buffer.copy_(torch.where(self._bad, before, buffer))
+        if self.device.type != 'cuda':
+            self._read(where, names, flags)
+            return
+        host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+        host.copy_(flags, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._under_way.append((arrived, where, names, host))
+        while self._under_way and self._under_way[0][0].query():
+            self._read(*self._under_way.popleft()[1:])
+
+    def kept(self, losses: dict[str, torch.Tensor], batches: int) -> dict[str, torch.Tensor]:
+        """Return the losses of the update that was recorded last and its number of batches, 0 where it is left out."""
+        losses = {**losses, KEPT: torch.full((), float(batches), device=self.device)}
+        if not self.skip:
+            return losses
+        return {name: torch.where(self._bad, 0., loss) for name, loss in losses.items()}
+
+    def settle(self) -> None:
+        """Wait for all flags."""
+        while self._under_way:
+            self._under_way[0][0].synchronize()
+            self._read(*self._under_way.popleft()[1:])
+
+    def _read(self, where, names, flags):
+        if not flags.any():
+            self._row = 0
+            return
+        self._row += 1
+        bad = ', '.join(name for name, flag in zip(names, flags.tolist(), strict=True) if flag)
+        line = f'{where}: not finite: {bad}'
+        if self.skip and self._row <= self.limit:
+            self.skipped += 1
+            _logger.warning(f'{line}; this update is left out ({self._row} in a row)')
+        elif self.error is None:
+            self.error = f'{line}; {self._row} updates in a row' if self.skip else line

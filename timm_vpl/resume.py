@@ -1,0 +1,173 @@
+"""Going on: what a run saves of itself beside weights and optimizer, and how it continues from that exactly."""
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .checkpoint import newest_checkpoint, read_checkpoint
+from .errors import RunError, UsageError, first_line
+from .options import changed_options
+
+_logger = logging.getLogger('train')
+
+
+@dataclass
+class Progress:
+    """How far a run has come: the present epoch, and of it what this process has done."""
+    epoch: int = 0
+    batch: int = 0  # batches done
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)  # of each loss term over them
+    skipped: int = 0  # unreadable images
+    seconds: float = 0.
+    lrs: dict[str, float] = field(default_factory=dict)  # of each branch, at its start
+
+
+def find_checkpoint(args) -> str:
+    """Return the checkpoint to go on from, '' for none.
+
+    It is that of --resume; with --resume auto, and where torchrun has restarted the processes, the newest one of the
+    run's folder.
+    """
+    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+    if restarted and not args.experiment:
+        _logger.warning(
+            'Restarted by torchrun, from the beginning: only a run with --experiment NAME goes on by itself')
+    if int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        # Its store keeps the addresses of processes that have ended, which a restart then tries to reach.
+        _logger.warning('torchrun --max-restarts: start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or the '
+                        'processes of a restart will not find each other')
+    if not args.resume_auto and not (restarted and args.experiment):
+        return args.resume
+    args.resume_auto = True
+    folder = os.path.join(args.output, args.experiment)
+    path = newest_checkpoint(folder)
+    _logger.info(f'--resume auto: {path}' if path else f'--resume auto: nothing to resume in {folder}, a fresh start')
+    return path or ('' if args.resume == 'auto' else args.resume)
+
+
+def load_checkpoint(args) -> dict[str, Any]:
+    """Return the checkpoint of --resume.
+
+    Raises:
+        RunError: It can't be read, or lacks what a run needs to go on.
+    """
+    if not os.path.exists(args.resume):
+        raise RunError(f'--resume {args.resume}: not there for process {args.rank}; all machines read the same folder')
+    checkpoint = read_checkpoint(args.resume)
+    missing = [key for key, needed in (
+        ('epoch', args.start_epoch is None), ('optimizer', not args.no_resume_opt)) if needed and key not in checkpoint]
+    if missing:
+        raise RunError(
+            f'--resume {args.resume}: holds weights, but no {" and no ".join(missing)}; --no-resume-opt and '
+            f'--start-epoch N go on without')
+    return checkpoint
+
+
+def resume(run, checkpoint: dict[str, Any], options: dict[str, Any]) -> None:
+    """Restore a run from a checkpoint, but for what each process has of its own.
+
+    Args:
+        run: The run, as built.
+        checkpoint: The checkpoint.
+        options: Options as given.
+
+    Raises:
+        RunError: The checkpoint is one of other models.
+        UsageError: The run would not be the one that it was.
+    """
+    args, task = run.args, run.task
+    try:
+        _check_same_run(run, checkpoint, options)
+        task.load_checkpoint_state(checkpoint['state_dict'], task_state=checkpoint.get('task_state'))
+        if task.has_ema():
+            task.load_checkpoint_state(checkpoint.get('state_dict_ema', checkpoint['state_dict']), ema=True)
+        if not args.no_resume_opt:
+            run.optimizer.load_state_dict(checkpoint['optimizer'])
+            if run.scaler.is_enabled() and 'amp_scaler' in checkpoint:
+                run.scaler.load_state_dict(checkpoint['amp_scaler'])
+            if checkpoint.get('scheduler'):
+                run.scheduler.lr_scheduler.load_state_dict(checkpoint['scheduler']['plateau'])
+                run.scheduler.restore_lr = checkpoint['scheduler']['restore_lr']
+        place = checkpoint.get('progress') or {}
+        run.progress = Progress(
+            checkpoint.get('epoch', -1) + 1, place.get('batch', 0), seconds=place.get('seconds', 0.),
+            lrs=place.get('lrs', {}))
+        run.rows = [row for row in checkpoint.get('summary', []) if row['epoch'] < run.progress.epoch]
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        raise RunError(f'--resume {args.resume}: does not fit this pair ({first_line(e)})') from e
+    if args.start_epoch is not None:
+        run.progress = Progress(args.start_epoch)
+        run.rows = [row for row in run.rows if row['epoch'] < args.start_epoch]
+    _logger.info(
+        f'Resumed {args.resume}: goes on with epoch {run.progress.epoch}, batch {run.progress.batch} of '
+        f'{len(run.loader_train)}')
+
+
+def _check_same_run(run, checkpoint, options):
+    """Refuse what would make a continued run another one, warn of what changes its course."""
+    args = run.args
+    then = checkpoint.get('run', {})
+    processes, batch_size = then.get('processes'), checkpoint.get('args', {}).get('batch_size')
+    # A checkpoint of timm's own script has options of another kind.
+    refused, warned = changed_options(checkpoint['args'], options, args.sides) if then else ([], [])
+    if processes and batch_size:
+        before, now = processes * batch_size, args.world_size * args.batch_size
+        line = f'{processes} processes x batch {batch_size} before, now {args.world_size} x {args.batch_size}'
+        if before != now:
+            refused.append(line)
+        elif processes != args.world_size:
+            warned.append(f'{line}: the same batches, but other BatchNorm statistics and random draws')
+    for name, value in (('batches an epoch', len(run.loader_train)), ('epochs in all', run.num_epochs)):
+        if then.get(name, value) != value:
+            refused.append(f'{then[name]} {name} before, now {value}')
+    if refused and args.start_epoch is None:
+        raise UsageError(
+            f'--resume {args.resume}: not the run that it was: {"; ".join(refused)}; a run goes on as it began '
+            f'(--start-epoch {checkpoint.get("epoch", -1) + 1} restarts by hand with other options)')
+    for line in refused + warned:
+        _logger.warning(f'--resume: changed: {line}')
+
+
+def restore_ranks(run, checkpoint: dict[str, Any]) -> None:
+    """Give each process what it had of its own; where their number has changed, the mean of all."""
+    rows = checkpoint.get('ranks')
+    if rows is None:
+        return
+    own = rows[run.args.rank] if len(rows) == run.args.world_size else rows.mean(dim=0)
+    *statistics, sums, skipped = own.split([
+        *(buffer.numel() for buffer in run.statistics), len(checkpoint['progress']['terms']), 1])
+    for buffer, values in zip(run.statistics, statistics, strict=True):
+        buffer.copy_(values.view_as(buffer))
+    run.progress.sums = dict(zip(checkpoint['progress']['terms'], sums.to(run.device), strict=True))
+    run.progress.skipped = int(skipped)
+
+
+def run_state(run) -> dict[str, Any]:
+    """Return what a checkpoint needs, beside weights and optimizer, to go on exactly; all processes call it."""
+    args, progress = run.args, run.progress
+    own = torch.cat([
+        *(buffer.flatten().to(run.device) for buffer in run.statistics),
+        *(total[None] for total in progress.sums.values()),
+        torch.tensor([progress.skipped], device=run.device),
+    ]).float()
+    rows = [own]
+    if args.distributed:
+        rows = [torch.empty_like(own) for _ in range(args.world_size)] if args.rank == 0 else None
+        torch.distributed.gather(own, rows)
+    plateau = getattr(run.scheduler, 'lr_scheduler', None)
+    return {
+        'epoch': progress.epoch - 1,  # the last one completed
+        'progress': {
+            'batch': progress.batch,
+            'seconds': progress.seconds,
+            'lrs': progress.lrs,
+            'terms': list(progress.sums),
+        },
+        'ranks': torch.stack(rows).cpu() if rows else None,
+        'run': {
+            'processes': args.world_size, 'batches an epoch': len(run.loader_train), 'epochs in all': run.num_epochs},
+        'scheduler': plateau and {'plateau': plateau.state_dict(), 'restore_lr': run.scheduler.restore_lr},
+        'summary': run.rows,
+    }
