@@ -856,6 +856,18 @@ def options_markdown() -> str:
             ('option', 'reason', 'instead'),
             *((f'`{name}`', reason, instead) for name, (reason, instead) in REFUSED.items()),
         ),
+        '',
+        '## Options of a run that is continued',
+        '',
+        'A run that goes on from a checkpoint may have other values of these without a word:',
+        '',
+        ', '.join(f'`{_flag(dest)}`' for dest in RESUME_FREE) + '.',
+        '',
+        'Other values of these are refused, since it would be another run:',
+        '',
+        ', '.join(f'`{_flag(dest)}`' for dest in RESUME_FIXED) + '.',
+        '',
+        'All others may change with a warning.',
     ]
     return '\n'.join(lines) + '\n'
 

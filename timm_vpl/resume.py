@@ -120,7 +120,7 @@ def _check_same_run(run, checkpoint, options):
         elif processes != args.world_size:
             warned.append(f'{line}: the same batches, but other BatchNorm statistics and random draws')
     for name, value in (('batches an epoch', len(run.loader_train)), ('epochs in all', run.num_epochs)):
-        if then.get(name, value) != value:
+        if then.get(name, value) != value and not refused:  # else that is why
             refused.append(f'{then[name]} {name} before, now {value}')
     if refused and args.start_epoch is None:
         raise UsageError(

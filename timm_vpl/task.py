@@ -11,6 +11,7 @@ from timm.utils import dispatch_clip_grad, unwrap_model
 from torch.nn.parallel import DistributedDataParallel
 
 from .criterion import StagedLoss
+from .ema import Ema
 from .pair import PairOutput, PairWrapper
 from .seeding import BranchStreams
 from .stages import StageHook
@@ -130,6 +131,18 @@ class PairTask(TrainingTask):
         for side in pair.sides:
             pair.parts[side].compile(**compile_kwargs)
         return pair
+
+    def setup_ema(
+            self,
+            decay: float = 0.9999,
+            use_warmup: bool = False,
+            device: torch.device | None = None,
+            **kwargs,
+    ) -> nn.Module:
+        """Create the EMA of the pair."""
+        self.trainable_module_ema = Ema(
+            self.get_trainable_module(), decay=decay, use_warmup=use_warmup, device=device, **kwargs)
+        return self.trainable_module_ema
 
     def update_ema(self, step: int | None = None) -> None:
         """Update the EMA, if there is one, and the stage.

@@ -2,10 +2,12 @@
 import contextlib
 import copy
 import csv
+import faulthandler
 import logging
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -95,6 +97,8 @@ def train(args) -> None:
     if not logging.getLogger().handlers:
         setup_default_logging()
     options = recipe_values(args)  # as given, before device and data fill in what was not
+    if not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__)  # stacks after a crash in native code
     args.output = args.output or OUTPUT
     device = init_device(args)
     if args.rank:
