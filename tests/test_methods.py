@@ -865,7 +865,8 @@ def test_phases_share_an_optimizer_as_if_each_had_its_own():
 
 
 def test_dml_in_float32_to_the_bit(digits_folder, tmp_path):
-    run = start_dml(digits_folder, tmp_path, '--opt', 'momentum', '--lr-a', '0.02', '--lr-b', '0.01')
+    run = start_dml(
+        digits_folder, tmp_path, '--opt', 'momentum', '--lr-a', '0.02', '--lr-b', '0.01', '--opt-kwargs', 'fused=False')
     model_a, model_b = copy.deepcopy(run.pair.model_a).train(), copy.deepcopy(run.pair.model_b).train()
     optimizers = [
         OPTIMIZERS['momentum'](plain_groups(model, decay), lr)

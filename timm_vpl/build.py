@@ -11,7 +11,13 @@ from timm.data.loader import adapt_to_chs
 from timm.layers import convert_sync_batchnorm
 from timm.loss import create_classification_loss
 from timm.models import get_pretrained_cfg
-from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_class,
+    optimizer_kwargs,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from .criterion import StagedLoss
@@ -339,6 +345,8 @@ def create_optimizer(args, pair: PairWrapper, lrs: dict[str, float]) -> torch.op
     kwargs = optimizer_kwargs(args)
     for key in ('lr', 'weight_decay', 'layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale'):
         kwargs.pop(key, None)
+    if _has_fused(args.opt) and not {'foreach', 'capturable', 'differentiable'} & set(args.opt_kwargs or {}):
+        kwargs['fused'] = True  # one kernel for all parameters, on a CPU too
     kwargs.update({
         key: value for key, value in (args.opt_kwargs or {}).items() if not key.startswith('fallback_')})
     try:
@@ -354,6 +362,15 @@ def create_optimizer(args, pair: PairWrapper, lrs: dict[str, float]) -> torch.op
             f'{optimizer.defaults[clips[0]]}), which couples them; --opt-kwargs {clips[0]}=None and --clip-grad clip '
             f'each branch by its own norm')
     return optimizer
+
+
+def _has_fused(name: str) -> bool:
+    """Return whether an optimizer is one of torch's that has a fused implementation on every device."""
+    try:
+        optimizer_class = get_optimizer_class(name.removeprefix('lookahead_'), bind_defaults=False)
+    except ValueError:
+        return False
+    return optimizer_class in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 def create_scheduler(args, optimizer: torch.optim.Optimizer, updates_per_epoch: int):
