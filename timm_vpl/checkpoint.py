@@ -1,5 +1,6 @@
 """Checkpoints: timm's saver, made safe against interruption, with each branch's own best epoch; reading them back."""
 import argparse
+import contextlib
 import logging
 import os
 import pickle
@@ -15,9 +16,11 @@ from timm.utils import CheckpointSaver
 
 from . import __version__
 from .errors import RunError, first_line
-from .files import replace
+from .files import replace, replacing
 
 _logger = logging.getLogger(__name__)
+
+RECIPE = 'args.yaml'
 
 
 class PairCheckpointSaver(CheckpointSaver):
@@ -43,6 +46,8 @@ class PairCheckpointSaver(CheckpointSaver):
         self._state: dict[str, Any] = {}
         self._pending: dict[str, Any] = {}
         self._written = False  # `last` is there already, only its place among the others is open
+        recipe = Path(self.checkpoint_dir, RECIPE)
+        self._recipe = recipe.read_bytes() if recipe.exists() else None
         for path in Path(self.checkpoint_dir).glob('*tmp*'):  # of an earlier attempt that was killed
             if path.name.endswith(('.tmp', 'tmp' + self.extension)):
                 path.unlink()
@@ -79,13 +84,32 @@ class PairCheckpointSaver(CheckpointSaver):
 
     def _attempt(self, save, *args) -> bool:
         try:
+            self._make_again()
             save(*args)
             return True
         except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into a RuntimeError
             for name in ('tmp', 'recovery_tmp'):
-                Path(self._path(name)).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    os.unlink(self._path(name))
             _logger.error(f'Not saved: {self.checkpoint_dir}: {_cause(e)}; the run goes on, older checkpoints are kept')
             return False
+
+    def _make_again(self):
+        """Make the folder again if it was removed, and forget what is not in it any more."""
+        folder, recipe = self.checkpoint_dir, os.path.join(self.checkpoint_dir, RECIPE)
+        if os.path.isdir(folder) and (self._recipe is None or os.path.exists(recipe)):
+            return
+        os.makedirs(folder, exist_ok=True)
+        if self._recipe is not None:
+            with replacing(recipe, 'wb') as file:
+                file.write(self._recipe)
+        _logger.error(f'{folder}: was removed, made again; it will hold what is saved from now on')
+        self.checkpoint_files = [entry for entry in self.checkpoint_files if os.path.exists(entry[0])]
+        if not os.path.exists(self._path('model_best')):
+            self.best_metric = self.best_epoch = None
+        for side in self.branches:
+            if not os.path.exists(self._path(f'best_{side}')):
+                self.best_branches[side] = (None, None)
 
     def _finish(self, epoch, metric):
         """Save, rank and link, each step in a way that can be repeated."""
@@ -120,7 +144,6 @@ class PairCheckpointSaver(CheckpointSaver):
             state['amp_scaler'] = self.amp_scaler.state_dict()
         if metric is not None:
             state['metric'] = metric
-        os.makedirs(self.checkpoint_dir, exist_ok=True)
         with open(save_path, 'wb') as file:
             torch.save(state, file)
             file.flush()
@@ -136,10 +159,14 @@ class PairCheckpointSaver(CheckpointSaver):
         temporary = f'{dst}.tmp'
         Path(temporary).unlink(missing_ok=True)
         try:
-            os.link(src, temporary)
-        except (OSError, NotImplementedError):
-            shutil.copy2(src, temporary)
-        replace(temporary, dst)
+            try:
+                os.link(src, temporary)
+            except (OSError, NotImplementedError):
+                shutil.copy2(src, temporary)
+            replace(temporary, dst)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
 
     def state_dict(self, epoch=None, metric=None):
         """Return timm's bookkeeping and the branches' best epochs."""

@@ -222,6 +222,7 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
     add_branch('--layer-decay-min-scale', 0., 'least factor of a layer', type=PROBABILITY)
     add_branch('--layer-decay-no-opt-scale', None, 'factor below which a layer is not trained', type=PROBABILITY)
     add('--opt-kwargs', {}, 'further arguments of the optimizer', nargs='*', action=KeyValues, metavar='KEY=VALUE')
+    add('--zero', False, "share the optimizer's state out over the processes, each updates its part of the weights")
 
     parser.section('Learning rate schedule parameters')
     add('--sched', 'cosine', 'schedule', choices=SCHEDULERS, metavar='SCHEDULER')
@@ -513,7 +514,7 @@ RESUME_FREE = (
     'recovery_interval', 'recovery_minutes', 'on_nonfinite', 'nonfinite_limit', 'hang_timeout', 'checkpoint_hist',
     'save_epochs', 'save_images', 'output', 'experiment', 'export', 'stop_epoch', 'log_wandb', 'wandb_project',
     'wandb_tags', 'pretrained_a', 'pretrained_b', 'pretrained_path_a', 'pretrained_path_b', 'initial_checkpoint_a',
-    'initial_checkpoint_b',
+    'initial_checkpoint_b', 'zero',
 )
 
 

@@ -147,6 +147,8 @@ def restore_ranks(run, checkpoint: dict[str, Any]) -> None:
 def run_state(run) -> dict[str, Any]:
     """Return what a checkpoint needs, beside weights and optimizer, to go on exactly; all processes call it."""
     args, progress = run.args, run.progress
+    if args.zero and args.distributed:
+        run.optimizer.consolidate_state_dict()  # for the first process to save
     own = torch.cat([
         *(buffer.flatten().to(run.device) for buffer in run.statistics),
         *(total[None] for total in progress.sums.values()),

@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,6 +101,8 @@ def _become_rank(rank, world, port, log, argv):
             status = train(argv)
         except SystemExit as e:
             status = e.code
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -212,13 +215,13 @@ def run_scenario(method: str, processes: int, kills: int, folder: Path, rng: ran
     return scenario
 
 
-def check_equal(folder: Path, other: Path) -> None:
-    """End this process if two runs differ; compared in a process of its own, since this one must not start threads."""
-    pid = os.fork()
+def check_equal(folder: Path, other: Path, what: str = '') -> None:
+    """End this process if two runs differ in what this pattern matches."""
+    pid = os.fork()  # this process must not start threads
     if pid == 0:
         found = ['the comparison failed']
         try:
-            found = differences(folder, other)
+            found = [line for line in differences(folder, other) if re.match(what, line)]
         finally:
             if found:
                 print('\n'.join(found[:20]), file=sys.stderr, flush=True)
