@@ -64,9 +64,8 @@ def test_stopped_in_validation(digits_folder, tmp_path, capsys):
     whole = run(digits_folder, tmp_path / 'whole', *SHORT, *options)
     assert stop_at(r'Train: 1 \[ *4/', digits_folder, tmp_path / 'part', *SHORT, *options) == 143
     assert 'after epoch 1, batch 5 of 5' in capsys.readouterr().err
-    decoded = []
     part = run(digits_folder, tmp_path / 'part', *SHORT, *options, '--resume', 'auto')
-    assert not differences(whole, part), decoded
+    assert not differences(whole, part)
 
 
 def test_recovery_checkpoints(digits_folder, tmp_path):
@@ -196,6 +195,7 @@ def test_restart_by_hand(digits_folder, begun, tmp_path):
     run(digits_folder, tmp_path, *SHORT, '--resume', str(begun / 'run' / 'last.pth.tar'), '--start-epoch', '1',
         '--epochs', '2', '--weight-decay', '0.2')
     assert [row['epoch'] for row in rows(tmp_path / 'run')] == ['0', '1']  # what came before is in the checkpoint
+    assert {group['weight_decay'] for group in last(tmp_path / 'run')['optimizer']['param_groups']} == {0., 0.2}
 
 
 def test_a_name_torchrun_restarts_goes_on(digits_folder, begun, tmp_path, monkeypatch, caplog):
@@ -246,3 +246,46 @@ def test_files_are_whole_or_as_they_were(tmp_path):
         raise OSError('full')
     assert path.read_text() == 'old' and [p.name for p in tmp_path.iterdir()] == ['file']
     assert last is not None
+
+
+def test_a_rewound_run_is_the_newest(digits_folder, tmp_path):
+    # From an older checkpoint of the same folder: what the old course left ahead of it is passed by.
+    folder = run(digits_folder, tmp_path, *SHORT, '--recovery-interval', '2', '--checkpoint-hist', '3')
+    assert stop_at(r'Train: 1 \[ *1/', digits_folder, tmp_path, *SHORT, '--recovery-interval', '1', '--lr', '0.002',
+                   '--resume', str(folder / 'checkpoint-0.pth.tar')) == 143
+    newest = read_checkpoint(newest_checkpoint(folder))
+    assert newest['epoch'] == 0 and newest['progress']['batch'] in (2, 3) and newest['args']['lr'] == 0.002
+    for path in folder.glob('recovery-*'):  # each is whole and loads
+        read_checkpoint(str(path))
+    rewound = run(digits_folder, tmp_path, *SHORT, '--lr', '0.002', '--resume', 'auto')
+    assert last(rewound)['epoch'] == 2 and last(rewound)['args']['lr'] == 0.002
+
+
+def test_unreadable_checkpoints_are_not_written_over(digits_folder, tmp_path, capsys):
+    folder = run(digits_folder, tmp_path, *SHORT, '--stop-epoch', '1')
+    for path in folder.glob('*.tar'):
+        path.unlink()
+        path.write_bytes(b'half')
+    with pytest.raises(AssertionError):
+        run(digits_folder, tmp_path, *SHORT, '--resume', 'auto')
+    assert 'none can be read' in capsys.readouterr().err
+    assert {path.read_bytes() for path in folder.glob('*.tar')} == {b'half'}
+
+
+def test_a_file_half_written_is_written_again(digits_folder, tmp_path):
+    options = [*SHORT, '--recovery-interval', '1']
+    whole = run(digits_folder, tmp_path / 'whole', *options)
+    assert stop_at(r'Train: 1 \[ *3/', digits_folder, tmp_path / 'part', *options) == 143
+    *_, before, newest = sorted((tmp_path / 'part' / 'run').glob('recovery-*'))
+    newest.write_bytes(b'half')
+    assert newest_checkpoint(tmp_path / 'part' / 'run') == str(before)
+    part = run(digits_folder, tmp_path / 'part', *options, '--resume', 'auto')
+    assert not differences(whole, part)
+
+
+def test_a_link_to_the_folder_is_the_folder(digits_folder, tmp_path):
+    whole = run(digits_folder, tmp_path / 'whole', *SHORT)
+    run(digits_folder, tmp_path / 'part', *SHORT, '--stop-epoch', '1')
+    (tmp_path / 'link').symlink_to(tmp_path / 'part')
+    part = run(digits_folder, tmp_path / 'part', *SHORT, '--resume', str(tmp_path / 'link' / 'run' / 'last.pth.tar'))
+    assert not differences(whole, part)

@@ -382,7 +382,7 @@ def _has_fused(name: str) -> bool:
         optimizer_class = get_optimizer_class(name.removeprefix('lookahead_'), bind_defaults=False)
     except ValueError:
         return False
-    return optimizer_class in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+    return optimizer_class in (torch.optim.Adam, torch.optim.AdamW)
 
 
 def create_scheduler(args, optimizer: torch.optim.Optimizer, updates_per_epoch: int):

@@ -48,8 +48,9 @@ class PairCheckpointSaver(CheckpointSaver):
         self._written = False  # `last` is there already, only its place among the others is open
         recipe = Path(self.checkpoint_dir, RECIPE)
         self._recipe = recipe.read_bytes() if recipe.exists() else None
+        self._recovered = None  # (epoch, batch) of the last recovery checkpoint of this process
         for path in Path(self.checkpoint_dir).glob('*tmp*'):  # of an earlier attempt that was killed
-            if path.name.endswith(('.tmp', 'tmp' + self.extension)):
+            if re.fullmatch(r'(recovery_)?tmp\.pth\.tar|.*\.pth\.tar\.tmp|.*\.\d+\.tmp', path.name):
                 path.unlink()
 
     def save(
@@ -75,12 +76,19 @@ class PairCheckpointSaver(CheckpointSaver):
 
     def save_recovery(self, epoch: int, batch: int, state: dict[str, Any]) -> bool:
         """Save within an epoch, after `batch` of its batches; return whether that went well."""
-        name = f'{self.recovery_prefix}-{epoch}-{batch - 1}{self.extension}'  # timm's
-        if os.path.basename(self.curr_recovery_file) == name and os.path.exists(self.curr_recovery_file):
-            return True  # nothing has changed since; timm would delete the file as its own predecessor
+        if self._recovered == (epoch, batch):
+            return True  # nothing has changed since
+        index = max(batch - 1, 0)
+        name = f'{self.recovery_prefix}-{epoch}-{index}{self.extension}'
+        # A file of this name is written over; timm would then delete it as its own predecessor.
+        before = [path for path in (self.prev_recovery_file, self.curr_recovery_file) if os.path.basename(path) != name]
+        self.prev_recovery_file, self.curr_recovery_file = ['', *before][-2:]
         self._state = {'epoch': epoch - 1, **state}  # the last one completed
         self._pending = {}
-        return self._attempt(super().save_recovery, epoch, batch - 1)
+        saved = self._attempt(super().save_recovery, epoch, index)
+        if saved:
+            self._recovered = (epoch, batch)
+        return saved
 
     def _attempt(self, save, *args) -> bool:
         try:
@@ -163,6 +171,8 @@ class PairCheckpointSaver(CheckpointSaver):
                 os.link(src, temporary)
             except (OSError, NotImplementedError):
                 shutil.copy2(src, temporary)
+                with open(temporary, 'rb') as file:
+                    os.fsync(file.fileno())
             replace(temporary, dst)
         finally:
             with contextlib.suppress(OSError):
@@ -196,6 +206,10 @@ class PairCheckpointSaver(CheckpointSaver):
             self._written = True
             self._attempt(self._finish, *state_dict['pending'])
             self._written = False
+        elif completed:
+            for side, value in state_dict['branch_metrics'].items():
+                if self.best_branches[side][0] is None or value > self.best_branches[side][0]:
+                    self.best_branches[side] = (value, state_dict['pending'][0])
 
 
 def _own(state_dict: dict[str, Any], sides) -> dict[str, Any]:
@@ -237,7 +251,11 @@ def recovery_files(folder: str) -> list[str]:
 
 
 def newest_checkpoint(folder: str) -> str | None:
-    """Return the checkpoint of a run's folder that was written last, of those that can be read; None without any."""
+    """Return the checkpoint of a run's folder that was written last, of those that can be read; None without any.
+
+    Raises:
+        RunError: There are checkpoints, and none can be read: not now, or not any more.
+    """
     older = sorted(map(str, Path(folder).glob('checkpoint-*.pth.tar')))
     for paths in ([os.path.join(folder, 'last.pth.tar'), *recovery_files(folder)], older):
         found = []
@@ -248,6 +266,10 @@ def newest_checkpoint(folder: str) -> str | None:
                 _logger.warning(f'Passed over: {e}')
         if found:
             return max(found)[1]
+    left = [path.name for path in sorted(Path(folder).glob('*.pth.tar')) if 'tmp' not in path.name]
+    if left:
+        raise RunError(f'--resume auto: of the checkpoints in {folder} none can be read ({", ".join(left[:4])}); '
+                       f'for a fresh start move them away')
     return None
 
 

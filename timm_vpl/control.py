@@ -1,8 +1,10 @@
 """What the processes of a run decide together between two updates: to go on, to save, to stop, to give up."""
 import contextlib
 import faulthandler
+import os
 import signal
 import sys
+import threading
 import time
 
 import torch
@@ -29,13 +31,14 @@ class Control:
     The wishes of an update travel in a group of their own (gloo, on the host) while the next update is computed; the
     decision that `decide` returns is that of the update before, the same in all processes.
 
-    As a context it takes the signals SIGTERM, SIGINT and SIGUSR1 as the wish to stop (a second one ends the process at
-    once), and prints the stacks of all threads and ends the process when nothing was decided for `hang_timeout`.
+    As a context it takes the signals SIGTERM, SIGINT and SIGUSR1 as the wish to stop (the same one again, or SIGINT,
+    ends the process at once), and prints the stacks of all threads and ends the process when nothing was decided for
+    `hang_timeout`.
 
     Args:
         distributed: Whether there are other processes.
         hang_timeout: Seconds, 0 for no limit.
-        recovery_minutes: Minutes between two wishes to save, 0 for none.
+        recovery_minutes: Minutes between two wishes of this process to save, 0 for none.
     """
 
     def __init__(self, distributed: bool = False, hang_timeout: float = 0, recovery_minutes: float = 0):
@@ -47,28 +50,43 @@ class Control:
         self._saved = time.monotonic()
         self._watched = -float('inf')
         self._handlers = {}
+        self._wakeup = None
 
     def __enter__(self):
-        for number in SIGNALS:
-            with contextlib.suppress(ValueError):  # only the main thread may
-                self._handlers[number] = signal.signal(number, self._on_signal)
+        with contextlib.suppress(ValueError):  # only the main thread may
+            for number in SIGNALS:
+                self._handlers[number] = signal.signal(number, lambda number, frame: None)
+            # Python runs handlers between two steps of its own: a process that waits in a collective has none. This
+            # thread hears of a signal all the same.
+            heard, speaks = os.pipe()
+            os.set_blocking(speaks, False)
+            self._wakeup = (signal.set_wakeup_fd(speaks, warn_on_full_buffer=False), heard, speaks)
+            threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
+        self.watch()
         return self
 
     def __exit__(self, *error):
+        if self._wakeup is not None:
+            before, _, speaks = self._wakeup
+            signal.set_wakeup_fd(before)
+            os.close(speaks)  # ends the thread
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if self.hang_timeout:
             faulthandler.cancel_dump_traceback_later()
         if self._pending is not None and error[0] is None:
             self._pending[0].wait()
 
-    def _on_signal(self, number, frame):
-        now = time.monotonic()
-        if self._signal is None:
-            self._signal = (number, now)
-        elif now - self._signal[1] > _ECHO_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+    def _listen(self, heard):
+        while data := os.read(heard, 1):
+            number, now = data[0], time.monotonic()
+            if number not in SIGNALS:
+                continue
+            if self._signal is None:
+                self._signal = (number, now)
+            elif now - self._signal[1] > _ECHO_SECONDS and number in (self._signal[0], signal.SIGINT):
+                os._exit(128 + number)
+        os.close(heard)
 
     def saved(self) -> None:
         """Start the minutes to the next wish to save."""
@@ -85,6 +103,7 @@ class Control:
         self.watch()
         if self.recovery_minutes and time.monotonic() - self._saved >= 60 * self.recovery_minutes:
             wish = max(wish, SAVE)
+            self.saved()  # it is on its way
         if self._signal is not None:
             wish = max(wish, STOP + self._signal[0])
         if self._group is None:

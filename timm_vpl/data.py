@@ -3,6 +3,7 @@ import contextlib
 import copy
 import io
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -542,7 +543,8 @@ def init_worker(worker_id: int, then: Callable[[int], None] | None = None) -> No
 
 def _end_with_main() -> None:
     """End this worker when the main process sends SIGTERM, as Python does at its exit; from others it is ignored."""
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+    main = multiprocessing.parent_process().pid
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != main:
         pass
     os._exit(0)
 

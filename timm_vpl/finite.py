@@ -25,7 +25,6 @@ class FiniteCheck:
         self.device = device
         self.skip = skip
         self.limit = limit
-        self.skipped = 0  # updates left out, as far as they are known
         self.error: str | None = None  # why the run has to end
         self._row = 0
         self._under_way: deque = deque()
@@ -57,7 +56,8 @@ class FiniteCheck:
         where updates are to be skipped; a run that stops anyway does not wait for it.
         """
         bad = torch.stack(list(found.values())).amax()
-        if getattr(optimizer, '_step_supports_amp_scaling', False):
+        # torch's fused SGD would leave the momentum of a first step that is left out uninitialised.
+        if getattr(optimizer, '_step_supports_amp_scaling', False) and not isinstance(optimizer, torch.optim.SGD):
             optimizer.grad_scale, optimizer.found_inf = None, bad
             try:
                 optimizer.step()
@@ -83,7 +83,8 @@ class FiniteCheck:
         flags = torch.stack([*(~loss.isfinite() for loss in losses.values()), *(flag > 0 for flag in found.values())])
         names = [*losses, *(f'gradient of branch {side}' for side in found)]
         if self.skip:
-            self._bad = flags.any()
+            # By the gradients, which are the same in all processes; a GradScaler keeps its own to itself.
+            self._bad = flags[len(losses):].any() if found else flags.any()
             for buffer, before in self._statistics:
                 buffer.copy_(torch.where(self._bad, before, buffer))
         if self.device.type != 'cuda':
@@ -118,7 +119,8 @@ class FiniteCheck:
         bad = ', '.join(name for name, flag in zip(names, flags.tolist(), strict=True) if flag)
         line = f'{where}: not finite: {bad}'
         if self.skip and self._row <= self.limit:
-            self.skipped += 1
-            _logger.warning(f'{line}; this update is left out ({self._row} in a row)')
+            left_out = 'gradient' in bad or not any('gradient' in name for name in names)
+            done = 'this update is left out' if left_out else 'the gradients are finite, the update was made'
+            _logger.warning(f'{line}; {done} ({self._row} in a row)')
         elif self.error is None:
             self.error = f'{line}; {self._row} updates in a row' if self.skip else line

@@ -25,7 +25,7 @@ class Progress:
 
 
 def find_checkpoint(args) -> str:
-    """Return the checkpoint to go on from, '' for none.
+    """Return the checkpoint to go on from, '' for none; called by one process.
 
     It is that of --resume; with --resume auto, and where torchrun has restarted the processes, the newest one of the
     run's folder.
@@ -34,17 +34,26 @@ def find_checkpoint(args) -> str:
     if restarted and not args.experiment:
         _logger.warning(
             'Restarted by torchrun, from the beginning: only a run with --experiment NAME goes on by itself')
-    if int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
-        # Its store keeps the addresses of processes that have ended, which a restart then tries to reach.
-        _logger.warning('torchrun --max-restarts: start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or the '
-                        'processes of a restart will not find each other')
+    folder = os.path.join(args.output, args.experiment)
+    if int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)):
+        if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+            # Its store keeps the addresses of processes that have ended, which a restart then tries to reach.
+            _logger.warning('torchrun --max-restarts: start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or the '
+                            'processes of a restart will not find each other')
+        if not restarted and not args.resume and args.experiment and os.path.exists(folder):
+            raise UsageError(f'--experiment {args.experiment}: is there already, and a restart by torchrun would go on '
+                             f'with it; give --resume auto to go on with it now, or another name')
     if not args.resume_auto and not (restarted and args.experiment):
         return args.resume
-    args.resume_auto = True
-    folder = os.path.join(args.output, args.experiment)
     path = newest_checkpoint(folder)
     _logger.info(f'--resume auto: {path}' if path else f'--resume auto: nothing to resume in {folder}, a fresh start')
-    return path or ('' if args.resume == 'auto' else args.resume)
+    if path is None:
+        return '' if args.resume_auto else args.resume
+    if restarted:
+        # These held for the first start, which has saved since.
+        args.start_epoch, args.no_resume_opt = None, False
+    args.resume_auto = True
+    return path
 
 
 def load_checkpoint(args) -> dict[str, Any]:
@@ -78,6 +87,7 @@ def resume(run, checkpoint: dict[str, Any], options: dict[str, Any]) -> None:
         UsageError: The run would not be the one that it was.
     """
     args, task = run.args, run.task
+    own = [dict(group) for group in run.optimizer.param_groups]
     try:
         _check_same_run(run, checkpoint, options)
         task.load_checkpoint_state(checkpoint['state_dict'], task_state=checkpoint.get('task_state'))
@@ -87,7 +97,13 @@ def resume(run, checkpoint: dict[str, Any], options: dict[str, Any]) -> None:
             run.optimizer.load_state_dict(checkpoint['optimizer'])
             if run.scaler.is_enabled() and 'amp_scaler' in checkpoint:
                 run.scaler.load_state_dict(checkpoint['amp_scaler'])
-            if checkpoint.get('scheduler'):
+            # How an optimizer computes is not part of the run; what a restart by hand gives holds.
+            keys = ['fused', 'foreach', *(['lr'] if run.scheduler is None else [])]
+            if args.start_epoch is not None:
+                keys += ['lr', 'initial_lr', 'lr_scale', 'weight_decay', 'betas', 'eps', 'momentum']
+            for group, given in zip(run.optimizer.param_groups, own, strict=True):
+                group.update((key, given[key]) for key in keys if key in given)
+            if checkpoint.get('scheduler') and hasattr(run.scheduler, 'lr_scheduler'):
                 run.scheduler.lr_scheduler.load_state_dict(checkpoint['scheduler']['plateau'])
                 run.scheduler.restore_lr = checkpoint['scheduler']['restore_lr']
         place = checkpoint.get('progress') or {}
@@ -109,7 +125,7 @@ def _check_same_run(run, checkpoint, options):
     """Refuse what would make a continued run another one, warn of what changes its course."""
     args = run.args
     then = checkpoint.get('run', {})
-    processes, batch_size = then.get('processes'), checkpoint.get('args', {}).get('batch_size')
+    processes, batch_size = then.get('processes'), checkpoint['args'].get('batch_size') if then else None
     # A checkpoint of timm's own script has options of another kind.
     refused, warned = changed_options(checkpoint['args'], options, args.sides) if then else ([], [])
     if processes and batch_size:
@@ -135,7 +151,11 @@ def restore_ranks(run, checkpoint: dict[str, Any]) -> None:
     rows = checkpoint.get('ranks')
     if rows is None:
         return
-    own = rows[run.args.rank] if len(rows) == run.args.world_size else rows.mean(dim=0)
+    if len(rows) == run.args.world_size:
+        own = rows[run.args.rank]
+    else:
+        own = rows.mean(dim=0)
+        own[-1] = rows[:, -1].sum() if run.args.rank == 0 else 0
     *statistics, sums, skipped = own.split([
         *(buffer.numel() for buffer in run.statistics), len(checkpoint['progress']['terms']), 1])
     for buffer, values in zip(run.statistics, statistics, strict=True):
@@ -160,7 +180,6 @@ def run_state(run) -> dict[str, Any]:
         torch.distributed.gather(own, rows)
     plateau = getattr(run.scheduler, 'lr_scheduler', None)
     return {
-        'epoch': progress.epoch - 1,  # the last one completed
         'progress': {
             'batch': progress.batch,
             'seconds': progress.seconds,

@@ -98,15 +98,18 @@ def train(args) -> None:
         setup_default_logging()
     options = recipe_values(args)  # as given, before device and data fill in what was not
     if not faulthandler.is_enabled():
-        faulthandler.enable(sys.__stderr__)  # stacks after a crash in native code
+        with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # no stderr
+            faulthandler.enable(sys.__stderr__)  # stacks after a crash in native code
     args.output = args.output or OUTPUT
     device = init_device(args)
     if args.rank:
         logging.getLogger().setLevel(logging.ERROR)
     try:
         with agreement(args):
-            path = find_checkpoint(args) if args.rank == 0 else ''
-        args.resume = from_first(args, path)
+            if args.rank == 0:
+                args.resume = find_checkpoint(args)
+        args.resume, args.resume_auto, args.start_epoch, args.no_resume_opt = from_first(
+            args, (args.resume, args.resume_auto, args.start_epoch, args.no_resume_opt))
         with agreement(args):
             checkpoint = load_checkpoint(args) if args.resume else None
             run = create_run(args, device)
@@ -116,10 +119,14 @@ def train(args) -> None:
         with agreement(args):
             if args.rank == 0:
                 open_folder(run, options, checkpoint)
-        start(run, checkpoint)
-        with run.control, data_errors():
-            fit(run)
+        with data_errors():
+            start(run, checkpoint)
+            checkpoint = None  # it may be large
+            with run.control:
+                fit(run)
     except RuntimeError as e:
+        if 'deterministic' in str(e) and args.deterministic:
+            raise RunError(f'--deterministic: {first_line(e, 400)}') from e
         if not (args.distributed and is_lost(e)):
             raise
         raise RunError(
@@ -157,7 +164,11 @@ def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
         task.settle_buckets(torch.zeros(args.batch_size, *size, device=run.device), run.autocast)
     if checkpoint and args.start_epoch is None:
         restore_ranks(run, checkpoint)
-    run.control = Control(args.distributed, args.hang_timeout, args.recovery_minutes)
+    if task.teacher is not None and (run.progress.epoch, run.progress.batch) == (0, 0):
+        validate_teacher(run)
+    run.control = Control(args.distributed, args.hang_timeout, args.recovery_minutes if args.rank == 0 else 0)
+    if checkpoint and not args.resume_auto:
+        save_recovery(run)  # so that it is this place, not a later one of the old course, that is newest
 
 
 def create_run(args, device: torch.device) -> Run:
@@ -250,7 +261,7 @@ def open_folder(run: Run, options: dict[str, Any], checkpoint: dict[str, Any] | 
         decreasing='loss' in args.eval_metric,
         max_history=args.checkpoint_hist,
     )
-    if checkpoint and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(run.output_dir):
+    if checkpoint and os.path.samefile(os.path.dirname(args.resume) or '.', run.output_dir):
         run.saver.load_state_dict(checkpoint.get('saver', {}), args.resume)
     _log_plan(run)
     if args.log_wandb:
@@ -335,13 +346,13 @@ def _log_plan(run):
         _logger.warning(f'--output {run.output_dir}: the disk may become full, --checkpoint-hist keeps fewer')
 
 
-def save_recovery(run: Run) -> None:
-    """Save within an epoch."""
+def save_recovery(run: Run) -> bool:
+    """Save within an epoch and return whether that went well, to all processes when it is done."""
     check_finite(run)
     state = run_state(run)
-    if run.saver is not None:
-        run.saver.save_recovery(run.progress.epoch, run.progress.batch, state)
+    saved = run.saver is not None and run.saver.save_recovery(run.progress.epoch, run.progress.batch, state)
     run.control.saved()
+    return from_first(run.args, saved)
 
 
 def heed(run: Run, decision: int) -> None:
@@ -351,19 +362,25 @@ def heed(run: Run, decision: int) -> None:
         RunError: A loss or gradient was not finite.
         Stopped: A signal came; the run is saved.
     """
+    saved = False
     if decision >= GIVE_UP:
         check_finite(run)
     elif decision > GO_ON:
-        save_recovery(run)
+        saved = save_recovery(run)
     if decision >= STOP:
         progress = run.progress
-        raise stop_line(decision, f'after epoch {progress.epoch}, batch {progress.batch} of {len(run.loader_train)}; '
-                                  f'--resume auto or --resume PATH goes on')
+        end = '--resume auto or --resume PATH goes on' if saved else 'NOT saved, older checkpoints are kept'
+        raise stop_line(
+            decision, f'after epoch {progress.epoch}, batch {progress.batch} of {len(run.loader_train)}; {end}')
 
 
 def check_finite(run: Run) -> None:
     """Raise RunError in all processes if one has seen a loss or gradient that was not finite."""
     run.finite.settle()
+    if run.finite.error is None:
+        bad = [name for name, parameter in run.pair.named_parameters() if not parameter.isfinite().all()]
+        if bad:  # by a finite gradient that was too large
+            run.finite.error = f'epoch {run.progress.epoch}: not finite: {bad[0]} and {len(bad) - 1} other parameters'
     errors = from_all(run.args, run.finite.error)
     if any(errors):
         if run.args.rank:
@@ -385,8 +402,6 @@ def fit(run: Run) -> None:
         run.scheduler.step(start_epoch)
         run.scheduler.step_update(_num_updates(run))
     write_summary(run)
-    if task.teacher is not None and (run.progress.epoch, run.progress.batch) == (0, 0):
-        validate_teacher(run)
     started = time.time()
     end_epoch = min(run.num_epochs, args.stop_epoch or run.num_epochs)
     if start_epoch >= end_epoch:
@@ -433,6 +448,7 @@ def fit(run: Run) -> None:
     _log_result(run, time.time() - started)
     if saver.failed:
         raise RunError(f'--output {run.output_dir}: the last epoch could not be saved, see above')
+    run.control.watch()
     if args.export and any(epoch is not None for _, epoch in saver.best_branches.values()):
         try:
             export_run(run.output_dir)

@@ -51,7 +51,7 @@ def stop(scenario, name, number, pattern, victims=slice(None), status=None) -> s
 
 def stopped(folder):
     """Each signal, in an epoch and in validation; the run goes on exactly from where it was saved."""
-    scenario = alone(folder)
+    scenario = alone(folder, options=['--epochs', '2'])
     for name, number, pattern, place in (
             ('term', signal.SIGTERM, r'Train: 1 \[ *4/', r'epoch 1, batch [567] of 12'),
             ('int', signal.SIGINT, r'Train: 0 \[ *2/', r'epoch 0, batch [345] of 12'),
@@ -66,7 +66,7 @@ def stopped(folder):
 
 def stopped_together(folder):
     """One of two processes gets the signal: both end at the same update, and go on exactly."""
-    scenario = alone(folder, 'dml', 2)
+    scenario = alone(folder, 'dml', 2, ['--epochs', '2'])
     text = stop(scenario, 'one', signal.SIGTERM, r'Train: 1 \[ *2/', slice(1, 2))
     check('stopped by SIGTERM after epoch' in text and 'Traceback' not in text, scenario, 'one')
     check(wait(scenario.start('one')) == [0, 0], scenario, 'one')
@@ -74,16 +74,19 @@ def stopped_together(folder):
 
 
 def second_signal(folder):
-    """A second signal ends a process in the middle of an update."""
-    scenario = prepare('vpl', 1, folder)
-    scenario.options = ['--img-size', '512']  # an update of many seconds
+    """A second signal ends a process that waits for another, which stands still."""
+    scenario = prepare('vpl', 2, folder)
     pids = scenario.start('slow')
-    check(wait(pids, until(folder / 'slow.log', r'Train: 0 \[ *0/')) is None, scenario, 'slow')
+    check(wait(pids, until(folder / 'slow.log', r'Train: 0 \[ *2/')) is None, scenario, 'slow')
+    os.kill(pids[1], signal.SIGSTOP)
+    time.sleep(1)
     os.kill(pids[0], signal.SIGTERM)
     time.sleep(1.5)
     begin = time.monotonic()
     os.kill(pids[0], signal.SIGTERM)
-    check(wait(pids) == [-signal.SIGTERM] and time.monotonic() - begin < 1, scenario, 'slow')
+    check(wait(pids[:1]) == [128 + signal.SIGTERM] and time.monotonic() - begin < 1, scenario, 'slow')
+    kill(pids[1:])
+    wait(pids[1:])
 
 
 def lost(folder):

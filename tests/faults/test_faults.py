@@ -1,0 +1,116 @@
+"""Real runs that are killed, cut off and starved: the scripts of this folder, a case a test.
+
+Most have the marker `faults` and run with `pytest -m faults -n 0`.
+"""
+import contextlib
+import functools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='kills processes as Linux has them')
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def run(folder: Path, script: str, *args: str, seconds: float = 300) -> None:
+    """Run a script of this folder and check that it ends well."""
+    log = folder / 'output.txt'
+    with open(log, 'wb') as stream:
+        process = subprocess.Popen(
+            [sys.executable, str(FOLDER / script), *args],
+            stdout=stream,
+            stderr=stream,
+            env={**os.environ, 'OMP_NUM_THREADS': '1', 'TMPDIR': str(folder)},
+            start_new_session=True,
+        )
+    try:
+        end = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        end = f'none within {seconds} s'
+    finally:
+        for pid in _started_by(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+    if end != 0:
+        pytest.fail(f'{script} {" ".join(args)}: {end}\n{log.read_text()[-8000:]}', pytrace=False)
+
+
+def _started_by(session: int) -> list[int]:
+    """Return the ids of all processes of a session, those in groups of their own too."""
+    found = []
+    for path in Path('/proc').glob('[0-9]*/stat'):
+        with contextlib.suppress(OSError):  # it has ended by now
+            if int(path.read_text().rpartition(')')[2].split()[3]) == session:
+                found.append(int(path.parent.name))
+    return found
+
+
+@functools.cache
+def missing(*commands: str) -> str:
+    """Return why commands can't be run in namespaces of their own, '' if they can."""
+    if not hasattr(os, 'geteuid') or os.geteuid() != 0:
+        return 'only root may mount'
+    done = subprocess.run(
+        ['unshare', '--mount', '--pid', '--fork', '--mount-proc', 'sh', '-e', '-c', '\n'.join(commands)],
+        capture_output=True, text=True)
+    return done.stderr.strip()
+
+
+def need_disk() -> None:
+    """Skip a test where no disk can be mounted."""
+    if reason := missing('mount -t tmpfs tmpfs /mnt'):
+        pytest.skip(f'no mounts: {reason}')
+
+
+def need_nodes() -> None:
+    """Skip a test where there are no network namespaces."""
+    if reason := missing(
+            'mkdir -p /run/netns', 'mount -t tmpfs tmpfs /run/netns', 'ip netns add one', 'ip netns add two',
+            'ip link add cable netns one type veth peer name cable netns two'):
+        pytest.skip(f'no network namespaces: {reason}')
+
+
+@pytest.mark.parametrize('case', [
+    'stopped',
+    'stopped_together',
+    'lost',
+    *(pytest.param(case, marks=pytest.mark.faults) for case in ('second_signal', 'hanging', 'restarted')),
+])
+def test_signal(case, tmp_path):
+    run(tmp_path, 'signals.py', case, str(tmp_path / 'runs'))
+
+
+@pytest.mark.parametrize('case', [
+    'full',
+    *(pytest.param(case, marks=pytest.mark.faults) for case in (
+        'full_later', 'full_for_a_while', 'stopped_while_full', 'removed', 'read_only', 'truncated')),
+])
+def test_disk(case, tmp_path):
+    need_disk()
+    run(tmp_path, 'disk.py', case, str(tmp_path / 'runs'))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('case', ['late', 'killed', 'cut_off', 'uneven', 'stopped', 'restarted'])
+def test_nodes(case, tmp_path):
+    need_nodes()
+    run(tmp_path, 'nodes.py', case, str(tmp_path / 'runs'), seconds=600)
+
+
+@pytest.mark.parametrize('args', [
+    ['--kills', '3', '--methods', 'vpl', '--processes', '1'],
+    ['--kills', '1', '--methods', 'dml', '--processes', '3'],
+])
+def test_kill(args, tmp_path):
+    run(tmp_path, 'kill.py', *args)
+
+
+@pytest.mark.faults
+def test_hundred_kills(tmp_path):
+    run(tmp_path, 'kill.py', '--kills', '100', seconds=3600)
