@@ -195,7 +195,7 @@ def restarted(folder):
     """Under --max-restarts the run of a worker that is killed goes on by itself, exactly."""
     scenario = alone(folder, 'vpl', 2)
     scenario.options = ['--resume', '']  # not auto
-    nodes = Nodes(scenario, [*C10D, '--max-restarts', '3'])
+    nodes = Nodes(scenario, [*C10D, '--max-restarts', '1'])
     for node in range(2):
         nodes.start(node, TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
     nodes.until(r'Train: 1 \[ *2/')
