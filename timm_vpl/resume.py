@@ -24,13 +24,16 @@ class Progress:
     lrs: dict[str, float] = field(default_factory=dict)  # of each branch, at its start
 
 
-def find_checkpoint(args) -> str:
+def find_checkpoint(args, restarted: bool = False) -> str:
     """Return the checkpoint to go on from, '' for none; called by one process.
 
     It is that of --resume; with --resume auto, and where torchrun has restarted the processes, the newest one of the
     run's folder.
+
+    Args:
+        args: Options.
+        restarted: Whether torchrun has restarted a process of the run.
     """
-    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
     if restarted and not args.experiment:
         _logger.warning(
             'Restarted by torchrun, from the beginning: only a run with --experiment NAME goes on by itself')

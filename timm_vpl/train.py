@@ -105,9 +105,11 @@ def train(args) -> None:
     if args.rank:
         logging.getLogger().setLevel(logging.ERROR)
     try:
+        # torchrun counts only the restarts for which a process of the same machine has failed.
+        restarted = any(from_all(args, os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'))
         with agreement(args):
             if args.rank == 0:
-                args.resume = find_checkpoint(args)
+                args.resume = find_checkpoint(args, restarted)
         args.resume, args.resume_auto, args.start_epoch, args.no_resume_opt = from_first(
             args, (args.resume, args.resume_auto, args.start_epoch, args.no_resume_opt))
         with agreement(args):
@@ -157,7 +159,7 @@ def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
     if args.distributed:
         task.prepare_distributed(
             device_ids=[args.local_rank] if run.device.type == 'cuda' else None,
-            broadcast_buffers=not args.no_ddp_bb,
+            **({'broadcast_buffers': False} if args.no_ddp_bb else {}),  # torch's default without a warning
         )
         task.train()
         size = build.loader_config(run.configs)['input_size']
@@ -522,8 +524,7 @@ def train_one_epoch(run: Run) -> int:
         if run.saver is not None and (last_batch or batch // accum_steps % args.log_interval == 0):
             _log_batch(run, batch, {name: total / in_update for name, total in values.items()}, batch_time, data_time)
             if args.save_images:
-                torchvision.utils.save_image(
-                    input, os.path.join(run.output_dir, f'train-batch-{batch}.jpg'), padding=0, normalize=True)
+                save_images(run, input, batch)
         decision = run.control.decide(GIVE_UP if finite.error else GO_ON)
         if args.recovery_interval and num_updates % args.recovery_interval == 0:
             decision = max(decision, SAVE)
@@ -535,6 +536,15 @@ def train_one_epoch(run: Run) -> int:
         raise RunError('data: the training loader gave no batch')
     progress.batch = num_batches  # also where a stream ended early
     return decision
+
+
+def save_images(run: Run, input: torch.Tensor, batch: int) -> None:
+    """Write a batch of images as one; where that fails, say so."""
+    try:
+        torchvision.utils.save_image(
+            input, os.path.join(run.output_dir, f'train-batch-{batch}.jpg'), padding=0, normalize=True)
+    except OSError as e:
+        _logger.error(f'--save-images: {run.output_dir}: {e.strerror or first_line(e)}')
 
 
 def epoch_terms(run: Run) -> dict[str, Any]:
@@ -677,7 +687,7 @@ def write_summary(run: Run) -> None:
             writer.writeheader()
             writer.writerows(run.rows)
     except OSError as e:
-        _logger.error(f'{path}: can not be written ({e.strerror}); its rows are in the checkpoint too')
+        _logger.error(f'{path}: can not be written ({e.strerror}); the next checkpoint that is saved has its rows too')
 
 
 def _log_result(run, seconds):

@@ -5,6 +5,7 @@ Most have the marker `faults` and run with `pytest -m faults -n 0`.
 import contextlib
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,7 +55,9 @@ def _started_by(session: int) -> list[int]:
 @functools.cache
 def missing(*commands: str) -> str:
     """Return why commands can't be run in namespaces of their own, '' if they can."""
-    if not hasattr(os, 'geteuid') or os.geteuid() != 0:
+    if shutil.which('unshare') is None:
+        return 'no command unshare'
+    if os.geteuid() != 0:
         return 'only root may mount'
     done = subprocess.run(
         ['unshare', '--mount', '--pid', '--fork', '--mount-proc', 'sh', '-e', '-c', '\n'.join(commands)],
