@@ -52,18 +52,21 @@ class FiniteCheck:
     def step(self, optimizer: torch.optim.Optimizer, found: dict[str, torch.Tensor]) -> None:
         """Let the optimizer step, unless a gradient is bad.
 
-        torch's fused optimizers leave the update out on the device. For others the host reads the flag: on a CPU, and
-        where updates are to be skipped; a run that stops anyway does not wait for it.
+        On a CPU the host reads the flag. On a GPU torch's fused Adam leaves the update out on the device; for others the
+        host waits for the flag where updates are to be skipped, but not in a run that stops anyway.
         """
         bad = torch.stack(list(found.values())).amax()
+        if self.device.type == 'cpu':
+            if not bad:
+                optimizer.step()
         # torch's fused SGD would leave the momentum of a first step that is left out uninitialised.
-        if getattr(optimizer, '_step_supports_amp_scaling', False) and not isinstance(optimizer, torch.optim.SGD):
+        elif getattr(optimizer, '_step_supports_amp_scaling', False) and not isinstance(optimizer, torch.optim.SGD):
             optimizer.grad_scale, optimizer.found_inf = None, bad
             try:
                 optimizer.step()
             finally:
                 del optimizer.grad_scale, optimizer.found_inf
-        elif (self.device.type != 'cpu' and not self.skip) or not bad:
+        elif not self.skip or not bad:
             optimizer.step()
 
     def keep_statistics(self, module: torch.nn.Module) -> None:
@@ -80,7 +83,9 @@ class FiniteCheck:
             losses: Loss terms (0-d) by name.
             found: Flags of the gradients, by branch.
         """
-        flags = torch.stack([*(~loss.isfinite() for loss in losses.values()), *(flag > 0 for flag in found.values())])
+        flags = ~torch.stack(list(losses.values())).isfinite()
+        if found:
+            flags = torch.cat([flags, torch.stack(list(found.values())) > 0])
         names = [*losses, *(f'gradient of branch {side}' for side in found)]
         if self.skip:
             # By the gradients, which are the same in all processes; a GradScaler keeps its own to itself.
