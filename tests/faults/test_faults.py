@@ -107,7 +107,7 @@ def test_nodes(case, tmp_path):
 
 
 @pytest.mark.parametrize('args', [
-    ['--kills', '3', '--methods', 'vpl', '--processes', '1'],
+    ['--kills', '2', '--methods', 'vpl', '--processes', '1'],
     ['--kills', '1', '--methods', 'dml', '--processes', '3'],
 ])
 def test_kill(args, tmp_path):
