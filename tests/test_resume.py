@@ -50,7 +50,8 @@ def stop_at(pattern, data, output, *options, **kwargs):
     ['--grad-accum-steps', '2', '--opt', 'lookahead_adamw', '--sched-on-updates', '--no-prefetcher', '--mixup', '0.8'],
     ['--sched', 'plateau', '--patience-epochs', '0', '--lr-noise', '0.1', '--val-interval', '2'],
     ['--amp', '--amp-dtype', 'bfloat16', '--on-nonfinite', 'skip', '--no-model-ema'],
-], ids=lambda options: options[-1] if options[-1][0] != '-' else options[0])
+    ['--torchcompile', 'eager'],
+], ids=' '.join)
 def test_stopped_in_mid_epoch(digits_folder, tmp_path, options):
     whole = run(digits_folder, tmp_path / 'whole', *SHORT, *options)
     assert stop_at(r'Train: 1 \[ *[12]/', digits_folder, tmp_path / 'part', *SHORT, *options) == 143
