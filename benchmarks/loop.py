@@ -56,7 +56,8 @@ class Plain:
         model.to(self.device, memory_format=memory_format)
         self.memory_format = memory_format
         self.optimizer = create_optimizer_v2(
-            model, opt=args.opt, lr=build.learning_rates(args)[side], weight_decay=args.weight_decay_a)
+            model, opt=args.opt, lr=build.learning_rates(args)[side], weight_decay=args.weight_decay_a,
+            fused=run.optimizer.defaults.get('fused'))
         if args.data_dir:
             dataset = create_dataset('', root=args.data_dir, split=args.train_split, is_training=True)
         else:
@@ -150,9 +151,15 @@ class Guarded:
 def check_syncs(options, argv, report):
     """Report whether the package's loop waits for the device within an epoch."""
     rows = []
-    for name in ('batch on the device', 'real loader'):
-        run = create(argv, 0) if name == 'real loader' else create_fixed(argv, max(options.steps, 3), 0)
-        run.saver = None
+    steps = max(options.steps, 3)
+    for name, run in (
+            ('batch on the device', create_fixed(argv, steps, 0)),
+            ('a pair with all terms', create_fixed(common.arguments(options, 'vpl'), steps)),
+            ('deep mutual learning', create_fixed(common.arguments(options, 'dml'), steps)),
+            ('--on-nonfinite skip', create_fixed(
+                common.arguments(options, 'vpl', 'ab', '--on-nonfinite', 'skip'), steps)),
+            ('real loader', create(argv, 0)),
+    ):
         block(run, 0)()
         run.loader_train = loader = Guarded(run.loader_train)
         try:
@@ -182,6 +189,7 @@ def main(argv=None):
     argv = solo_arguments(options)
 
     run = create(argv, 0)
+    run.saver = object()  # that of the first process: it writes log lines
     plain = Plain(run)
     steps = len(run.loader_train)
     print(f'# {options.model}, {steps} steps an epoch (ours), {len(plain.loader)} (plain)')

@@ -290,3 +290,23 @@ def test_a_link_to_the_folder_is_the_folder(digits_folder, tmp_path):
     (tmp_path / 'link').symlink_to(tmp_path / 'part')
     part = run(digits_folder, tmp_path / 'part', *SHORT, '--resume', str(tmp_path / 'link' / 'run' / 'last.pth.tar'))
     assert not differences(whole, part)
+
+
+def test_another_memory_layout(digits_folder, begun, tmp_path):
+    # Fused kernels go by the order in memory.
+    shutil.copytree(begun / 'run', tmp_path / 'a' / 'run')
+    shutil.copytree(begun / 'run', tmp_path / 'b' / 'run')
+    one = run(digits_folder, tmp_path / 'a', *SHORT, '--resume', 'auto', '--stop-epoch', '2')
+    other = run(digits_folder, tmp_path / 'b', *SHORT, '--resume', 'auto', '--stop-epoch', '2', '--channels-last-a')
+    state, changed = last(one)['state_dict'], last(other)['state_dict']
+    for key in state:
+        torch.testing.assert_close(state[key], changed[key], rtol=1e-2, atol=2e-3, msg=key)
+
+
+def test_torchrun_goes_on_with_a_name(digits_folder, begun, tmp_path, monkeypatch):
+    # Also before there is a checkpoint: the folder stays the same.
+    monkeypatch.setenv('TORCHELASTIC_MAX_RESTARTS', '3')
+    (tmp_path / 'run').mkdir()
+    assert run(digits_folder, tmp_path, *SHORT, '--stop-epoch', '1') and not (tmp_path / 'run-1').exists()
+    run(digits_folder, tmp_path, *SHORT, '--stop-epoch', '2')
+    assert len(summary(tmp_path / 'run')) == 2 and not (tmp_path / 'run-1').exists()

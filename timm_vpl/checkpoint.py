@@ -76,7 +76,7 @@ class PairCheckpointSaver(CheckpointSaver):
 
     def save_recovery(self, epoch: int, batch: int, state: dict[str, Any]) -> bool:
         """Save within an epoch, after `batch` of its batches; return whether that went well."""
-        if self._recovered == (epoch, batch):
+        if self._recovered == (epoch, batch) and os.path.exists(self.curr_recovery_file):
             return True  # nothing has changed since
         index = max(batch - 1, 0)
         name = f'{self.recovery_prefix}-{epoch}-{index}{self.extension}'
@@ -197,7 +197,7 @@ class PairCheckpointSaver(CheckpointSaver):
         # timm counts the checkpoint itself in if its link is there; the latest one's may be missing.
         super().load_state_dict(state_dict if completed and not is_last else {**state_dict, 'pending': (None, None)})
         self.best_branches.update({side: tuple(best) for side, best in state_dict.get('best_branches', {}).items()})
-        recoveries = recovery_files(self.recovery_dir)
+        recoveries = sorted(recovery_files(self.recovery_dir), key=os.path.getmtime)
         for path in recoveries[:-2]:
             Path(path).unlink(missing_ok=True)
         self.prev_recovery_file, self.curr_recovery_file = ['', '', *recoveries][-2:]

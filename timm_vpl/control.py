@@ -59,17 +59,18 @@ class Control:
             # Python runs handlers between two steps of its own: a process that waits in a collective has none. This
             # thread hears of a signal all the same.
             heard, speaks = os.pipe()
-            os.set_blocking(speaks, False)
-            self._wakeup = (signal.set_wakeup_fd(speaks, warn_on_full_buffer=False), heard, speaks)
+            if hasattr(os, 'set_blocking'):
+                os.set_blocking(speaks, False)
+            self._wakeup = (signal.set_wakeup_fd(speaks, warn_on_full_buffer=False), speaks)
             threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
         self.watch()
         return self
 
     def __exit__(self, *error):
         if self._wakeup is not None:
-            before, _, speaks = self._wakeup
+            before, speaks = self._wakeup
             signal.set_wakeup_fd(before)
-            os.close(speaks)  # ends the thread
+            os.close(speaks)  # ends the thread, once the loaders' workers have ended
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if self.hang_timeout:
@@ -120,7 +121,7 @@ class Control:
     def watch(self) -> None:
         """Say that this process is alive."""
         now = time.monotonic()
-        if self.hang_timeout and now - self._watched > min(1, self.hang_timeout / 4):
+        if self.hang_timeout and sys.__stderr__ is not None and now - self._watched > min(1, self.hang_timeout / 4):
             faulthandler.dump_traceback_later(self.hang_timeout, exit=True, file=sys.__stderr__)
             self._watched = now
 

@@ -531,6 +531,7 @@ def _torch_loaders(loader) -> list[DataLoader]:
 
 def init_worker(worker_id: int, then: Callable[[int], None] | None = None) -> None:
     """Let a worker outlive the signals of its process group: the main process decides what they mean."""
+    signal.set_wakeup_fd(-1)  # that of the main process, where this is a fork of it
     for name in ('SIGINT', 'SIGUSR1'):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -644,7 +645,8 @@ class TrainLoader:
                     self.mixup_fn.mixup_enabled = not self.mixup_off_epoch or epoch < self.mixup_off_epoch
                     seed_all(self.seed, 'batch', epoch, batch, self.rank)
                     input, target = self.mixup_fn(input, target)
-            yield batch, input, target, self.sampler.sample_ids(batch).to(self.device) if repeated else None
+            ids = self.sampler.sample_ids(batch).to(self.device, non_blocking=True) if repeated else None
+            yield batch, input, target, ids
 
 
 def together(batches, device: torch.device):

@@ -52,20 +52,21 @@ class FiniteCheck:
     def step(self, optimizer: torch.optim.Optimizer, found: dict[str, torch.Tensor]) -> None:
         """Let the optimizer step, unless a gradient is bad.
 
-        On a CPU the host reads the flag. On a GPU torch's fused Adam leaves the update out on the device; for others the
-        host waits for the flag where updates are to be skipped, but not in a run that stops anyway.
+        On a CPU the host reads the flag. On a GPU torch's fused Adam leaves the update out on the device; for others
+        the host waits for the flag where updates are to be skipped, but not in a run that stops anyway.
         """
         bad = torch.stack(list(found.values())).amax()
+        inner = getattr(optimizer, 'optim', optimizer)  # of a sharded one
         if self.device.type == 'cpu':
             if not bad:
                 optimizer.step()
         # torch's fused SGD would leave the momentum of a first step that is left out uninitialised.
-        elif getattr(optimizer, '_step_supports_amp_scaling', False) and not isinstance(optimizer, torch.optim.SGD):
-            optimizer.grad_scale, optimizer.found_inf = None, bad
+        elif getattr(inner, '_step_supports_amp_scaling', False) and not isinstance(inner, torch.optim.SGD):
+            inner.grad_scale, inner.found_inf = None, bad
             try:
                 optimizer.step()
             finally:
-                del optimizer.grad_scale, optimizer.found_inf
+                del inner.grad_scale, inner.found_inf
         elif not self.skip or not bad:
             optimizer.step()
 

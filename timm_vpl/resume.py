@@ -2,6 +2,7 @@
 import logging
 import os
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -43,9 +44,8 @@ def find_checkpoint(args, restarted: bool = False) -> str:
             # Its store keeps the addresses of processes that have ended, which a restart then tries to reach.
             _logger.warning('torchrun --max-restarts: start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or the '
                             'processes of a restart will not find each other')
-        if not restarted and not args.resume and args.experiment and os.path.exists(folder):
-            raise UsageError(f'--experiment {args.experiment}: is there already, and a restart by torchrun would go on '
-                             f'with it; give --resume auto to go on with it now, or another name')
+        if args.experiment and not args.resume:
+            args.resume_auto = True  # a restart could not tell an older run of this name from its own
     if not args.resume_auto and not (restarted and args.experiment):
         return args.resume
     path = newest_checkpoint(folder)
@@ -97,15 +97,13 @@ def resume(run, checkpoint: dict[str, Any], options: dict[str, Any]) -> None:
         if task.has_ema():
             task.load_checkpoint_state(checkpoint.get('state_dict_ema', checkpoint['state_dict']), ema=True)
         if not args.no_resume_opt:
-            run.optimizer.load_state_dict(checkpoint['optimizer'])
-            if run.scaler.is_enabled() and 'amp_scaler' in checkpoint:
-                run.scaler.load_state_dict(checkpoint['amp_scaler'])
             # How an optimizer computes is not part of the run; what a restart by hand gives holds.
             keys = ['fused', 'foreach', *(['lr'] if run.scheduler is None else [])]
             if args.start_epoch is not None:
                 keys += ['lr', 'initial_lr', 'lr_scale', 'weight_decay', 'betas', 'eps', 'momentum']
-            for group, given in zip(run.optimizer.param_groups, own, strict=True):
-                group.update((key, given[key]) for key in keys if key in given)
+            run.optimizer.load_state_dict(_adapted(checkpoint['optimizer'], own, keys))
+            if run.scaler.is_enabled() and 'amp_scaler' in checkpoint:
+                run.scaler.load_state_dict(checkpoint['amp_scaler'])
             if checkpoint.get('scheduler') and hasattr(run.scheduler, 'lr_scheduler'):
                 run.scheduler.lr_scheduler.load_state_dict(checkpoint['scheduler']['plateau'])
                 run.scheduler.restore_lr = checkpoint['scheduler']['restore_lr']
@@ -122,6 +120,31 @@ def resume(run, checkpoint: dict[str, Any], options: dict[str, Any]) -> None:
     _logger.info(
         f'Resumed {args.resume}: goes on with epoch {run.progress.epoch}, batch {run.progress.batch} of '
         f'{len(run.loader_train)}')
+
+
+def _adapted(saved: dict[str, Any], own: list[dict], keys: list[str]) -> dict[str, Any]:
+    """Return an optimizer's saved state for groups that keep some settings of their own.
+
+    The state of a parameter gets its memory layout, which fused kernels go by.
+
+    Args:
+        saved: The saved state_dict.
+        own: The optimizer's groups.
+        keys: Settings that they keep.
+    """
+    groups = [
+        {**group, **{key: given[key] for key in keys if key in given}}
+        for group, given in zip(saved['param_groups'], own, strict=True)]
+    parameters = dict(zip(
+        chain.from_iterable(group['params'] for group in groups),
+        chain.from_iterable(group['params'] for group in own),
+        strict=True))
+    state = {
+        i: {key: torch.empty_like(parameters[i], dtype=value.dtype, device=value.device).copy_(value)
+            if isinstance(value, torch.Tensor) and value.shape == parameters[i].shape else value
+            for key, value in values.items()}
+        for i, values in saved['state'].items()}
+    return {**saved, 'param_groups': groups, 'state': state}
 
 
 def _check_same_run(run, checkpoint, options):
