@@ -129,7 +129,7 @@ def parts(options) -> tuple[dict, dict]:
     weights = torch.nn.Module()
     weights.weight = torch.nn.Parameter(torch.empty(total, device='meta'))
     weights.weight.grad = torch.empty(total, device='meta')
-    for name, kwargs in (('AdamW, foreach (default)', {'foreach': True}), ('AdamW, fused', {'fused': True})):
+    for name, kwargs in (('AdamW, foreach', {'foreach': True}), ('AdamW, fused', {'fused': True})):
         try:
             optimizer = torch.optim.AdamW(weights.parameters(), lr=1e-3, weight_decay=0.05, **kwargs)
             optimizer.step()
@@ -178,7 +178,7 @@ def main(argv=None):
 
     names = [
         'a, forward and backward', 'b, forward and backward', 'pair terms, forward and backward',
-        'check of the gradients (fp16: with the scale)', 'AdamW, foreach (default)', 'EMA',
+        'check of the gradients (fp16: with the scale)', 'AdamW, fused', 'EMA',
         'autocast: weights to bf16, gradients to fp32']
     steps = {
         'pair': names,
