@@ -89,10 +89,14 @@ class Killed(BaseException):
     """The end of a process at an instant that a test chose."""
 
 
+@pytest.fixture(scope='module')
+def whole(digits_folder, tmp_path_factory):
+    return run(digits_folder, tmp_path_factory.mktemp('whole'), *SHORT, '--save-epochs', '2')
+
+
 @pytest.mark.parametrize('instant', range(9))
-def test_killed_while_saving(digits_folder, tmp_path, monkeypatch, instant):
+def test_killed_while_saving(digits_folder, tmp_path, monkeypatch, whole, instant):
     # Of the file operations of the second epoch, each in turn is the last that the process did not do.
-    whole = run(digits_folder, tmp_path / 'whole', *SHORT, '--save-epochs', '2')
     count = [0]
 
     def interrupted(name):

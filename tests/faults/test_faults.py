@@ -81,19 +81,17 @@ def need_nodes() -> None:
 
 @pytest.mark.parametrize('case', [
     'stopped',
-    'stopped_together',
     'lost',
-    *(pytest.param(case, marks=pytest.mark.faults) for case in ('second_signal', 'hanging', 'restarted')),
+    *(pytest.param(case, marks=pytest.mark.faults) for case in (
+        'stopped_together', 'second_signal', 'hanging', 'restarted')),
 ])
 def test_signal(case, tmp_path):
     run(tmp_path, 'signals.py', case, str(tmp_path / 'runs'))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize('case', [
-    'full',
-    *(pytest.param(case, marks=pytest.mark.faults) for case in (
-        'full_later', 'full_for_a_while', 'stopped_while_full', 'removed', 'read_only', 'truncated')),
-])
+    'full', 'full_later', 'full_for_a_while', 'stopped_while_full', 'removed', 'read_only', 'truncated'])
 def test_disk(case, tmp_path):
     need_disk()
     run(tmp_path, 'disk.py', case, str(tmp_path / 'runs'))
