@@ -6,7 +6,7 @@ import torch
 
 from timm_vpl.checkpoint import read_checkpoint
 
-TIMES = ('seconds', 'images_per_second')
+TIMES = ('seconds', 'eval_seconds', 'images_per_second')
 
 
 def summary(folder: Path) -> list[dict]:

@@ -36,7 +36,6 @@ from timm_vpl.data import (
     data_errors,
     read,
     resolve_classes,
-    shared_facts,
     skipped_images,
 )
 from timm_vpl.device import init_device
@@ -456,17 +455,6 @@ def test_a_damaged_tar_is_refused(folder, damage):
     (folder / 'train.tar').write_bytes(damage((folder / 'train.tar').read_bytes()))
     with pytest.raises(UsageError, match="--data-dir .*: split 'train.tar' could not be read: "):
         split(folder, '--train-split', 'train.tar', name='train.tar')
-
-
-def test_what_processes_must_share(folder):
-    args = options(folder)
-    train, held_out = split(folder), split(folder, name='validation')
-    names = resolve_classes(args, train, held_out)
-    facts = shared_facts(
-        create_train_loader(args, train, CONFIG, CPU), create_eval_loader(args, held_out, CONFIG, CPU), names)
-    assert facts == {
-        'training images': 40, 'training batches': 5, 'validation images': 17, 'validation batches': 3,
-        'classes': ['class0', 'class1', 'class2', 'class3']}
 
 
 # Streams

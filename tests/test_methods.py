@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from processes import run_script
+from runs import TIMES
 from test_train import NOISE, PAIR, SMALL, assert_equal_weights, last, rows, run, torchrun
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, resolve_model_data_config
 from timm.layers import DropPath
@@ -939,7 +940,7 @@ def method_options(name, teacher):
 
 def untimed(table):
     return [
-        {key: value for key, value in row.items() if key not in ('seconds', 'images_per_second')} for row in table]
+        {key: value for key, value in row.items() if key not in TIMES} for row in table]
 
 
 def assert_trained(name, folder, epochs=2):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from runs import TIMES
 
 from timm_vpl.checkpoint import read_checkpoint
 from timm_vpl.cli import train
@@ -48,8 +49,8 @@ def test_run_folder(digits_folder, tmp_path):
     folder = run(digits_folder, tmp_path, *NOISE)
     files = {path.name for path in folder.iterdir()}
     assert files == {
-        'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'best_a.pth.tar', 'best_b.pth.tar',
-        'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar'}
+        'args.yaml', 'data.yaml', 'environment.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar',
+        'best_a.pth.tar', 'best_b.pth.tar', 'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar'}
     inodes = {path.stat().st_ino for path in folder.glob('*.tar')}
     assert len(inodes) == 2  # one file an epoch, the other names are links
 
@@ -60,7 +61,7 @@ def test_run_folder(digits_folder, tmp_path):
     assert list(table[0]) == [
         'epoch', *(f'train_{term}' for term in terms), 'eval_top1', *(f'eval_{metric}' for metric in metrics),
         *(f'eval_ema_{metric}' for metric in metrics), 'lr_a', 'lr_b', 'stage', 'num_epochs', 'processes',
-        'images', 'skipped', 'seconds', 'images_per_second']
+        'images', 'flops', 'skipped', 'seconds', 'eval_seconds', 'images_per_second']
     assert [row['stage'] for row in table] == ['1', '2']  # epoch 0 is in the first 20 %, 1 of 2 not in the last
     assert table[0]['train_kl_loss'] == '' and float(table[1]['train_kl_loss']) >= 0
     means = [(float(row['eval_ema_top1_a']) + float(row['eval_ema_top1_b'])) / 2 for row in table]
@@ -108,10 +109,9 @@ def test_resumed_run_is_the_uninterrupted_one(digits_folder, tmp_path):
     run(digits_folder, tmp_path, *options, '--resume', str(part / 'last.pth.tar'), name='part')
     for key in ('state_dict', 'state_dict_ema'):
         assert_equal_weights(last(whole)[key], last(part)[key])
-    timed = ('seconds', 'images_per_second')
     assert [
-        {key: value for key, value in row.items() if key not in timed} for row in rows(whole)
-    ] == [{key: value for key, value in row.items() if key not in timed} for row in rows(part)]
+        {key: value for key, value in row.items() if key not in TIMES} for row in rows(whole)
+    ] == [{key: value for key, value in row.items() if key not in TIMES} for row in rows(part)]
     assert [row['stage'] for row in rows(whole)] == ['1', '1', '2']
     assert last(whole)['saver']['best_branches'] == last(part)['saver']['best_branches']
 
@@ -190,7 +190,7 @@ def test_two_processes_train_as_one(digits_folder, tmp_path):
     two = tmp_path / 'two'
     assert [row['stage'] for row in rows(two)] == ['1', '1', '2']
     for key, value in rows(one)[2].items():
-        if key not in ('processes', 'seconds', 'images_per_second'):
+        if key not in ('processes', *TIMES):
             assert float(rows(two)[2][key]) == pytest.approx(float(value), rel=1e-3, abs=1e-4), key
     state, other = last(one)['state_dict'], last(two)['state_dict']
     for key in state:

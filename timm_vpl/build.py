@@ -20,6 +20,8 @@ from timm.optim import (
     param_groups_weight_decay,
 )
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from .criterion import StagedLoss
 from .data import names_of
@@ -29,6 +31,7 @@ from .options import INPUT_OPTIONS, mixup_active, no_token
 from .pair import PairWrapper, classifiers_of
 from .seeding import seed_all
 from .stochastic_depth import set_uniform_drop_path
+from .task import PairTask
 from .teacher import Teacher
 from .trained import create_named, load_trained
 from .zero import ShardedOptimizer
@@ -288,6 +291,44 @@ def _try_forward(args, pair, configs):
             raise UsageError(
                 f'--model-{side} {getattr(args, f"model_{side}")}: can not take images of size {tuple(input_size)}: '
                 f'{(str(e).strip() or type(e).__name__).splitlines()[0]}') from e
+
+
+def training_flops(task: PairTask, configs: dict[str, dict[str, Any]]) -> int:
+    """Return the floating-point operations that training takes for an image, as torch counts them.
+
+    Forward and backward of each branch that learns, with what gradient checkpointing computes again; the further
+    forward of a branch that is asked again after its update; the forward of a frozen teacher. Pair terms, optimizer and
+    what skipping stochastic depth saves are not counted.
+
+    Args:
+        task: The task, not yet distributed.
+        configs: Data configuration of each branch.
+    """
+    pair, refreshed = task.trainable_module, ''.join(task.phases[:-1])
+    training = pair.training
+    total = 0
+    for side in pair.sides:
+        forward, both = _count_flops(pair.branch(side).eval(), configs[side]['input_size'])
+        total += task.criterion.views * both + forward * refreshed.count(side)
+    pair.train(training)
+    if task.teacher is not None:
+        total += _count_flops(task.teacher.branch.model, task.teacher.data_config['input_size'])[0]
+    return total
+
+
+def _count_flops(model: nn.Module, input_size: tuple[int, ...]) -> tuple[int, int]:
+    """Return the operations of one image's forward pass, and of forward and backward."""
+    device = next(model.parameters()).device
+    # The counter knows attention by its matrix products, not by every fused kernel.
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        output = model(torch.zeros(1, *input_size, device=device))
+        forward = counter.get_total_flops()
+        outputs = output if isinstance(output, (tuple, list)) else [output]
+        learning = [x.sum() for x in outputs if x.requires_grad]
+        if learning:
+            sum(learning).backward()
+    model.zero_grad(set_to_none=True)
+    return forward, counter.get_total_flops()
 
 
 def _has_attention(model) -> bool:

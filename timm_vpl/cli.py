@@ -96,6 +96,18 @@ def report(argv: list[str], prog: str) -> int:
     return _finish(prog, work)
 
 
+def study(argv: list[str], prog: str) -> int:
+    """Do the runs of a plan; return the exit status."""
+    status = 0
+
+    def work():
+        nonlocal status
+        args = _parse(study_parser(prog), argv)
+        from .study import study
+        status = study(args)
+    return _finish(prog, work) or status
+
+
 def _finish(prog: str, work: Callable[[], None]) -> int:
     """Do the work of a command and return its exit status; an expected error becomes one line."""
     try:
@@ -198,7 +210,25 @@ def report_parser(prog: str = 'timm-vpl report') -> OptionParser:
         description='Compare finished runs: accuracy over seeds, cost, speed of convergence.',
     )
     parser.add_argument('run_dirs', nargs='+', metavar='RUN_DIR', help='folder of a run')
-    parser.option('--format', 'md', 'format of the table', choices=['md', 'csv', 'json'])
+    parser.option('--format', 'md', 'format of the table', choices=['md', 'json'])
+    return parser
+
+
+def study_parser(prog: str = 'timm-vpl study') -> OptionParser:
+    """Return the parser of `timm-vpl study`."""
+    parser = OptionParser(
+        prog=prog,
+        usage='%(prog)s PLAN.yaml [--data-dir DIR] [options]',
+        description='Train each row of a plan with each seed, compare them, and say which is best.',
+    )
+    parser.add_argument('plan', metavar='PLAN.yaml', help='base recipe, seeds and rows (a name and options each)')
+    add = parser.option
+    add('--data-dir', None, "folder of images; the plan's `data` names a folder in it", metavar='DIR')
+    add('--output', None, 'folder of all runs', shown='./output/study/PLAN', metavar='PATH')
+    add('--jobs', 1, 'runs at a time', type=COUNT)
+    add('--limit-minutes', None, 'start no run that would not end in this time', type=POSITIVE)
+    add('--print-commands', False, 'print the commands of the runs that are left, one a line, and run none')
+    add('--dry-run', False, 'print what the runs that are left would take, after an epoch of each row')
     return parser
 
 
@@ -214,7 +244,7 @@ def _add_input_options(parser: OptionParser) -> None:
     add('--interpolation', '', 'interpolation', shown="the model's", choices=['', *INTERPOLATIONS], metavar='NAME')
 
 
-COMMANDS = {'train': train, 'validate': validate, 'export': export, 'report': report}
+COMMANDS = {'train': train, 'validate': validate, 'export': export, 'report': report, 'study': study}
 
 USAGE = """usage: timm-vpl COMMAND [options]
 
@@ -223,6 +253,7 @@ commands:
   validate  measure the accuracy of trained models
   export    write each branch as a plain timm model, and push it to the Hub
   report    compare runs
+  study     train each row of a plan with each seed, and say which is best
 (timm-vpl COMMAND --help)
 
 options:

@@ -725,17 +725,6 @@ def skipped_images(loader) -> int:
     return max((int(each.skipped.sum()) for each in collates if isinstance(each, CountingCollate)), default=0)
 
 
-def shared_facts(loader_train: TrainLoader, loader_eval, names: list[str] | None) -> dict[str, Any]:
-    """Return what must be the same for all processes of a run, whose nodes may have copies of the data of their own."""
-    return {
-        'training images': len(loader_train.dataset),
-        'training batches': len(loader_train),
-        'validation images': len(loader_eval.dataset),
-        'validation batches': len(loader_eval),
-        'classes': names,
-    }
-
-
 def create_train_loader(args, dataset, data_config: dict, device: torch.device) -> TrainLoader:
     """Create the training loader from timm's options.
 

@@ -7,6 +7,7 @@ the command line answer at once.
 `python -m timm_vpl.options` prints the page `docs/options.md`, which is made from the tables and the parser below.
 """
 import argparse
+import contextlib
 import copy
 import functools
 import logging
@@ -101,15 +102,17 @@ def add_dataset_options(parser: OptionParser) -> None:
     parser.section('Dataset parameters')
     parser.add_argument('data', nargs='?', default=argparse.SUPPRESS, metavar='DIR', help='same as --data-dir')
     parser.presets['data'] = None
-    add('--data-dir', None, 'folder or .tar of images; of a named data set, where it lies or is cached', metavar='DIR')
+    parser.how.add('data')
+    add('--data-dir', None, 'folder or .tar of images; of a named data set, where it lies or is cached', metavar='DIR',
+        how=True)
     add('--dataset', '', 'KIND/NAME with KIND one of ' + ', '.join(DATASET_KINDS) + '; or digits, which comes with the '
         'package', shown='a folder or .tar', metavar='NAME')
-    add('--dataset-download', False, 'allow torch/, tfds/ and hfids/ data sets to be downloaded')
+    add('--dataset-download', False, 'allow torch/, tfds/ and hfids/ data sets to be downloaded', how=True)
     add('--class-map', '', 'file that maps class names to indices', metavar='FILENAME')
     add('--input-img-mode', None, 'mode that images are converted to', shown='RGB', metavar='MODE')
     add('--input-key', None, 'key of the images in a data set', metavar='KEY')
     add('--target-key', None, 'key of the labels in a data set', metavar='KEY')
-    add('--dataset-trust-remote-code', False, 'allow a Hugging Face data set to run code of its own')
+    add('--dataset-trust-remote-code', False, 'allow a Hugging Face data set to run code of its own', how=True)
 
 
 def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
@@ -125,7 +128,7 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
     )
     add, add_branch = parser.option, parser.branch_option
     add('-c --config', None, 'recipe: a YAML file of options, or the name of one that the package carries (the command '
-        'line wins over it)', metavar='FILE')
+        'line wins over it)', metavar='FILE', how=True)
 
     parser.section('Vision Pair Learning parameters')
     add('--model-a', None, 'branch a, in the paper the CNN: a timm name, hf-hub:ID or local-dir:PATH', metavar='MODEL')
@@ -178,8 +181,8 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
     add_branch('--freeze-depth', 0, 'layer groups, from the input, that keep their weights: the stem is the first, '
                'then stages or blocks', type=WHOLE)
     add('--resume', '', 'continue the run of this checkpoint; auto: the newest one of --experiment, if it has one',
-        metavar='PATH')
-    add('--no-resume-opt', False, 'do not resume the state of the optimizer')
+        metavar='PATH', how=True)
+    add('--no-resume-opt', False, 'do not resume the state of the optimizer', how=True)
     add('--num-classes', None, 'number of classes', shown="the data set's", type=COUNT)
     add_branch('--gp', None, 'global pooling: fast, avg, max, avgmax, ...', shown="the model's", metavar='POOL')
     add_branch('--img-size', None, 'height and width of the images', shown="the models'", type=COUNT)
@@ -192,7 +195,7 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
     add_branch('--interpolation', '', 'interpolation of validation images', shown="the models'",
         choices=['', *INTERPOLATIONS], metavar='NAME')
     add('-b --batch-size', 128, 'images a step, of each process', type=COUNT)
-    add('-vb --validation-batch-size', None, 'the same in validation', shown='--batch-size', type=COUNT)
+    add('-vb --validation-batch-size', None, 'the same in validation', shown='--batch-size', type=COUNT, how=True)
     add_branch('--channels-last', False, 'use the channels-last memory layout')
     add('--grad-accum-steps', 1, 'batches whose gradients are added up for one update', type=COUNT)
     add_branch('--grad-checkpointing', False, 'recompute activations in the backward pass to save memory')
@@ -204,11 +207,11 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
 
     parser.section('Device parameters')
     add('--device', None, 'device to train on', shown='cuda, then mps, then cpu', timm='cuda',
-        why='a machine without CUDA works without a flag', metavar='DEVICE')
+        why='a machine without CUDA works without a flag', metavar='DEVICE', how=True)
     add('--amp', False, 'train in mixed precision')
     add('--amp-dtype', 'float16', 'the lower precision', choices=['float16', 'bfloat16'])
     add('--no-ddp-bb', False, 'do not broadcast buffers in each step of a distributed run')
-    add('--local-rank --local_rank', 0, argparse.SUPPRESS, type=WHOLE)
+    add('--local-rank --local_rank', 0, argparse.SUPPRESS, type=WHOLE, how=True)
 
     parser.section('Optimizer parameters')
     add('--opt', 'adamw', 'optimizer', timm='sgd', why=_PAPER, metavar='OPTIMIZER')
@@ -222,7 +225,8 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
     add_branch('--layer-decay-min-scale', 0., 'least factor of a layer', type=PROBABILITY)
     add_branch('--layer-decay-no-opt-scale', None, 'factor below which a layer is not trained', type=PROBABILITY)
     add('--opt-kwargs', {}, 'further arguments of the optimizer', nargs='*', action=KeyValues, metavar='KEY=VALUE')
-    add('--zero', False, "share the optimizer's state out over the processes, each updates its part of the weights")
+    add('--zero', False, "share the optimizer's state out over the processes, each updates its part of the weights",
+        how=True)
 
     parser.section('Learning rate schedule parameters')
     add('--sched', 'cosine', 'schedule', choices=SCHEDULERS, metavar='SCHEDULER')
@@ -244,8 +248,8 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
     add('--warmup-lr', 1e-5, 'learning rate at the start of the warm-up', type=NON_NEGATIVE)
     add('--min-lr', 0., 'lowest learning rate of the schedule', type=NON_NEGATIVE)
     add('--epochs', 300, 'epochs to train', type=COUNT)
-    add('--stop-epoch', None, 'end after so many completed epochs, on the schedule of --epochs', type=COUNT)
-    add('--start-epoch', None, 'first epoch, for a restart by hand', type=WHOLE)
+    add('--stop-epoch', None, 'end after so many completed epochs, on the schedule of --epochs', type=COUNT, how=True)
+    add('--start-epoch', None, 'first epoch, for a restart by hand', type=WHOLE, how=True)
     add('--decay-milestones', [90, 180, 270], 'epochs of the steps of multistep', nargs='+', type=WHOLE)
     add('--decay-epochs', None, 'epochs from step to step, or of the decay of wsd and rsqrt (below 1: a fraction)',
         shown='90, of wsd and rsqrt 0.2', type=POSITIVE)
@@ -308,32 +312,32 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
         why='the paper (its decay changes with the iterations)')
 
     parser.section('Miscellaneous parameters')
-    add('--seed', 42, 'random seed', type=WHOLE)
-    add('--deterministic', False, 'let a GPU compute the same bits each time, at some cost')
-    add('--log-interval', 50, 'updates between two log lines', type=COUNT)
-    add('--val-interval', 1, 'epochs between two validations', type=COUNT)
-    add('--recovery-interval', 0, 'updates between two recovery checkpoints', shown='none', type=WHOLE)
-    add('--recovery-minutes', 0., 'minutes between two recovery checkpoints', shown='none', type=NON_NEGATIVE)
+    add('--seed', 42, 'random seed', type=WHOLE, how=True)
+    add('--deterministic', False, 'let a GPU compute the same bits each time, at some cost', how=True)
+    add('--log-interval', 50, 'updates between two log lines', type=COUNT, how=True)
+    add('--val-interval', 1, 'epochs between two validations', type=COUNT, how=True)
+    add('--recovery-interval', 0, 'updates between two recovery checkpoints', shown='none', type=WHOLE, how=True)
+    add('--recovery-minutes', 0., 'minutes between two recovery checkpoints', shown='none', type=NON_NEGATIVE, how=True)
     add('--on-nonfinite', 'stop', 'what to do when a loss or gradient is not finite: end the run, or leave the update '
-        'out', choices=['stop', 'skip'])
-    add('--nonfinite-limit', 10, 'updates in a row that --on-nonfinite skip leaves out', type=COUNT)
+        'out', choices=['stop', 'skip'], how=True)
+    add('--nonfinite-limit', 10, 'updates in a row that --on-nonfinite skip leaves out', type=COUNT, how=True)
     add('--hang-timeout', 1800., 'seconds without an update after which a process prints all its stacks and ends; 0 '
-        'for never', type=NON_NEGATIVE)
-    add('--checkpoint-hist', 10, 'checkpoints to keep', type=COUNT)
-    add('--save-epochs', None, 'completed epochs after which to keep a checkpoint', nargs='+', type=COUNT)
-    add('-j --workers', 4, 'processes that load data', type=WHOLE)
-    add('--save-images', False, 'save the first images of each log interval')
-    add('--pin-mem', False, 'pin the memory of the loader')
-    add('--no-prefetcher', False, 'do not use the prefetching loader')
-    add('--output', '', 'folder of all runs', shown='./output/train', metavar='PATH')
-    add('--experiment', '', "name of the run's folder", shown='from the time and the models', metavar='NAME')
+        'for never', type=NON_NEGATIVE, how=True)
+    add('--checkpoint-hist', 10, 'checkpoints to keep', type=COUNT, how=True)
+    add('--save-epochs', None, 'completed epochs after which to keep a checkpoint', nargs='+', type=COUNT, how=True)
+    add('-j --workers', 4, 'processes that load data', type=WHOLE, how=True)
+    add('--save-images', False, 'save the first images of each log interval', how=True)
+    add('--pin-mem', False, 'pin the memory of the loader', how=True)
+    add('--no-prefetcher', False, 'do not use the prefetching loader', how=True)
+    add('--output', '', 'folder of all runs', shown='./output/train', metavar='PATH', how=True)
+    add('--experiment', '', "name of the run's folder", shown='from the time and the models', metavar='NAME', how=True)
     add('--eval-metric', 'top1', 'what the best checkpoint is best in: top1 (mean of the branches) or a column of the '
-        'summary', metavar='METRIC')
-    add('--export', True, 'export each branch, from its best epoch, at the end of the run')
-    add('--log-wandb', False, 'log to Weights & Biases')
-    add('--wandb-project', None, 'name of the project there', metavar='NAME')
-    add('--wandb-tags', [], 'tags of the run there', nargs='+', metavar='TAG')
-    add('--wandb-resume-id', '', 'run to continue there', metavar='ID')
+        'summary', metavar='METRIC', how=True)
+    add('--export', True, 'export each branch, from its best epoch, at the end of the run', how=True)
+    add('--log-wandb', False, 'log to Weights & Biases', how=True)
+    add('--wandb-project', None, 'name of the project there', metavar='NAME', how=True)
+    add('--wandb-tags', [], 'tags of the run there', nargs='+', metavar='TAG', how=True)
+    add('--wandb-resume-id', '', 'run to continue there', metavar='ID', how=True)
     return parser
 
 
@@ -426,34 +430,16 @@ def recipe_values(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_args(argv: Sequence[str] | None = None, prog: str = 'train_vpl.py') -> argparse.Namespace:
-    """Return the options of a run, checked.
-
-    The names are timm's. For every option that each branch can override, `OPT_a` and `OPT_b` hold what counts and `OPT`
-    what was given for both. `data_dir` holds the folder however it was named, `sides` the branches that there are.
+    """Return the options of a run, checked (`read_args`).
 
     Raises:
         SystemExit: With status 2 after one line on stderr (a machine, not a process), where the input is wrong; with 0
             after `--help`.
     """
     try:
-        parser = build_parser(prog)
-        argv = sys.argv[1:] if argv is None else list(argv)
-        for token in argv[:argv.index('--')] if '--' in argv else argv:
-            _check_not_refused(token.partition('=')[0])
-        command_line = name_data_dir(parser.parse(argv))
-        config = command_line.get('config')
-        recipe = name_data_dir(_load_recipe(parser, recipe_path(config))) if config else {}
-        for dest in parser.branch_options:
-            if dest in command_line:  # wins over a branch's own value in the recipe, too
-                recipe.pop(f'{dest}_a', None)
-                recipe.pop(f'{dest}_b', None)
-        if config:
-            _check_foreign(recipe_path(config), {
-                dest: value for dest, value in recipe.items() if dest not in command_line})
-        args = _resolve(parser, {**recipe, **command_line})
-        _check(args)
+        args, parser, given = read_args(sys.argv[1:] if argv is None else argv, prog)
         if speaks():
-            _warn_without_effect(parser, args, {**recipe, **command_line})
+            _warn_without_effect(parser, args, given)
         return args
     except UsageError as error:
         if speaks():
@@ -461,6 +447,37 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = 'train_vpl.py') ->
         else:
             time.sleep(2)  # torchrun ends all processes when the first ends; let the one that speaks be it
         raise SystemExit(error.exit_status) from None
+
+
+def read_args(
+        argv: Sequence[str], prog: str = 'train_vpl.py',
+) -> tuple[argparse.Namespace, OptionParser, dict[str, Any]]:
+    """Return the options of a run, their parser, and what the command line and its recipe gave.
+
+    The names are timm's. For every option that each branch can override, `OPT_a` and `OPT_b` hold what counts and `OPT`
+    what was given for both. `data_dir` holds the folder however it was named, `sides` the branches that there are.
+
+    Raises:
+        UsageError: The input is wrong.
+    """
+    parser = build_parser(prog)
+    argv = list(argv)
+    for token in argv[:argv.index('--')] if '--' in argv else argv:
+        _check_not_refused(token.partition('=')[0])
+    command_line = name_data_dir(parser.parse(argv))
+    config = command_line.get('config')
+    recipe = name_data_dir(_load_recipe(parser, recipe_path(config))) if config else {}
+    for dest in parser.branch_options:
+        if dest in command_line:  # wins over a branch's own value in the recipe, too
+            recipe.pop(f'{dest}_a', None)
+            recipe.pop(f'{dest}_b', None)
+    if config:
+        _check_foreign(recipe_path(config), {
+            dest: value for dest, value in recipe.items() if dest not in command_line})
+    given = {**recipe, **command_line}
+    args = _resolve(parser, given)
+    _check(args)
+    return args, parser, given
 
 
 def speaks() -> bool:
@@ -777,6 +794,8 @@ def _leaves_out(args, term):
 WITHOUT_EFFECT = (
     (_CONTRASTIVE, 'the contrastive term is off (--contrastive-weight 0 or --y 100)', _without_contrastive),
     (_KL, 'the KL term is off (--kl-weight 0 or --x 100)', _without_kl),
+    (('y',), '--contrastive-weight is 0', lambda args: args.contrastive_weight == 0),
+    (('x',), '--kl-weight is 0', lambda args: args.kl_weight == 0),
     (('kl_weight', *_KL), '--distill-terms leaves the KL term out', lambda args: _leaves_out(args, 'kl')),
     (('contrastive_weight', *_CONTRASTIVE), '--distill-terms leaves the contrastive term out',
      lambda args: _leaves_out(args, 'contrastive')),
@@ -799,6 +818,15 @@ WITHOUT_EFFECT = (
      lambda args: not (args.bce_loss or METHODS[args.method].bce)),
     (('wandb_project', 'wandb_tags', 'wandb_resume_id'), '--log-wandb is off', lambda args: not args.log_wandb),
 )
+
+
+def options_without_effect(args: argparse.Namespace) -> set[str]:
+    """Return the options that have no effect beside the others, whatever their value."""
+    idle: set[str] = set()
+    for dests, _, applies in WITHOUT_EFFECT:
+        with contextlib.suppress(AttributeError, IndexError, TypeError):  # of options that nobody has checked
+            idle.update(dests if applies(args) else ())
+    return idle
 
 
 def _warn_without_effect(parser: OptionParser, args: argparse.Namespace, given: dict[str, Any]) -> None:

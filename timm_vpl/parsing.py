@@ -113,6 +113,8 @@ class OptionParser(argparse.ArgumentParser):
         changed: `(flag, our default, timm's, why)` of every option whose default differs from timm's.
         branch_options: Dests of the options that each branch can override.
         nulls: What `null` in a recipe means, by dest, where it does not mean 'not given'.
+        how: Dests of the options that say how or where a run is done, not what is trained: runs that differ in
+            nothing else are of one row of a report.
     """
 
     def __init__(self, **kwargs):
@@ -121,6 +123,7 @@ class OptionParser(argparse.ArgumentParser):
         self.changed: list[tuple] = []
         self.branch_options: list[str] = []
         self.nulls: dict[str, str] = {}
+        self.how: set[str] = set()
         self._section = self
 
     def error(self, message):
@@ -131,7 +134,7 @@ class OptionParser(argparse.ArgumentParser):
         self._section = self.add_argument_group(title)
 
     def option(
-            self, flags, default, help, *, shown=None, timm=_SAME, why='', note='', null=None, **kwargs,
+            self, flags, default, help, *, shown=None, timm=_SAME, why='', note='', null=None, how=False, **kwargs,
     ) -> argparse.Action:
         """Add an option.
 
@@ -144,6 +147,7 @@ class OptionParser(argparse.ArgumentParser):
             why: Why it differs.
             note: Added to the end of the help.
             null: What `null` in a recipe means, if not 'not given'.
+            how: Whether it says how or where a run is done, not what is trained.
         """
         names = flags.split()
         if isinstance(default, bool):
@@ -154,6 +158,8 @@ class OptionParser(argparse.ArgumentParser):
         self.presets[action.dest] = default
         if null is not None:
             self.nulls[action.dest] = null
+        if how:
+            self.how.add(action.dest)
         defaults = f'default: {shown or show(default)}'
         if timm is not _SAME:
             self.changed.append((names[-1], shown or show(default), show(timm), why))

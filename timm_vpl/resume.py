@@ -216,5 +216,6 @@ def run_state(run) -> dict[str, Any]:
         'run': {
             'processes': args.world_size, 'batches an epoch': len(run.loader_train), 'epochs in all': run.num_epochs},
         'scheduler': plateau and {'plateau': plateau.state_dict(), 'restore_lr': run.scheduler.restore_lr},
+        'data': run.data,
         'summary': run.rows,
     }

@@ -33,7 +33,6 @@ from .data import (
     create_train_loader,
     data_errors,
     resolve_classes,
-    shared_facts,
     skipped_images,
 )
 from .device import agreement, from_all, from_first, init_device, is_lost
@@ -42,6 +41,7 @@ from .export import export_run
 from .files import replacing
 from .finite import KEPT, FiniteCheck
 from .options import recipe_values
+from .provenance import data_identity, environment
 from .resume import Progress, find_checkpoint, load_checkpoint, restore_ranks, resume, run_state
 from .seeding import BranchStreams
 from .task import PairTask
@@ -71,6 +71,8 @@ class Run:
     columns: list
     configs: dict[str, dict]  # data configuration of each branch
     class_names: list[str] | None
+    data: dict[str, dict]  # identity of the training and the validation images
+    flops: int  # of training, for an image
     finite: FiniteCheck
     progress: Progress = field(default_factory=Progress)
     rows: list[dict[str, Any]] = field(default_factory=list)  # of summary.csv
@@ -142,15 +144,19 @@ def train(args) -> None:
 
 def check_data(run: Run) -> None:
     """Raise UsageError in all processes if they do not see the same data."""
-    facts = from_all(run.args, shared_facts(run.loader_train, run.loader_eval, run.class_names))
+    facts = from_all(run.args, {
+        **{f'{role} {name}': value for role, identity in run.data.items() for name, value in identity.items()},
+        'number of training batches': len(run.loader_train),
+        'number of validation batches': len(run.loader_eval),
+    })
     for rank, other in enumerate(facts):
         for name, value in other.items():
             if value != facts[0][name]:
                 if run.args.rank:
                     raise SystemExit(UsageError.exit_status)
-                shown = 'others' if isinstance(value, list) else f'{facts[0][name]} and {value}'
-                raise UsageError(f'data: processes 0 and {rank} do not see the same {name} ({shown}); each machine '
-                                 f'needs the same files')
+                shown = f' ({facts[0][name]} and {value})' if isinstance(value, int) else ''
+                raise UsageError(f'data: processes 0 and {rank} do not see the same {name}{shown}; each machine needs '
+                                 f'the same files')
 
 
 def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
@@ -183,6 +189,9 @@ def create_run(args, device: torch.device) -> Run:
     dataset_train = create_split(args, args.train_split, is_training=True)
     dataset_eval = create_split(args, args.val_split, is_training=False)
     class_names = resolve_classes(args, dataset_train, dataset_eval)
+    data = {
+        role: {'split': split, **data_identity(dataset, class_names)} for role, split, dataset in (
+            ('train', args.train_split, dataset_train), ('validation', args.val_split, dataset_eval))}
     configs = build.resolve_data(args)
     data_config = build.loader_config(configs)
 
@@ -234,6 +243,8 @@ def create_run(args, device: torch.device) -> Run:
         columns=_eval_columns(pair.sides, ema=args.model_ema and not args.model_ema_force_cpu),
         configs=configs,
         class_names=class_names,
+        data=data,
+        flops=build.training_flops(task, configs),
         progress=Progress(args.start_epoch or 0),
         finite=FiniteCheck(device, skip=args.on_nonfinite == 'skip', limit=args.nonfinite_limit),
     )
@@ -251,7 +262,7 @@ def open_folder(run: Run, options: dict[str, Any], checkpoint: dict[str, Any] | 
         checkpoint: The checkpoint that the run goes on from.
     """
     args, data_config = run.args, build.loader_config(run.configs)
-    run.output_dir = _create_output_dir(args, data_config, options)
+    run.output_dir = _create_output_dir(run, data_config, options)
     run.saver = PairCheckpointSaver(
         run.task,
         run.optimizer,
@@ -286,7 +297,8 @@ def _eval_columns(sides, ema) -> list:
     return ['top1', *columns, *(f'ema_{column}' for column in columns if ema)]
 
 
-def _create_output_dir(args, data_config, options) -> str:
+def _create_output_dir(run, data_config, options) -> str:
+    args = run.args
     name = args.experiment or '-'.join([
         datetime.now().strftime('%Y%m%d-%H%M%S'),
         args.method,
@@ -299,11 +311,24 @@ def _create_output_dir(args, data_config, options) -> str:
         output_dir = get_outdir(output, name, inc=not (args.resume or args.resume_auto))
         if args.resume and not args.experiment:
             _logger.info(f'New folder {output_dir}: --output and --experiment continue in the old one')
-        with replacing(os.path.join(output_dir, 'args.yaml')) as f:
-            yaml.safe_dump(options, f, default_flow_style=False)
+        environments = _environments(output_dir) if args.resume else []
+        now = environment(run.device)
+        environments += [now] if now not in environments[-1:] else []
+        for name, content in (('args', options), ('data', run.data), ('environment', environments)):
+            with replacing(os.path.join(output_dir, f'{name}.yaml')) as f:
+                yaml.safe_dump(content, f, default_flow_style=False)
     except (AssertionError, OSError) as e:
         raise UsageError(f'--output {output}: {e}') from e
     return output_dir
+
+
+def _environments(output_dir: str) -> list[dict[str, Any]]:
+    """Return the environments in which a run has been trained so far."""
+    try:
+        with open(os.path.join(output_dir, 'environment.yaml')) as f:
+            return yaml.safe_load(f) or []
+    except (FileNotFoundError, yaml.YAMLError):
+        return []
 
 
 def _start_wandb(args, options):
@@ -420,12 +445,13 @@ def fit(run: Run) -> None:
             heed(run, max(decision, SAVE) if args.recovery_interval else decision)
         check_finite(run)
         row = {'epoch': epoch, **epoch_terms(run)}
+        trained = time.time()
         eval_metrics = validate(run) if evaluated else {}
         skipped = run.progress.skipped + (skipped_images(run.loader_eval) if evaluated else 0)
         if run.scheduler is not None:
             run.scheduler.step(epoch + 1, eval_metrics.get(args.eval_metric))
         row.update((f'eval_{name}', eval_metrics.get(name, '')) for name in run.columns)
-        row.update(epoch_costs(run, sum(from_all(args, skipped))))
+        row.update(epoch_costs(run, sum(from_all(args, skipped)), time.time() - trained))
         run.rows.append(row)
         run.progress = Progress(epoch + 1)
         state = run_state(run)
@@ -560,12 +586,13 @@ def epoch_terms(run: Run) -> dict[str, Any]:
     return {f'train_{name}': value for name, value in terms.items()}
 
 
-def epoch_costs(run: Run, skipped: int) -> dict[str, Any]:
-    """Return the further columns of the epoch: learning rates, stage, epochs of the whole schedule, images, time.
+def epoch_costs(run: Run, skipped: int, eval_seconds: float) -> dict[str, Any]:
+    """Return the further columns of the epoch: learning rates, stage, epochs of the whole schedule, images, costs.
 
     Args:
         run: The run.
         skipped: Images of the epoch, validation included, that could not be read.
+        eval_seconds: Time that its validation took.
     """
     args, progress, criterion = run.args, run.progress, run.task.criterion
     images = len(run.loader_train) * args.batch_size * args.world_size
@@ -575,8 +602,10 @@ def epoch_costs(run: Run, skipped: int) -> dict[str, Any]:
         'num_epochs': run.num_epochs,
         'processes': args.world_size,
         'images': images,
+        'flops': images * run.flops,
         'skipped': skipped,
         'seconds': round(progress.seconds, 3),
+        'eval_seconds': round(eval_seconds, 3),
         'images_per_second': round(images / progress.seconds, 2),
     }
 

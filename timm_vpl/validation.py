@@ -503,7 +503,8 @@ def _run_pass(args, each: Pass, device: torch.device) -> tuple[list[dict[str, An
     for i, trained in enumerate(each.models):
         config, figures = trained.data_config, results[i]
         height, width = config['input_size'][-2:]
-        for subset in ('v2' if args.imagenet_v2 else 'val', *(['real'] if args.real_labels is not None else [])):
+        subsets = ['v2' if args.imagenet_v2 else args.val_split, *(['real'] if args.real_labels is not None else [])]
+        for subset in subsets:
             prefix = 'real_' if subset == 'real' else ''
             rows.append({
                 'model': trained.source,

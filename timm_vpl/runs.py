@@ -1,0 +1,287 @@
+"""Runs as their folders tell of them: options, epochs, figures, and what makes two of them alike."""
+import csv
+import math
+import os
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError
+from .methods import METHOD_OPTIONS, METHODS
+from .names import SIDES
+from .options import build_parser, options_without_effect
+from .parsing import read_yaml
+
+COSTS = ('flops', 'image_passes', 'seconds', 'device_hours')  # they add up over the epochs
+_SINGLE = ('model_a', 'model_b', 'seed', 'contrastive_to', 'kl_to', 'val_split')
+
+
+@dataclass
+class Run:
+    """A run's folder: its options, its completed epochs and what was measured afterwards.
+
+    Attributes:
+        path: The folder, as given.
+        options: Options of the run.
+        rows: Numbers of `summary.csv` by epoch, in order, and the costs; None for an empty cell.
+        measured: Figures of `validation.csv` by (epoch, branch, weights, set, metric).
+        data: Identity of the training and of the validation images; {} where the folder does not tell.
+        environment: What it was trained on; [] where the folder does not tell.
+    """
+    path: Path
+    options: dict[str, Any]
+    rows: dict[int, dict[str, float | None]]
+    measured: dict[tuple, float | None]
+    data: dict[str, dict]
+    environment: list[dict]
+
+    def __post_init__(self):
+        options, rows = self.options, self.rows
+        last = rows[max(rows)] if rows else {}
+        self.num_epochs = _num_epochs(last, options)
+        # The branches that learn: a frozen one has no learning rate.
+        self.sides = tuple(side for side in given_sides(options) if not rows or f'lr_{side}' in last)
+        self.models = tuple(str(options[f'model_{side}']) for side in self.sides)
+        self.weights = 'ema' if any(f'eval_ema_top1_{side}' in last for side in self.sides) else 'raw'
+        self.processes = list(dict.fromkeys(row['processes'] for row in rows.values() if row.get('processes')))
+        self.val_set = str(options.get('val_split') or 'validation')
+        self.framework = framework(self)
+        self.recipe = make_recipe(options, self.sides, self.path)
+        self.recipe.update(
+            data=_data(self), num_epochs=self.num_epochs, weights=self.weights, processes=self.processes)
+
+    @property
+    def progress(self) -> str:
+        """What there is of an unfinished run; '' for a finished one."""
+        if not self.rows or len(self.rows) < self.num_epochs:
+            return f'{len(self.rows)} of {self.num_epochs} epochs'
+        if not self.sides or any(self.figure(side, self.num_epochs - 1) is None for side in self.sides):
+            return f'{len(self.rows)} of {self.num_epochs} epochs, the last one not evaluated'
+        return ''
+
+    @property
+    def pairing(self) -> str | None:
+        """What two runs must have in common, beside the number of the seed, for it to be one; None if not known."""
+        return repr((self.data, self.environment)) if self.data and self.environment else None
+
+    @property
+    def sets(self) -> list[str]:
+        """The sets of images that the figures are of, the run's own validation split first."""
+        return list(dict.fromkeys([self.val_set, *(key[3] for key in self.measured)]))
+
+    def figure(self, side: str, epoch: int, set_: str | None = None, metric: str = 'top1') -> float | None:
+        """Return a figure of the weights that count; None where it was not measured."""
+        if set_ in (None, self.val_set):
+            return self.rows[epoch].get(f'eval_{"ema_" if self.weights == "ema" else ""}{metric}_{side}')
+        return self.measured.get((epoch, side, self.weights, set_, metric))
+
+    def best_epoch(self, side: str) -> int:
+        """Return the first epoch with the branch's highest top-1."""
+        evaluated = [epoch for epoch in self.rows if self.figure(side, epoch) is not None]
+        return max(evaluated, key=lambda epoch: self.figure(side, epoch))
+
+    def total(self, cost: str, epochs: int | None = None) -> float | None:
+        """Return what the first epochs cost (default: all); None where a row lacks it."""
+        values = [row.get(cost) for row in list(self.rows.values())[:epochs]]
+        return None if None in values else sum(values)
+
+
+def read_run(path: Path) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        UsageError: It is not the folder of a run, or a file of it can't be read.
+    """
+    if not path.is_dir():
+        raise UsageError(f'{path}: no such folder')
+    options = read_options(path)
+    if options is None:
+        raise UsageError(f'{path} is not the folder of a run: it has no args.yaml that names a method')
+    rows = {}
+    method = METHODS.get(options['method'])  # None: a method of the user's own
+    passes = method and method.passes(options)
+    for cells in _read_table(path / 'summary.csv'):
+        row = {name: number(cell) for name, cell in cells.items()}
+        row['image_passes'] = _product(row.get('images'), passes)
+        row['device_hours'] = _product(row.get('seconds'), row.get('processes'), 1 / 3600)
+        epoch = row.get('epoch')
+        if epoch is not None and 0 <= epoch < _num_epochs(row, options):
+            rows[int(epoch)] = row
+    measured = {
+        (number(cells.get('epoch')), *(cells.get(name) for name in ('branch', 'weights', 'set')), metric):
+            number(cells.get(metric))
+        for cells in _read_table(path / 'validation.csv') for metric in ('top1', 'top5')}
+    data, environment = (_read_facts(path / f'{name}.yaml') for name in ('data', 'environment'))
+    return Run(path, options, dict(sorted(rows.items())), measured, data or {}, environment or [])
+
+
+def _num_epochs(row: dict[str, float | None], options: dict[str, Any]) -> int:
+    return int(row.get('num_epochs') or number(options.get('epochs')) or 0)
+
+
+def given_sides(options: dict[str, Any]) -> tuple[str, ...]:
+    """Return the sides for which the options name a model."""
+    return tuple(side for side in SIDES if options.get(f'model_{side}'))
+
+
+def read_options(path: Path) -> dict[str, Any] | None:
+    """Return the options of the run in this folder, or None where it is not one."""
+    try:
+        options = read_yaml(path / 'args.yaml')
+    except (OSError, UsageError, ValueError):
+        return None
+    if not isinstance(options.get('method'), str):
+        return None
+    # Where the report expects one value, there is one.
+    return {name: str(value) if name in _SINGLE and isinstance(value, (dict, list)) else value
+            for name, value in options.items()}
+
+
+def _read_facts(path: Path) -> Any:
+    import yaml
+    try:
+        return yaml.safe_load(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, yaml.YAMLError) as e:
+        raise UsageError(f'{path} can not be read: {" ".join(str(e).split())}') from e
+
+
+def _read_table(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline='', encoding='utf-8') as file:
+            return list(csv.DictReader(file, restval=''))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, csv.Error) as e:
+        raise UsageError(f'{path} can not be read: {e}') from e
+
+
+def number(value: Any) -> float | None:
+    """Return a number, None for what is none: NaN and infinity are no results."""
+    try:
+        number = float(value)
+    except (OverflowError, TypeError, ValueError):
+        return None
+    if not abs(number) < 1e18:
+        return None
+    return int(number) if number.is_integer() else number
+
+
+def _product(*factors: float | None) -> float | None:
+    return None if None in factors else math.prod(factors)
+
+
+# Which runs belong together, and their names
+
+
+def make_recipe(options: dict[str, Any], sides: tuple[str, ...], path: Path) -> dict[str, Any]:
+    """Return the options that say what these branches learn; those of one branch without its letter.
+
+    A teacher that is from a run's folder counts by the recipe of that run, not by its path: students of several seeds,
+    each with a teacher of its own, are one group.
+
+    Args:
+        options: Options of a run.
+        sides: Branches that learn.
+        path: The run's folder.
+    """
+    method, parser = options['method'], build_parser()
+    idle = parser.how | {'dataset'}  # the data are compared by themselves
+    if method in METHODS:
+        idle |= set(METHOD_OPTIONS).difference(METHODS[method].options)
+        idle |= options_without_effect(Namespace(**{**parser.presets, **options, 'sides': sides}))
+    absent = tuple(f'_{side}' for side in SIDES if side not in sides)
+    recipe = {
+        name[:-2] if len(sides) == 1 and name.endswith(f'_{sides[0]}') else name: value
+        for name, value in options.items()
+        if value is not None and name not in idle and not name.endswith(absent)
+        # What was given for both branches; their own values count.
+        and not any(f'{name}_{side}' in options for side in SIDES)
+    }
+    if len(sides) == 1 and method in METHODS and METHODS[method].teacher != 'never':
+        recipe['branch'] = sides[0]  # the terms depend on it
+    if recipe.get('teacher') and (folder := teacher_folder(recipe['teacher'], path)):
+        taught, place = read_options(folder), Path(recipe['teacher'])
+        file = place.name if place.is_file() else ''
+        recipe['teacher'] = file, make_recipe({**taught, 'teacher': None}, given_sides(taught), path)
+    return recipe
+
+
+def teacher_folder(teacher: Any, path: Path) -> Path | None:
+    """Return the folder of the run that a teacher, a run's folder or a checkpoint in it, is from; None if of none.
+
+    A folder that is not there any more is looked for beside the student's.
+
+    Args:
+        teacher: The option --teacher.
+        path: Folder of the student's run.
+    """
+    place = Path(str(teacher))
+    for folder in (place, place.parent if place.is_file() else path.parent / place.name):
+        if read_options(folder) is not None:
+            return folder
+    return None
+
+
+def _data(run: Run) -> tuple:
+    """Return what runs of one row have in common of their data; their training images may be several subsets."""
+    dataset, folder = str(run.options.get('dataset') or ''), str(run.options.get('data_dir') or '')
+    if run.data:
+        train, held_out = run.data['train'], run.data['validation']
+        return dataset, train['images'], *held_out.items()
+    generic = dataset.lower().startswith('wds/') or dataset.lower() in ('torch/folder', 'torch/image_folder')
+    return (dataset if dataset and not generic else os.path.normpath(folder),)
+
+
+def data_title(run: Run) -> str:
+    """Return what the data of a run are called."""
+    dataset, folder = str(run.options.get('dataset') or ''), str(run.options.get('data_dir') or '')
+    if not run.data or dataset:
+        return dataset or os.path.normpath(folder)
+    train, held_out = run.data['train'], run.data['validation']
+    classes = f', {len(train["classes"])} classes' if train['classes'] else ''
+    return f'{train["images"]:,} images in {train["split"]}, {held_out["images"]:,} in {held_out["split"]}{classes}'
+
+
+def framework(run: Run) -> str:
+    """Return the name of a run's method and variant, as in the paper's tables."""
+    options, method = run.options, run.options['method']
+    if method == 'vpl':
+        return _vpl_name(options)
+    if method == 'dml':
+        return 'DML joint' if options.get('dml_joint') else 'DML'
+    if method in ('distill', 'deit'):
+        name = 'DIS' if method == 'distill' else f'DeiT {options.get("distillation_type") or ""}'.rstrip()
+        teacher = _teacher_name(run)
+        return f'{name} {teacher} -> {" + ".join(run.models)}' if teacher else f'{name} online'
+    return method
+
+
+def _vpl_name(options: dict[str, Any]) -> str:
+    route = options.get('contrastive_to', 'b'), options.get('kl_to', 'a')
+    x, y = (number(options.get(name, 20)) for name in ('x', 'y'))
+    contrastive = number(options.get('contrastive_weight', 1)) != 0 and y != 100
+    kl = number(options.get('kl_weight', 1)) != 0 and x != 100
+    if not (contrastive or kl):
+        return 'VPL without pair terms'
+    if contrastive and kl:
+        known = {('b', 'a'): '', ('a', 'b'): ' swapped', ('both', 'both'): '-Bi'}
+        name = 'VPL' + known.get(route, f' CL->{route[0]} KL->{route[1]}')
+        return f'{name} x={x} y={y}'.replace(' x=20 y=20', '')
+    if kl:
+        return f'VPL without CL{"" if route[1] == "a" else f", KL->{route[1]}"}{"" if x == 20 else f" x={x}"}'
+    return f'VPL without KL{"" if route[0] == "b" else f", CL->{route[0]}"}{"" if y == 20 else f" y={y}"}'
+
+
+def _teacher_name(run: Run) -> str:
+    options, sides = run.options, [side for side in given_sides(run.options) if side not in run.sides]
+    teacher = options.get('teacher')
+    if teacher and not sides:
+        folder = teacher_folder(teacher, run.path)
+        if folder is None:
+            return Path(str(teacher)).name
+        options = read_options(folder)
+        sides = given_sides(options)
+    return ' + '.join(str(options[f'model_{side}']) for side in sides)
