@@ -346,7 +346,7 @@ def test_fifos_keep_nobody_waiting(capsys):
             [*TRAIN, '--initial-checkpoint-b', 'fifo'], [*TRAIN, '--class-map', 'fifo'], [*TRAIN, '--teacher', 'fifo'],
             ['export', 'fifo'], ['validate', 'fifo', *EVAL], ['validate', 'test_vit', *EVAL, '--class-map', 'fifo'],
             ['validate', 'test_vit', *EVAL, '--file-list', 'fifo'], ['report', 'run'], ['report', 'fifo']):
-        refused(argv, capsys, seconds=5)
+        refused(argv, capsys)
 
 
 @pytest.mark.parametrize('options, cell', [

@@ -39,10 +39,10 @@ def test_the_identity_of_a_folder(folder, tmp_path):
 
     image = next((folder / 'train' / 'class1').iterdir())
     image.rename(folder / 'train' / 'class2' / image.name)
-    assert data_changes(before, identity(folder)) == {'files': 'other files or labels'}
+    assert data_changes(before, identity(folder)) == {'files': 'other images or labels'}
     image.write_bytes((folder / 'train' / 'class2' / image.name).read_bytes())
     assert data_changes(before, identity(folder)) == {
-        'images': '40 images before, now 41', 'files': 'other files or labels'}
+        'images': '40 images before, now 41', 'files': 'other images or labels'}
     (folder / 'train' / 'class2' / image.name).unlink()
     assert identity(folder) == before
     (folder / 'train' / 'class1').rename(folder / 'train' / 'class9')

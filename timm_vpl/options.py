@@ -183,6 +183,7 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
     add('--resume', '', 'continue the run of this checkpoint; auto: the newest one of --experiment, if it has one',
         metavar='PATH', how=True)
     add('--no-resume-opt', False, 'do not resume the state of the optimizer', how=True)
+    add('--accept-data-change', False, 'let a resumed run go on with other images of the same classes', how=True)
     add('--num-classes', None, 'number of classes', shown="the data set's", type=COUNT)
     add_branch('--gp', None, 'global pooling: fast, avg, max, avgmax, ...', shown="the model's", metavar='POOL')
     add_branch('--img-size', None, 'height and width of the images', shown="the models'", type=COUNT)
@@ -396,8 +397,8 @@ def _load_recipe(parser: OptionParser, path: Path) -> dict[str, Any]:
 
 # Where a run starts and which files its options came from: not part of what it is.
 _NOT_IN_A_RECIPE = (
-    'config', 'data', 'local_rank', 'resume', 'no_resume_opt', 'start_epoch', 'wandb_resume_id', 'output',
-    'dataset_trust_remote_code')
+    'config', 'data', 'local_rank', 'resume', 'no_resume_opt', 'accept_data_change', 'start_epoch', 'wandb_resume_id',
+    'output', 'dataset_trust_remote_code')
 
 # Further arguments of a model that say which files timm reads and writes, from which addresses.
 _FILES_OF_A_MODEL = ('cache_dir', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay')

@@ -74,7 +74,7 @@ def data_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
             shown = [repr(names[index]) if index < len(names) else 'none' for names in (then, present)]
             lines[field] = f'class {index} was {shown[0]}, now {shown[1]}'
         elif field != 'classes' and then != present:
-            lines[field] = f'{then} images before, now {present}' if field == 'images' else 'other files or labels'
+            lines[field] = f'{then} images before, now {present}' if field == 'images' else 'other images or labels'
     return lines
 
 

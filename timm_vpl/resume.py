@@ -10,6 +10,7 @@ import torch
 from .checkpoint import newest_checkpoint, read_checkpoint
 from .errors import RunError, UsageError, first_line
 from .options import changed_options
+from .provenance import data_changes
 
 _logger = logging.getLogger('train')
 
@@ -161,15 +162,42 @@ def _check_same_run(run, checkpoint, options):
             refused.append(line)
         elif processes != args.world_size:
             warned.append(f'{line}: the same batches, but other BatchNorm statistics and random draws')
+    others = _check_data(run, checkpoint)
+    accepted = args.accept_data_change and not (checkpoint.get('progress') or {}).get('batch')
+    (warned if accepted else refused).extend(others)
     for name, value in (('batches an epoch', len(run.loader_train)), ('epochs in all', run.num_epochs)):
-        if then.get(name, value) != value and not refused:  # else that is why
+        if then.get(name, value) != value and not (refused or others):  # else that is why
             refused.append(f'{then[name]} {name} before, now {value}')
+    if refused == others and others and args.start_epoch is None:
+        raise UsageError(f'--resume {args.resume}: {"; ".join(others)}; --accept-data-change goes on with them from a '
+                         f'checkpoint at the end of an epoch')
     if refused and args.start_epoch is None:
         raise UsageError(
             f'--resume {args.resume}: not the run that it was: {"; ".join(refused)}; a run goes on as it began '
             f'(--start-epoch {checkpoint.get("epoch", -1) + 1} restarts by hand with other options)')
     for line in refused + warned:
         _logger.warning(f'--resume: changed: {line}')
+
+
+def _check_data(run, checkpoint: dict[str, Any]) -> list[str]:
+    """Return in what the images are not those of the checkpoint, which the run's record of them keeps.
+
+    Raises:
+        UsageError: The classes are others, so that labels would mean something else.
+    """
+    lines = []
+    for role, then in checkpoint.get('data', {}).items():
+        now = run.data[role]
+        changes = data_changes(then, now)
+        if 'classes' in changes:
+            raise UsageError(f'--resume {run.args.resume}: {role} data: {changes["classes"]}; the weights have learnt '
+                             f'the classes of before')
+        if changes:
+            lines.append(f'{role} data: {next(iter(changes.values()))}')
+        earlier = [*then.get('earlier', ()), *([then['files']] if changes else ())]
+        if earlier:
+            now['earlier'] = earlier
+    return lines
 
 
 def restore_ranks(run, checkpoint: dict[str, Any]) -> None:
