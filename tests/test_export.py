@@ -26,7 +26,7 @@ OPTIONS = [
     '--model-a', 'test_resnet', '--model-b', 'test_vit', '--img-size', '32', '-b', '8', '--epochs', '2',
     '--warmup-epochs', '0', '--lr', '0.002', '--workers', '0', '--device', 'cpu', '--model-ema-decay', '0.5',
     '--mean', '0.4', '0.5', '0.6', '--std', '0.2', '--crop-pct', '0.9', '--interpolation', 'bilinear', '--seed', '3',
-    '--drop-path', '0.1']
+    '--drop-path', '0.1', '--hang-timeout', '99', '--recovery-minutes', '9', '--nonfinite-limit', '7']
 
 # A process that has timm and not this package: loads each folder and leaves its logits.
 RELOAD = '''
@@ -134,7 +134,9 @@ def test_card(run_dir):
         'Top-1': pytest.approx(float(best['eval_ema_top1_b'])), 'Top-5': pytest.approx(float(best['eval_ema_top5_b']))}
     assert f'| validation | raw | {float(best["eval_top1_b"]):.3f} | {float(best["eval_top5_b"]):.3f} |' in card.text
     assert 'Partner in training: `test_resnet`' in card.text and 'crop_pct: 0.9' in card.text
-    assert str(run_dir.parent) not in card.content and 'data_dir' not in card.content
+    assert str(run_dir.parent) not in card.content and 'data_dir' not in card.content and 'seed: 3' in card.text
+    for how in ('hang_timeout', 'recovery_minutes', 'nonfinite_limit', 'workers', 'device', 'experiment'):
+        assert f'{how}:' not in card.text
 
 
 def test_card_takes_later_measurements(run_dir, tmp_path):
@@ -145,13 +147,14 @@ def test_card_takes_later_measurements(run_dir, tmp_path):
         'branch,epoch,weights,set,images,top1,top5,img_size,crop_pct,interpolation,data',
         f'b,{epoch},ema,real,46837,61.5,88.25,32,{part}', f'b,{epoch + 7},ema,v2,9,1,2,32,{part}',
         f'a,{epoch},ema,v2,9,3,4,32,{part}', f'b,{epoch},ema,v2,9,3,4,48,{part}',
-        f'b,{epoch},ema,v2,9,3,4,32,1.0,bilinear,/data/val',
+        f'b,{epoch},ema,v2,9,3,4,32,1.0,bilinear,/data/val', f'b,{epoch},ema,test,50,62.5,89,32,{part}',
     ]
     (run / 'validation.csv').write_text('\n'.join(lines) + '\n')
     assert main(['export', str(run), '--branch', 'b', '--license', 'mit']) == 0
     card = ModelCard.load(run / 'export' / 'vpl-test_vit' / 'README.md')
     assert '| ReaL labels, 46837 images of val | ema | 61.500 | 88.250 |' in card.text and 'V2' not in card.text
-    assert card.data.license == 'mit' and len(card.data.eval_results) == 4
+    assert '| test, 50 images of val | ema | 62.500 | 89.000 |' in card.text
+    assert card.data.license == 'mit' and len(card.data.eval_results) == 6
     model = timm.create_model(f'local-dir:{run / "export" / "vpl-test_vit"}')
     assert model.pretrained_cfg['license'] == 'mit'
 

@@ -259,7 +259,7 @@ def test_real_labels_of_a_part_on_one_process_as_on_two(capsys, imagenet_part, t
     table = validate(capsys, *options, '--results-file', tmp_path / 'one.json')
     assert len(table) == 3 and table[2][4] == 'real'
     one = results(tmp_path / 'one.json')
-    assert counted(one) == {'val': original, 'real': real} and one[1]['loss'] is None
+    assert counted(one) == {'validation': original, 'real': real} and one[1]['loss'] is None
 
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'timm_vpl']
     process = subprocess.run(
@@ -271,7 +271,7 @@ def test_real_labels_of_a_part_on_one_process_as_on_two(capsys, imagenet_part, t
     two = results(tmp_path / 'two.json')
     for row, other in zip(one, two, strict=True):
         assert row.pop('images_per_second') > 0 and other.pop('images_per_second') > 0
-        if row['set'] == 'val':
+        if row['set'] == 'validation':
             assert row.pop('loss') == pytest.approx(other.pop('loss'), rel=1e-6)
         assert row == other
 
@@ -280,7 +280,7 @@ def test_labels_of_timm_for_a_part(capsys, imagenet_part, tmp_path):
     root = imagenet_part[0]
     path = tmp_path / 'results.csv'
     validate(capsys, root / 'model', root / 'val', '--real-labels', '--results-file', path)
-    assert {row['set']: row['images'] for row in results(path)} == {'val': '17', 'real': '16'}  # one has no label
+    assert {row['set']: row['images'] for row in results(path)} == {'validation': '17', 'real': '16'}  # one has no label
 
 
 def test_model_of_some_of_imagenets_classes(imagenet_part):
@@ -368,7 +368,7 @@ def test_figures_of_a_run_are_those_of_its_summary(capsys, digits_folder, run_di
         for metric in ('top1', 'top5', 'loss'):
             trained = float(summary[row['epoch']][f'{prefix}{metric}_{row["branch"]}'])
             assert float(row[metric]) == pytest.approx(trained, rel=1e-6), (row, metric)
-        assert (row['set'], row['images'], row['img_size'], row['crop_pct']) == ('val', '17', '32', '1.0')
+        assert (row['set'], row['images'], row['img_size'], row['crop_pct']) == ('validation', '17', '32', '1.0')
         assert row['data'] == str(digits_folder / 'validation')
 
     path = run_dir / 'validation.csv'

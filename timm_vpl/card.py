@@ -15,12 +15,11 @@ from .trained import TrainedModel
 
 VALIDATION = 'validation.csv'  # where `timm-vpl validate` leaves its figures, in the folder of a run
 
-# Options that say where and how a run was kept, not what it was.
+# Options that name files of a machine, and what a checkpoint keeps beside the options.
 _PRIVATE = (
-    'data_dir', 'output', 'experiment', 'log_wandb', 'wandb_project', 'wandb_tags', 'workers', 'pin_mem',
-    'log_interval', 'save_images', 'dataset_trust_remote_code', 'num_classes', 'class_names', 'data_config', 'export',
-    'class_map', 'teacher', 'pretrained_path_a', 'pretrained_path_b', 'initial_checkpoint_a', 'initial_checkpoint_b')
-_SETS = {'val': 'validation', 'real': 'ReaL labels', 'v2': 'ImageNet-V2'}
+    'num_classes', 'class_names', 'data_config', 'class_map', 'teacher', 'pretrained_path_a', 'pretrained_path_b',
+    'initial_checkpoint_a', 'initial_checkpoint_b')
+_SETS = {'real': 'ReaL labels', 'v2': 'ImageNet-V2'}
 
 
 def model_card(trained: TrainedModel, name: str, repo_id: str, license: str = 'unknown') -> ModelCard:
@@ -93,10 +92,11 @@ def _source(name) -> str:
 def _results(trained: TrainedModel) -> dict[tuple[str, str], tuple[float, float]]:
     """Return (top-1, top-5) by (set, weights), as far as the run or `timm-vpl validate` measured them."""
     results = {}
+    own = _plain(trained.checkpoint.get('args', {}).get('val_split') or 'validation')
     metrics, side = trained.checkpoint.get('metrics', {}), trained.side
     for weights, prefix in (('ema', 'ema_'), ('raw', '')):
         if f'{prefix}top1_{side}' in metrics and f'{prefix}top5_{side}' in metrics:
-            results[_SETS['val'], weights] = (metrics[f'{prefix}top1_{side}'], metrics[f'{prefix}top5_{side}'])
+            results[own, weights] = (metrics[f'{prefix}top1_{side}'], metrics[f'{prefix}top5_{side}'])
     file = os.path.join(os.path.dirname(trained.source), VALIDATION)
     epoch, size = str(trained.checkpoint.get('epoch')), str(trained.data_config['input_size'][-1])
     if side and os.path.isfile(file):
@@ -105,8 +105,8 @@ def _results(trained: TrainedModel) -> dict[tuple[str, str], tuple[float, float]
                 for row in csv.DictReader(f):
                     ours = [row[key] for key in ('branch', 'epoch', 'img_size', 'crop_pct', 'interpolation')] == [
                         side, epoch, size, str(trained.data_config['crop_pct']), trained.data_config['interpolation']]
-                    if ours and row['set'] in _SETS and row['set'] != 'val':
-                        name = f'{_SETS[row["set"]]}, {row["images"]} images of {os.path.basename(row["data"])}'
+                    if ours and row['set'] != own:
+                        name = f'{_SETS.get(row["set"], row["set"])}, {row["images"]} images of {os.path.basename(row["data"])}'
                         results[_plain(name), row['weights']] = (float(row['top1']), float(row['top5']))
         except (KeyError, OSError, TypeError, ValueError, csv.Error) as e:
             raise RunError(f'{file}: not the figures of timm-vpl validate ({first_line(e, 80)})') from e
@@ -164,10 +164,11 @@ def _text(trained, args, results, name, repo_id, data_name):
         '',
         "From a folder: `timm.create_model('local-dir:FOLDER', pretrained=True)`.",
     ]
-    presets = build_parser().presets
+    parser = build_parser()
     recipe = {
         key: _source(value) if key in ('model_a', 'model_b') else value
-        for key, value in args.items() if key not in _PRIVATE and value != presets.get(key)}
+        for key, value in args.items()
+        if key == 'seed' or not (key in _PRIVATE or key in parser.how or value == parser.presets.get(key))}
     if recipe:
         lines += [
             '', '## Recipe', '', 'Options of `timm-vpl train --config FILE`, others at their defaults:', '', '```yaml',
