@@ -280,7 +280,8 @@ def test_labels_of_timm_for_a_part(capsys, imagenet_part, tmp_path):
     root = imagenet_part[0]
     path = tmp_path / 'results.csv'
     validate(capsys, root / 'model', root / 'val', '--real-labels', '--results-file', path)
-    assert {row['set']: row['images'] for row in results(path)} == {'validation': '17', 'real': '16'}  # one has no label
+    # One has no label.
+    assert {row['set']: row['images'] for row in results(path)} == {'validation': '17', 'real': '16'}
 
 
 def test_model_of_some_of_imagenets_classes(imagenet_part):

@@ -106,7 +106,8 @@ def _results(trained: TrainedModel) -> dict[tuple[str, str], tuple[float, float]
                     ours = [row[key] for key in ('branch', 'epoch', 'img_size', 'crop_pct', 'interpolation')] == [
                         side, epoch, size, str(trained.data_config['crop_pct']), trained.data_config['interpolation']]
                     if ours and row['set'] != own:
-                        name = f'{_SETS.get(row["set"], row["set"])}, {row["images"]} images of {os.path.basename(row["data"])}'
+                        data = os.path.basename(row['data'])
+                        name = f'{_SETS.get(row["set"], row["set"])}, {row["images"]} images of {data}'
                         results[_plain(name), row['weights']] = (float(row['top1']), float(row['top5']))
         except (KeyError, OSError, TypeError, ValueError, csv.Error) as e:
             raise RunError(f'{file}: not the figures of timm-vpl validate ({first_line(e, 80)})') from e
