@@ -37,12 +37,15 @@ from timm_vpl.data import (
     read,
     resolve_classes,
     skipped_images,
+    split_card,
 )
 from timm_vpl.device import init_device
 from timm_vpl.errors import RunError, UsageError
 from timm_vpl.options import parse_args
+from timm_vpl.validation import evaluate
 
 CPU = torch.device('cpu')
+MODELS = ['--model-a', 'test_resnet', '--model-b', 'test_vit', '--img-size', '32', '--device', 'cpu', '-b', '8']
 CONFIG = {
     'input_size': (3, 32, 32), 'interpolation': 'bilinear', 'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'crop_pct': 1.,
     'crop_mode': 'center'}
@@ -490,6 +493,27 @@ def test_labels_of_a_stream(workers):
     assert str(caught.value) == 'data: a sample of the stream has the label 4, none of the 4 classes, 0 to 3'
 
 
+class PaddedReader:
+    """A reader like those of timm's streams: each process has as many images, whatever the stream has."""
+
+    def __init__(self, num_samples):
+        self.num_samples = num_samples
+
+
+def padded_stream(num_samples):
+    stream = Stream([0] * 6)  # of each of 2 processes
+    stream.reader = PaddedReader(num_samples)
+    loader, first = DataLoader(stream, batch_size=4), torch.eye(4)[:1]
+    try:
+        return evaluate(lambda images: {'a': first.expand(len(images), 4)}, ['a'], loader, CPU, distributed=True)['a']
+    except (RunError, SystemExit) as e:
+        return str(e)
+
+
+def streams_of_two(rank, world):
+    return unequal_streams(rank, world), padded_stream(12), padded_stream(11), padded_stream(None)
+
+
 def unequal_streams(rank, world):
     args = parse_args(['--model-a', 'test_resnet', '--model-b', 'test_vit', '.'])
     args.rank, args.world_size = rank, world
@@ -497,11 +521,16 @@ def unequal_streams(rank, world):
     return [[batch for batch, *_ in loader.epoch(epoch)] for epoch in range(2)]
 
 
-def test_streams_end_together(tmp_path):
+def test_streams_end_together_and_are_counted(tmp_path):
     log = run_script(__file__, tmp_path)
-    assert load_results(tmp_path, 2) == [[[0, 1, 2]] * 2] * 2, log
+    first, second = load_results(tmp_path, 2)
+    for ends, whole, *_ in (first, second):
+        assert ends == [[0, 1, 2]] * 2 and whole['images'] == 12 and whole['top1'] == 100., log
+    assert '2 processes validated 12 images of a stream that has 11: ' in first[2]
+    assert 'validate with one process' in first[2] and 'that has an unknown number: ' in first[3]
+    assert second[2:] == ('1', '1')  # one process speaks
 
 
 if __name__ == '__main__':
     logging.disable()
-    run_ranks(Path(sys.argv[1]), 2, unequal_streams)
+    run_ranks(Path(sys.argv[1]), 2, streams_of_two)

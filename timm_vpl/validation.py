@@ -152,12 +152,26 @@ def evaluate(
         if after_batch is not None:
             after_batch()
     results = {name: _figures(evaluator, distributed) for name, evaluator in evaluators.items()}
+    if distributed and isinstance(loader.dataset, IterableDataset):
+        _check_count(results[names[0]]['images'], loader)
     for name, evaluator in class_evaluators.items():
         results[name]['classes'] = evaluator.compute(distributed)
     for name, evaluator in real_evaluators.items():
         figures = _figures(evaluator, distributed)
         results[name].update((f'real_{metric}', figures[metric]) for metric in ('images', 'top1', 'top5'))
     return results
+
+
+def _check_count(images: int, loader) -> None:
+    """Raise RunError where the processes have not seen as many images of a stream as it has."""
+    own = getattr(getattr(loader.dataset, 'reader', None), 'num_samples', None)
+    if not own or images != own:
+        if torch.distributed.get_rank():
+            raise SystemExit(RunError.exit_status)
+        raise RunError(
+            f"data: {torch.distributed.get_world_size()} processes validated {images} images of a stream that has "
+            f"{own or 'an unknown number'}: timm's reader pads or cuts each worker's share; validate with one process, "
+            f"or with as many workers in all as divide the shards and the images evenly")
 
 
 def evaluate_pair(
