@@ -29,6 +29,7 @@ from timm_vpl.data import (
     Replaced,
     TrainLoader,
     check_labels,
+    class_names,
     create_eval_loader,
     create_eval_loaders,
     create_split,
@@ -37,21 +38,22 @@ from timm_vpl.data import (
     read,
     resolve_classes,
     skipped_images,
+    split_card,
 )
 from timm_vpl.device import init_device
 from timm_vpl.errors import RunError, UsageError
 from timm_vpl.options import parse_args
+from timm_vpl.validation import evaluate
 
 CPU = torch.device('cpu')
+MODELS = ['--model-a', 'test_resnet', '--model-b', 'test_vit', '--img-size', '32', '--device', 'cpu', '-b', '8']
 CONFIG = {
     'input_size': (3, 32, 32), 'interpolation': 'bilinear', 'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'crop_pct': 1.,
     'crop_mode': 'center'}
 
 
 def options(folder, *argv):
-    args = parse_args([
-        '--model-a', 'test_resnet', '--model-b', 'test_vit', '--img-size', '32', '--device', 'cpu', '-b', '8',
-        '-j', '0', *map(str, argv), str(folder)])
+    args = parse_args([*MODELS, '-j', '0', *map(str, argv), str(folder)])
     init_device(args)
     return args
 
@@ -176,9 +178,10 @@ def test_images_that_timm_does_not_read_are_named(folder, caplog):
     (folder / 'train' / 'class0' / 'a.gif').write_bytes(encoded(noise(), 'GIF'))
     (folder / 'train' / 'class0' / 'README.txt').write_text('')
     assert len(split(folder)) == 40
-    assert 'images that are not read: 1 .gif; --input-key' in caplog.text
+    assert '40 images, 4 classes of 9 (class1) to 11 (class0); not read: 1 .gif, 1 .txt; --input-key' in caplog.text
     caplog.clear()
-    assert len(split(folder, '--input-key', '.png;.gif')) == 41 and not caplog.records
+    assert len(split(folder, '--input-key', '.png;.gif')) == 41
+    assert 'not read: 1 .txt' in caplog.text and '--input-key' not in caplog.text
 
 
 def test_a_data_set_can_be_pickled(folder):
@@ -397,7 +400,7 @@ def test_a_process_with_workers_ends(folder, end):
 
 
 def test_a_folder_that_holds_itself_is_refused(folder):
-    (folder / 'train' / 'class0' / 'more').symlink_to(folder / 'validation' / 'class0')  # another folder is fine
+    (folder / 'train' / 'more').symlink_to(folder / 'validation' / 'class0')  # another folder is fine
     split(folder)
     for target in (folder / 'train' / 'class0', folder / 'train', folder):
         link = folder / 'train' / 'class0' / 'again'
@@ -413,6 +416,125 @@ def test_an_empty_class_is_refused(folder):
     (folder / 'train' / 'class9' / 'notes.txt').write_text('')
     with pytest.raises(UsageError, match='class9 holds no image'):
         split(folder)
+
+
+def pack(folder):
+    """Pack the training split into a tar, and return the options that read it."""
+    with tarfile.open(folder / 'train.tar', 'w') as tar:
+        tar.add(folder / 'train', arcname='.')
+    return ['--train-split', 'train.tar']
+
+
+@pytest.mark.parametrize('tar', [False, True])
+def test_what_is_hidden_or_lies_loose_is_no_class(folder, caplog, tar):
+    train = folder / 'train'
+    before = list(zip(split(folder).filenames(), split(folder).reader.targets, strict=True))
+    shutil.copytree(train / 'class0', train / '.ipynb_checkpoints')
+    shutil.copytree(train / 'class0', train / 'class1' / '.ipynb_checkpoints')
+    image = next((train / 'class0').iterdir())
+    shutil.copy(image, train / 'class1' / '._0000.png')
+    shutil.copy(image, train / '0.png')
+    options = pack(folder) if tar else []
+    caplog.clear()
+    dataset = split(folder, *options, name='train.tar' if tar else 'train')
+    found = [(os.path.normpath(name), int(target)) for name, target in zip(
+        dataset.filenames(), dataset.reader.targets, strict=True)]
+    assert found == before and class_names(dataset) == ['class0', 'class1', 'class2', 'class3']
+    hidden = 23 if tar else 3  # a folder that is not entered counts once
+    assert caplog.records[-1].levelno == logging.WARNING and caplog.records[-1].getMessage().endswith(
+        f'not read: {hidden} hidden (a name that begins with a dot), 1 outside the class folders')
+
+
+@pytest.mark.parametrize('tar', [False, True])
+def test_nested_folders(folder, caplog, tar):
+    train = folder / 'train'
+    name = 'train.tar' if tar else 'train'
+
+    def read_split():
+        return split(folder, *(pack(folder) if tar else []), name=name)
+
+    (train / 'digits').mkdir()
+    for label in range(4):
+        (train / f'class{label}').rename(train / 'digits' / f'class{label}')
+    assert class_names(read_split()) == ['class0', 'class1', 'class2', 'class3'] and not caplog.records
+
+    shutil.copytree(train / 'digits' / 'class3', train / 'more' / 'class3')  # of another source
+    assert class_names(read_split()) == ['class0', 'class1', 'class2', 'class3']
+    assert '1 classes are each of several folders of one name: class3 in digits/class3, more/class3' in caplog.text
+
+    shutil.copytree(train / 'more' / 'class3', train / 'digits' / 'class0' / 'new')
+    with pytest.raises(UsageError, match='the folder digits/class0/new would be a class beside digits/class0'):
+        read_split()
+    (folder / 'map.txt').write_text('class0\nclass1\nclass2\nclass3\nnew\n')
+    options = [*(pack(folder) if tar else []), '--class-map', 'map.txt']  # of the data's folder
+    assert class_names(split(folder, *options, name=name)) == ['class0', 'class1', 'class2', 'class3', 'new']
+
+    for label in range(4):
+        shutil.rmtree(train / 'more', ignore_errors=True)
+        shutil.rmtree(train / 'digits' / 'class0' / 'new', ignore_errors=True)
+        (train / f'class{label}').mkdir()
+        (train / 'digits' / f'class{label}').rename(train / f'class{label}' / 'images')
+    shutil.rmtree(train / 'digits')
+    with pytest.raises(UsageError, match='its 4 folders with images have one name, so that all would be one class'):
+        read_split()
+
+
+def test_loose_images_alone_are_refused(folder):
+    for path in (folder / 'train').rglob('*.png'):
+        path.rename(folder / 'train' / f'{path.parent.name}-{path.name}')
+    with pytest.raises(UsageError, match="Found 0 images .* not read: {'outside the class folders': 40}"):
+        split(folder)
+
+
+def test_a_hidden_class_of_torchvision_is_refused(folder):
+    shutil.copytree(folder / 'train' / 'class0', folder / 'train' / '.ipynb_checkpoints')
+    with pytest.raises(UsageError, match='a hidden folder .ipynb_checkpoints, which is no class'):
+        split(folder, '--dataset', 'torch/folder')
+
+
+@pytest.mark.parametrize('tar', [False, True])
+def test_a_class_map_that_misses_folders_is_refused(folder, tar):
+    (folder / 'map.txt').write_text('class3\nclass1\n')
+    options, name = (pack(folder), 'train.tar') if tar else ([], 'train')
+    with pytest.raises(UsageError) as caught:
+        split(folder, *options, '--class-map', folder / 'map.txt', name=name)
+    assert str(caught.value).startswith(f'--class-map {folder}/map.txt: misses 2 of the 4 folders with images in ')
+    assert '(class0, class2)' in str(caught.value)
+    for start in ('', '\ufeff'):  # some editors begin a file with a mark
+        (folder / 'map.txt').write_text(f'{start}class3\nclass1\nother\nclass0\nclass2\n', encoding='utf-8')
+        dataset = split(folder, *options, '--class-map', folder / 'map.txt', name=name)
+        assert class_names(dataset) == ['class3', 'class1', 'other', 'class0', 'class2']
+        assert len(dataset) == 40 and split_card(dataset)['classes']['other'] == 0
+        assert [int(target) for target in dataset.reader.targets] == [
+            [3, 1, 4, 0][int(os.path.normpath(path)[5])] for path in dataset.filenames()]
+
+
+def test_torchvision_takes_no_class_map(folder):
+    (folder / 'map.txt').write_text('class3\nclass2\nclass1\nclass0\n')
+    with pytest.raises(UsageError, match='torchvision numbers the classes of torch/folder itself'):
+        split(folder, '--dataset', 'torch/folder', '--class-map', folder / 'map.txt')
+
+
+def test_keys_that_mean_nothing_are_refused(folder):
+    with pytest.raises(UsageError, match='--target-key label: has no meaning for'):
+        split(folder, '--target-key', 'label')
+    with pytest.raises(UsageError, match='--input-key .png: has no meaning for'):
+        split(folder, *pack(folder), '--input-key', '.png', name='train.tar')
+
+
+def test_card_of_a_split(folder):
+    (folder / 'train' / 'class0' / 'a.gif').write_bytes(b'')
+    counts = {'class0': 11, 'class1': 9, 'class2': 10, 'class3': 10}
+    card = {'images': 40, 'classes': counts, 'not_read': {'.gif': 1}}
+    assert split_card(split(folder)) == card
+    assert split_card(split(folder, '--dataset', 'torch/folder')) == {**card, 'not_read': {}}
+    assert split_card(split(folder, *pack(folder), name='train.tar')) == {**card, 'not_read': {}}
+    loader = create_train_loader(options(folder), split(folder), CONFIG, CPU)
+    assert split_card(loader.dataset) == card
+    digits = split_card(create_split(parse_args([*MODELS, '--dataset', 'digits']), 'validation', is_training=False))
+    assert digits == {
+        'images': 360, 'classes': dict(zip('0123456789', [35, 36, 35, 37, 37, 37, 37, 36, 33, 37], strict=True)),
+        'not_read': {}}
 
 
 @pytest.mark.parametrize(('name', 'content', 'message'), [
@@ -490,6 +612,27 @@ def test_labels_of_a_stream(workers):
     assert str(caught.value) == 'data: a sample of the stream has the label 4, none of the 4 classes, 0 to 3'
 
 
+class PaddedReader:
+    """A reader like those of timm's streams: each process has as many images, whatever the stream has."""
+
+    def __init__(self, num_samples):
+        self.num_samples = num_samples
+
+
+def padded_stream(num_samples):
+    stream = Stream([0] * 6)  # of each of 2 processes
+    stream.reader = PaddedReader(num_samples)
+    loader, first = DataLoader(stream, batch_size=4), torch.eye(4)[:1]
+    try:
+        return evaluate(lambda images: {'a': first.expand(len(images), 4)}, ['a'], loader, CPU, distributed=True)['a']
+    except (RunError, SystemExit) as e:
+        return str(e)
+
+
+def streams_of_two(rank, world):
+    return unequal_streams(rank, world), padded_stream(12), padded_stream(11), padded_stream(None)
+
+
 def unequal_streams(rank, world):
     args = parse_args(['--model-a', 'test_resnet', '--model-b', 'test_vit', '.'])
     args.rank, args.world_size = rank, world
@@ -497,11 +640,16 @@ def unequal_streams(rank, world):
     return [[batch for batch, *_ in loader.epoch(epoch)] for epoch in range(2)]
 
 
-def test_streams_end_together(tmp_path):
+def test_streams_end_together_and_are_counted(tmp_path):
     log = run_script(__file__, tmp_path)
-    assert load_results(tmp_path, 2) == [[[0, 1, 2]] * 2] * 2, log
+    first, second = load_results(tmp_path, 2)
+    for ends, whole, *_ in (first, second):
+        assert ends == [[0, 1, 2]] * 2 and whole['images'] == 12 and whole['top1'] == 100., log
+    assert '2 processes validated 12 images of a stream that has 11: ' in first[2]
+    assert 'validate with one process' in first[2] and 'that has an unknown number: ' in first[3]
+    assert second[2:] == ('1', '1')  # one process speaks
 
 
 if __name__ == '__main__':
     logging.disable()
-    run_ranks(Path(sys.argv[1]), 2, unequal_streams)
+    run_ranks(Path(sys.argv[1]), 2, streams_of_two)

@@ -1,12 +1,18 @@
 """The data pipeline: order, seeding, the embedded digits, policies, and what is refused."""
+import json
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from timm.data import create_transform
+from timm.utils.misc import natural_key
 
 from timm_vpl.checkpoint import read_checkpoint
 from timm_vpl.cli import train
@@ -118,10 +124,74 @@ def test_empty_class_folder(capsys, folder):
 def test_class_map(folder, tmp_path):
     class_map = tmp_path / 'classes.txt'
     class_map.write_text('class2\nclass0\n')
+    for split in ('train', 'validation'):
+        for name in ('class1', 'class3'):
+            shutil.rmtree(folder / split / name)
     options = ['-b', '8', '--epochs', '1', '--output', str(tmp_path / 'out'), '--experiment', 'map', '--no-model-ema']
     assert train([*MODELS, str(folder), '--class-map', str(class_map), *options]) == 0
     args = read_checkpoint(str(tmp_path / 'out' / 'map' / 'last.pth.tar'))['args']
     assert (args['num_classes'], args['class_names']) == (2, ['class2', 'class0'])
+    with open(tmp_path / 'out' / 'map' / 'data.yaml') as f:
+        data = yaml.safe_load(f)
+    card = data['contents']['train']
+    assert card == {'images': 21, 'classes': {'class2': 10, 'class0': 11}, 'not_read': {}}
+    assert list(card['classes']) == data['train']['classes'] == ['class2', 'class0']
+
+
+# Names of classes in their order. timm's key does not tell some apart: it sorts a set, in the order of the hash seed.
+TIED = ['01', '1', '9', '10', 'A', 'a', 'Ab2', 'aB02', 'B', 'b', 'x1', 'x-1']
+
+
+def print_classes(folder):
+    """Print the classes and labels of a folder and a tar."""
+    for split in ('train', 'train.tar'):
+        dataset = create_split(parse_args([*MODELS, str(folder)]), split, is_training=True)
+        print(json.dumps([class_names(dataset), sorted(int(dataset[i][1]) for i in range(len(dataset)))]))
+
+
+@pytest.fixture
+def tied(folder):
+    """A folder and a tar of classes whose names tie, each with one image more than the one before."""
+    image = next((folder / 'train').rglob('*.png')).read_bytes()
+    shutil.rmtree(folder / 'train')
+    for i, name in enumerate(TIED):
+        (folder / 'train' / name).mkdir(parents=True)
+        for j in range(i + 1):
+            (folder / 'train' / name / f'{j}.png').write_bytes(image)
+    with tarfile.open(folder / 'train.tar', 'w') as tar:
+        tar.add(folder / 'train', arcname='.')
+    return folder
+
+
+def check_classes(printed):
+    for line in printed.splitlines():
+        names, targets = json.loads(line)
+        assert names == TIED and np.bincount(targets).tolist() == list(range(1, len(TIED) + 1))
+    assert len(printed.splitlines()) == 2
+
+
+def test_class_order_is_total(tied, capsys):
+    assert [natural_key(name) for name in TIED] == sorted(natural_key(name) for name in TIED)  # timm's
+    print_classes(tied)
+    check_classes(capsys.readouterr().out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(3))
+def test_class_order_does_not_hang_on_the_hash_seed(tied, seed):
+    code = f'import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_data; test_data.print_classes'
+    result = subprocess.run(
+        [sys.executable, '-c', f'{code}({str(tied)!r})'], env={**os.environ, 'PYTHONHASHSEED': str(seed)}, check=True,
+        capture_output=True, text=True)
+    check_classes(result.stdout)
+
+
+def test_images_are_in_timms_order(folder):
+    from timm.data import create_dataset
+    args = parse_args([*MODELS, str(folder)])
+    for split in ('train', 'validation'):
+        wanted = create_dataset('', str(folder), split=split)
+        assert create_split(args, split, is_training=False).reader.samples == wanted.reader.samples
 
 
 def test_splits_of_different_classes(capsys, folder):

@@ -469,6 +469,44 @@ def test_models_and_data_that_are_not_there(capsys, digits_folder, tmp_path):
     assert 'truncated' in validate(capsys, tmp_path / 'bad.pth.tar', digits_folder, status=1)
 
 
+@pytest.mark.parametrize('kind', ['folder', 'tar', 'torch/folder'])
+def test_images_that_lie_in_both_splits(capsys, digits_folder, tmp_path, kind):
+    save_model(tmp_path / 'model', num_classes=4)
+    data = shutil.copytree(digits_folder, tmp_path / 'data')
+    options = [tmp_path / 'model', data, '--results-file', tmp_path / 'x.csv', '--check-data']
+    options += ['--dataset', kind] if '/' in kind else []
+    images = sorted((data / 'validation').rglob('*.png'))
+    for image, name in zip(images[:2], ('class0/twin.png', 'class3/twin.png'), strict=True):
+        shutil.copy(image, data / 'train' / name)
+    changed = bytearray(images[2].read_bytes())
+    changed[-1] ^= 1  # of the same size
+    (data / 'train' / 'class0' / 'almost.png').write_bytes(changed)
+    wanted = [f'{image.relative_to(data / "validation")} is train/{name}' for image, name in zip(
+        images, ('class0/twin.png', 'class3/twin.png'), strict=False)]
+    if kind == 'tar':
+        for split in ('train', 'validation'):
+            with tarfile.open(tmp_path / f'{split}.tar', 'w') as tar:
+                tar.add(data / split, arcname='')
+        options[1:2] = [tmp_path, '--val-split', 'validation.tar']
+        options.append('train.tar')
+        wanted = [line.replace('train/', 'train.tar/') for line in wanted]
+    lines = check_lines(capsys, *options)
+    assert lines[0].endswith(f'2 of 17 images lie in the split {"train.tar" if kind == "tar" else "train"!r} too')
+    assert lines[1:] == wanted
+    if kind == 'folder':
+        kept = tmp_path / 'kept.txt'
+        kept.write_text(f'{images[1].name}\n{images[5].name}\n')
+        lines = check_lines(capsys, *options, '--file-list', kept)
+        assert '1 of 2 images' in lines[0] and lines[1:] == wanted[1:]
+        assert '--check-data other: no such folder' in validate(capsys, *options, 'other', status=2)
+
+
+def check_lines(capsys, *argv):
+    """Return the lines that follow the table."""
+    assert main(['validate', *map(str, argv), *QUICK]) == 0
+    return capsys.readouterr().out.splitlines()[2:]
+
+
 def test_images_that_can_not_be_read(capsys, digits_folder, run_dir, tmp_path):
     shutil.copytree(digits_folder / 'validation', tmp_path / 'data')
     for path in (tmp_path / 'data').rglob('*.png'):

@@ -71,7 +71,7 @@ def _validate_args(argv: list[str], prog: str) -> argparse.Namespace:
         if os.path.dirname(args.model) and ':' not in args.model:
             raise UsageError(f'MODEL {args.model}: no such file or folder (on the Hub: hf-hub:{args.model})')
         check_model_name('MODEL', args.model)
-    check_dataset(args, (args.val_split,))
+    check_dataset(args, (args.val_split, *filter(None, [args.check_data])))
     if args.imagenet_v2:
         for flag, given in (('--class-map', args.class_map), ('--real-labels', args.real_labels is not None)):
             if given:
@@ -185,6 +185,8 @@ def validate_parser(prog: str = 'timm-vpl validate') -> OptionParser:
     add('--file-list', None, 'validate only on the files that this file names, one a line', metavar='FILE')
     add('--per-class', None, "each class's accuracy too: the mean and the lowest on screen, all in a CSV file if one "
         'is named', nargs='?', const='', metavar='FILE')
+    add('--check-data', None, 'name the images that lie in the training split too, by the content of their files; of '
+        "another name than 'train' if one is given", nargs='?', const='train', metavar='SPLIT')
     parser.section('Model parameters')
     _add_input_options(parser)
     add('-b --batch-size', 256, 'images a step, of each process', type=COUNT)

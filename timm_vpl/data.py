@@ -1,6 +1,7 @@
 """Data sets and loaders: timm's, with every draw of the training pipeline seeded by its place in the run."""
 import contextlib
 import copy
+import hashlib
 import io
 import logging
 import multiprocessing
@@ -10,8 +11,8 @@ import signal
 import tarfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,14 +23,19 @@ import timm.data.auto_augment
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import FastCollateMixup, ImageDataset, Mixup, create_dataset, create_loader
+from timm.data.dataset_factory import _search_split
 from timm.data.loader import PrefetchLoader
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader import Reader
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.utils.misc import natural_key
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, get_worker_info
 
 from .errors import RunError, UsageError, first_line
 from .options import mixup_active
+from .parsing import one_line
 from .seeding import seed_all
 
 _logger = logging.getLogger(__name__)
@@ -40,6 +46,10 @@ DIGITS = 'digits'
 _DIGITS_TRAIN = 1437  # first 80 %; the pictures are in the order of their writers
 MAX_SKIPPED = 10  # unreadable images in a row, after which a run ends
 MAX_WARNINGS = 10  # of unreadable images, by each process that reads
+
+# What of a folder is not read, beside files by their ending.
+HIDDEN = 'hidden (a name that begins with a dot)'
+LOOSE = 'outside the class folders'
 
 
 class DigitsReader(Reader):
@@ -68,6 +78,50 @@ class DigitsReader(Reader):
 
     def _filename(self, index, basename=False, absolute=False):
         return f'{self.labels[index]}/{index}.pgm'
+
+
+class FolderReader(ReaderImageFolder):
+    """timm's reader of a folder that was walked, in timm's order, with ties broken by the path itself.
+
+    Args:
+        root: The folder.
+        images: Paths of the images of each folder in it.
+        not_read: Files that are not read, by reason.
+        number: Returns the index of each class for the folders of the images.
+    """
+
+    def __init__(self, root: str, images: dict[str, list[str]], not_read: Counter[str], number: Callable):
+        self.root, self.not_read = root, not_read
+        self.class_to_idx = number(folder for folder, paths in images.items() if paths)
+        self.samples = [
+            (path, self.class_to_idx[os.path.basename(folder)]) for folder, paths in images.items() for path in paths]
+        self.samples.sort()  # the sort that follows keeps this order in ties
+        self.samples.sort(key=lambda sample: natural_key(sample[0]))
+        self.targets = [target for _, target in self.samples]
+
+
+class TarReader(ReaderImageInTar):
+    """timm's reader of a tar, without what is hidden or in no folder.
+
+    Args:
+        root: The tar.
+        number: Returns the index of each class for the folders of the images.
+    """
+
+    def __init__(self, root: str, number: Callable[[list[str]], dict[str, int]]):
+        super().__init__(root)
+        self.not_read: Counter[str] = Counter()
+        kept = []
+        for image, _, tar in self.samples:
+            name = os.path.splitext(os.path.basename(tar.name))[0] if tar else ''  # of a tar in the tar
+            path = os.path.normpath(os.path.join(name, image.path))
+            folder = os.path.dirname(path)
+            kept.append('' if '/.' in f'/{path}' else folder)
+            if not kept[-1]:
+                self.not_read[HIDDEN if folder else LOOSE] += 1
+        self.class_to_idx = number(filter(None, kept))
+        self.samples = self.samples[[bool(folder) for folder in kept]]
+        self.targets = [self.class_to_idx[os.path.basename(folder)] for folder in kept if folder]
 
 
 class Replaced(int):
@@ -196,7 +250,7 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
         dataset.num_classes = num_classes
 
 
-def create_split(args, split: str, is_training: bool, whole: bool = False) -> Dataset:
+def create_split(args, split: str, is_training: bool, whole: bool = False, flag: str = '') -> Dataset:
     """Create the data set of one split with timm's create_dataset, or from the embedded digits.
 
     Images that can't be read are replaced (`ReadableImages`), except those of streams.
@@ -206,6 +260,7 @@ def create_split(args, split: str, is_training: bool, whole: bool = False) -> Da
         split: Name of the split.
         is_training: Whether it is trained on.
         whole: Take a folder of class folders, or a tar, for the split itself.
+        flag: Option that names the split.
 
     Raises:
         UsageError: The data can't be read as asked.
@@ -221,63 +276,111 @@ def create_split(args, split: str, is_training: bool, whole: bool = False) -> Da
             f'--in-chans {in_chans}: images of mode {img_mode} have {bands}; name another --input-img-mode')
     if args.dataset == DIGITS:
         return ReadableImages(ImageDataset('', reader=DigitsReader(split)), img_mode)
-    folder = args.dataset.lower() in ('', 'torch/folder', 'torch/image_folder')
-    if args.class_map:
-        _check_class_map(args)
-    if folder and os.path.isdir(args.data_dir):
-        named = os.path.join(args.data_dir, split)
-        _check_folder(named if os.path.isdir(named) else args.data_dir, args)
+    class_map = read_class_map(args.class_map, args.data_dir or '') if args.class_map else None
+    if class_map and args.dataset.lower().startswith('torch/'):
+        raise UsageError(f'--class-map {args.class_map}: torchvision numbers the classes of {args.dataset} itself')
     where = f'--data-dir {args.data_dir}' if args.data_dir else f'--dataset {args.dataset}'
     try:
-        dataset = create_dataset(
-            args.dataset,
-            root=args.data_dir,
-            split=split,
-            is_training=is_training,
-            class_map=args.class_map,
-            download=args.dataset_download,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            num_samples=args.train_num_samples if is_training else args.val_num_samples,
-            input_img_mode=img_mode,
-            input_key=args.input_key,
-            target_key=args.target_key,
-            trust_remote_code=args.dataset_trust_remote_code,
-        )
+        if args.dataset.lower() in ('', 'torch/folder', 'torch/image_folder'):
+            flag = flag or ('--train-split' if is_training else '--val-split')
+            root, images, not_read = _find_split(args, split, flag, whole)
+        if args.dataset:
+            dataset = create_dataset(
+                args.dataset,
+                root=args.data_dir,
+                split=split,
+                is_training=is_training,
+                class_map=class_map,
+                download=args.dataset_download,
+                batch_size=args.batch_size,
+                seed=args.seed,
+                num_samples=args.train_num_samples if is_training else args.val_num_samples,
+                input_img_mode=img_mode,
+                input_key=args.input_key,
+                target_key=args.target_key,
+                trust_remote_code=args.dataset_trust_remote_code,
+            )
+        else:
+            number = partial(_number_classes, args, root, class_map)
+            reader = TarReader(root, number) if images is None else FolderReader(root, images, not_read, number)
+            dataset = ImageDataset(root, reader=reader)
     except ImportError as e:
         raise UsageError(f'--dataset {args.dataset}: needs a package that is not installed ({e})') from e
-    except (AssertionError, KeyError, OSError, RuntimeError, ValueError, tarfile.TarError) as e:
+    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError, tarfile.TarError) as e:
         raise UsageError(f'{where}: split {split!r} could not be read: {first_line(e, 400)}') from e
-    if folder:
-        source = getattr(dataset, 'reader', dataset)
-        root, data_dir = Path(source.root), Path(args.data_dir)
-        if not (whole and (data_dir.is_file() or not _has_splits(data_dir))):
-            _check_split(root, data_dir, split, is_training)
-        if not args.class_map:
-            _check_class_folders(root, _class_to_idx(source))
+    hidden = [name for name in getattr(dataset, 'classes', ()) if isinstance(name, str) and name.startswith('.')]
+    if hidden:  # torchvision's
+        raise UsageError(f'{where}: split {split!r} has a hidden folder {hidden[0]}, which is no class; remove it')
+    _log_card(where, split, split_card(dataset))
     return dataset if isinstance(dataset, IterableDataset) else ReadableImages(dataset, img_mode)
 
 
-def _check_class_map(args) -> None:
-    """Refuse a class map that is damaged, or gives no index from 0 on."""
+def read_class_map(path: str, root: str = '') -> dict[Any, int]:
+    """Return the class indices of a class map, a file at a path or in the folder of the data.
+
+    Raises:
+        UsageError: It is damaged, or gives no index from 0 on.
+    """
     try:
-        class_map = load_class_map(args.class_map, args.data_dir or '')
+        class_map = {
+            name.removeprefix('\ufeff') if isinstance(name, str) else name: index
+            for name, index in load_class_map(path, root).items()}
         indices = set(class_map.values())
         if '' in class_map:
             raise ValueError('a line without a name')
         if not indices or not all(isinstance(index, int) and 0 <= index < 1_000_000 for index in indices):
             raise ValueError('not a class index for each name')
-        if args.class_map.lower().endswith('.txt') and len(indices) <= max(indices):
+        if path.lower().endswith('.txt') and len(indices) <= max(indices):
             raise ValueError('a name twice')
     except Exception as e:  # a damaged pickle raises anything
-        raise UsageError(f'--class-map {args.class_map}: {first_line(e)}') from e
+        raise UsageError(f'--class-map {path}: {first_line(e)}') from e
+    return class_map
 
 
-def _check_folder(root: str, args) -> None:
-    """Refuse a folder that holds itself by a link, which timm would read 40 times; name images that are not read."""
-    read = set(args.input_key.lower().split(';')) if args.input_key else get_img_extensions(as_set=True)
-    others: Counter[str] = Counter()
-    known = Image.registered_extensions()
+def _find_split(args, split, flag, whole):
+    """Return the folder or tar of a split, and of a folder the images by folder and what is not read."""
+    root = _search_split(args.data_dir, split) if os.path.isdir(args.data_dir) else args.data_dir
+    own = Path(root) != Path(args.data_dir)
+    images = not_read = None
+    if os.path.isdir(root) and (own or whole):
+        types = args.input_key.lower().split(';') if args.input_key else get_img_extensions(as_set=True)
+        images, not_read = scan_folder(root, set(types))
+    if not own and not (whole and (images is None or not any(os.sep in folder for folder in images))):
+        # timm falls back to all that is there, which would train and validate on the same images.
+        if os.path.isfile(root):
+            raise UsageError(
+                f'--data-dir {root}: one tar for all splits; give its folder, and each split its own tar '
+                f'({flag} {os.path.basename(root)})')
+        entries = ', '.join(sorted(e.name for e in Path(root).iterdir() if e.is_dir() or e.suffix == '.tar')[:8])
+        raise UsageError(f'{flag} {split}: no such folder or tar in {root}, which has {entries or "none"}')
+    if args.dataset:
+        return root, images, not_read
+    for key, value in (('--target-key', args.target_key), ('--input-key', images is None and args.input_key)):
+        if value:
+            raise UsageError(f'{key} {value}: has no meaning for {root}')
+    if images is not None:
+        filled = {folder.split(os.sep)[0] for folder, paths in images.items() if paths}
+        empty = sorted(folder for folder in images if os.sep not in folder and folder not in filled)
+        if not filled:
+            raise UsageError(f'--data-dir: Found 0 images in the folders of {root}; not read: {dict(not_read)}')
+        if empty and not args.class_map:
+            raise UsageError(f'--data-dir: class folder {os.path.join(root, empty[0])} holds no image; remove it from '
+                             f'every split or fill it')
+    return root, images, not_read
+
+
+def scan_folder(root: str, types: set[str]) -> tuple[dict[str, list[str]], Counter[str]]:
+    """Return the paths of the images of each folder in a folder, and how many files are not read, by reason.
+
+    Args:
+        root: The folder; images that lie in itself are not read.
+        types: Endings of images.
+
+    Raises:
+        UsageError: A folder can't be read, or holds itself by a link, which timm would read 40 times.
+    """
+    images: dict[str, list[str]] = {}
+    not_read: Counter[str] = Counter()
     pending: list[tuple[str, tuple]] = [(root, ())]
     try:
         while pending:
@@ -286,20 +389,22 @@ def _check_folder(root: str, args) -> None:
             here = (status.st_dev, status.st_ino)
             if here in above:
                 raise UsageError(f'--data-dir: {folder} is a link to a folder that it lies in; remove it')
+            paths = images[os.path.relpath(folder, root)] = []
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if _is_folder(entry):
+                    name = entry.name
+                    if name[0] == '.':
+                        not_read[HIDDEN] += 1
+                    elif _is_folder(entry):
                         pending.append((entry.path, (*above, here)))
+                    elif (extension := os.path.splitext(name)[1].lower()) in types:
+                        paths.append(entry.path)
                     else:
-                        extension = os.path.splitext(entry.name)[1].lower()
-                        if extension in known and extension not in read:
-                            others[extension] += 1
+                        not_read[extension or 'without an ending'] += 1
     except OSError as e:
         raise UsageError(f'--data-dir: {e.filename} can not be read ({e.strerror})') from e
-    if others and not args.dataset:
-        counts = ', '.join(f'{count} {extension}' for extension, count in sorted(others.items()))
-        _logger.warning(
-            f'{root}: images that are not read: {counts}; --input-key names what is, now {";".join(sorted(read))}')
+    not_read[LOOSE] += len(images.pop('.'))
+    return images, +not_read
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -309,45 +414,85 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _has_splits(data_dir):
-    """Return whether the folders in a folder hold folders, so that they are not those of classes."""
-    with os.scandir(data_dir) as entries:
-        folders = [entry.path for entry in entries if entry.is_dir()]
-    for folder in folders:
-        with os.scandir(folder) as entries:
-            if any(entry.is_dir() for entry in entries):
-                return True
-    return False
+def _number_classes(args, root: str, class_map: dict[str, int] | None, folders: Iterable[str]) -> dict[str, int]:
+    """Return the index of each class, the name of a folder that holds images: timm's, but in a total order.
 
+    Args:
+        args: Options of the data set.
+        root: Folder or tar of the data.
+        class_map: Indices that are given.
+        folders: The folders with images, as paths in the root.
 
-def _check_split(root, data_dir, split, is_training):
-    if root == data_dir:
-        # timm falls back to all that is there, which would train and validate on the same images.
-        flag = '--train-split' if is_training else '--val-split'
-        if data_dir.is_file():
+    Raises:
+        UsageError: The class map misses folders, or what lies in them is not one class a folder.
+    """
+    folders = set(folders)
+    paths = defaultdict(list)
+    for folder in sorted(folders):
+        paths[os.path.basename(folder)].append(folder)
+    if class_map is not None:
+        missing = [path for name in paths.keys() - class_map for path in paths[name]]
+        if missing:
             raise UsageError(
-                f'--data-dir {data_dir}: one tar for all splits; give its folder, and each split its own tar '
-                f'({flag} {data_dir.name})')
-        entries = ', '.join(sorted(e.name for e in data_dir.iterdir() if e.is_dir() or e.suffix == '.tar')[:8])
-        raise UsageError(f'{flag} {split}: no such folder or tar in {data_dir}, which has {entries or "none"}')
+                f'--class-map {args.class_map}: misses {len(missing)} of the {len(folders)} folders with images in '
+                f'{root} ({", ".join(sorted(missing)[:5])}); name them too, or remove them')
+        return class_map
+    for folder in sorted(folders):
+        above = next((str(path) for path in Path(folder).parents if str(path) in folders), None)
+        if above:
+            raise UsageError(
+                f'--data-dir: {root}: the folder {folder} would be a class beside {above}, which it lies in; move its '
+                f'images, or name both in a --class-map')
+    several = [f'{name} in {", ".join(each[:3])}' for name, each in paths.items() if len(each) > 1]
+    if several and len(paths) == 1:
+        raise UsageError(
+            f'--data-dir: {root}: its {len(folders)} folders with images have one name, so that all would be one '
+            f'class: {several[0]}; move the images up')
+    if several:
+        _logger.warning(one_line(
+            f'{root}: {len(several)} classes are each of several folders of one name: {"; ".join(several[:3])}'))
+    return {name: index for index, name in enumerate(sorted(paths, key=lambda name: (natural_key(name), name)))}
 
 
-def _check_class_folders(root, class_to_idx):
-    for entry in sorted(root.iterdir()) if root.is_dir() else ():
-        if entry.is_dir() and entry.name not in class_to_idx and not entry.name.startswith('.'):
-            if not any(child.is_dir() for child in entry.iterdir()):
-                raise UsageError(
-                    f'--data-dir: class folder {entry} holds no image; remove it from every split or fill it')
+def split_card(dataset: Dataset) -> dict[str, Any]:
+    """Return what a split holds, as far as its data set tells without reading images.
+
+    Returns:
+        'images', a number or None; 'classes', the images of each in the order of their indices; 'not_read', the number
+        of files by the reason why, or by their ending.
+    """
+    while hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset
+    source = getattr(dataset, 'reader', dataset)
+    names, classes = class_names(dataset), {}
+    targets = np.asarray(getattr(source, 'targets', getattr(source, 'labels', ())))
+    if targets.ndim == 1 and targets.dtype.kind in 'iu':
+        counts = np.bincount(targets, minlength=len(names or ())).tolist()
+        classes = dict(zip(names or map(str, range(len(counts))), counts, strict=False))
+    stream = isinstance(dataset, IterableDataset)
+    return {
+        'images': getattr(source, 'num_samples', None) if stream else len(dataset),
+        'classes': classes,
+        'not_read': dict(getattr(source, 'not_read', {})),
+    }
 
 
-def _class_to_idx(source) -> dict[str, int] | None:
-    """Return the classes of one of timm's readers (of tars by another name), or of a torchvision data set."""
-    return getattr(source, 'class_to_idx', None) or getattr(source, 'class_name_to_idx', None)
+def _log_card(where, split, card):
+    classes, not_read = card['classes'], card['not_read']
+    text = f'{where}: split {split!r}: {card["images"]} images'
+    if classes:
+        few, many = (pick(classes, key=classes.get) for pick in (min, max))
+        text += f', {len(classes)} classes of {classes[few]} ({few}) to {classes[many]} ({many})'
+    if not_read:
+        text += f'; not read: {", ".join(f"{count} {reason}" for reason, count in sorted(not_read.items())[:8])}'
+    if not_read.keys() & Image.registered_extensions().keys():
+        text += '; --input-key names the endings that are read'
+    _logger.log(logging.WARNING if not_read else logging.INFO, one_line(text))
 
 
 def class_names(dataset) -> list[str] | None:
     """Return the names of a data set's classes in the order of their indices, None where it has no names."""
-    class_to_idx = _class_to_idx(getattr(dataset, 'reader', dataset))
+    class_to_idx = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
     return names_of(class_to_idx) if class_to_idx else None
 
 
@@ -717,6 +862,31 @@ def read(loader):
                 raise
             time.sleep(2)  # a worker died while it sent a batch: torch is about to raise what killed it
             raise RunError(f'data: the connection to a loader worker is lost ({first_line(e)})') from e
+
+
+def shared_images(dataset: Dataset, other: Dataset) -> list[tuple[int, int]]:
+    """Return the pairs of images of two data sets whose files have the same content; files of one size are read."""
+    groups = [(range(len(dataset)), range(len(other)))]
+    for key in (
+            lambda file: file.seek(0, 2),
+            lambda file: hashlib.sha256(file.read(4096)).digest(),
+            lambda file: hashlib.sha256(file.read()).digest(),
+    ):
+        parts: dict[tuple, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        for group, members in enumerate(groups):
+            for side, indices in enumerate(members):
+                for index in indices:
+                    with contextlib.suppress(OSError), _open_file((dataset, other)[side], index) as file:
+                        parts[group, key(file)][side].append(index)
+        groups = [part for part in parts.values() if all(part)]
+    return sorted((index, twin) for indices, twins in groups for index in indices for twin in twins)
+
+
+def _open_file(dataset, index):
+    while hasattr(dataset, 'dataset'):
+        index = dataset.indices[index] if isinstance(dataset, Subset) else index
+        dataset = dataset.dataset
+    return dataset.reader[index][0] if hasattr(dataset, 'reader') else open(dataset.samples[index][0], 'rb')
 
 
 def skipped_images(loader) -> int:

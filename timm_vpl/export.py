@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
-from timm.data.readers.class_map import load_class_map
 from timm.models import create_model, save_for_hf
 
 from .build import pretrained_cfg_of, size_kwargs
 from .card import is_unedited, model_card
-from .data import names_of
+from .data import names_of, read_class_map
 from .errors import RunError, UsageError, first_line
 from .names import SIDES
 from .trained import TrainedModel, branch_config, create_named, load_branches
@@ -104,7 +103,7 @@ def branch_names(trained: list[TrainedModel], given: dict[str, str | None] | Non
 def _named_configs(args):
     """Return timm's config of each model that the options name, for weights that do not say what they belong to."""
     configs = {}
-    class_names = _read_class_map(args.class_map)
+    class_names = names_of(read_class_map(args.class_map)) if args.class_map else None
     for side in SIDES:
         name = getattr(args, f'model_{side}')
         if name:
@@ -124,18 +123,6 @@ def _named_configs(args):
                 })
             configs[side] = branch_config(model, data_config, class_names)
     return configs
-
-
-def _read_class_map(path):
-    if not path:
-        return None
-    try:
-        class_to_idx = load_class_map(path)
-        if not all(isinstance(index, int) and 0 <= index < 1_000_000 for index in class_to_idx.values()):
-            raise ValueError('not a class index for each name')
-        return names_of(class_to_idx)
-    except Exception as e:  # a damaged pickle raises anything
-        raise UsageError(f'--class-map {path}: can not be read ({first_line(e)})') from e
 
 
 def export_branch(

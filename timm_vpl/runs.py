@@ -113,6 +113,8 @@ def read_run(path: Path) -> Run:
             number(cells.get(metric))
         for cells in _read_table(path / 'validation.csv') for metric in ('top1', 'top5')}
     data, environment = (_read_facts(path / f'{name}.yaml') for name in ('data', 'environment'))
+    if data:
+        data.pop('contents', None)  # what is not read makes no other data
     return Run(path, options, dict(sorted(rows.items())), measured, data or {}, environment or [])
 
 

@@ -34,6 +34,7 @@ from .data import (
     data_errors,
     resolve_classes,
     skipped_images,
+    split_card,
 )
 from .device import agreement, from_all, from_first, init_device, is_lost
 from .errors import RunError, UsageError, first_line
@@ -314,9 +315,11 @@ def _create_output_dir(run, data_config, options) -> str:
         environments = _environments(output_dir) if args.resume else []
         now = environment(run.device)
         environments += [now] if now not in environments[-1:] else []
-        for name, content in (('args', options), ('data', run.data), ('environment', environments)):
+        contents = {'train': split_card(run.loader_train.dataset), 'validation': split_card(run.loader_eval.dataset)}
+        data = {**run.data, 'contents': contents}
+        for name, content in (('args', options), ('data', data), ('environment', environments)):
             with replacing(os.path.join(output_dir, f'{name}.yaml')) as f:
-                yaml.safe_dump(content, f, default_flow_style=False)
+                yaml.safe_dump(content, f, default_flow_style=False, sort_keys=name != 'data')
     except (AssertionError, OSError) as e:
         raise UsageError(f'--output {output}: {e}') from e
     return output_dir

@@ -29,11 +29,13 @@ from .data import (
     create_split,
     data_errors,
     read,
+    shared_images,
     skipped_images,
 )
 from .device import agreement, from_all, init_device
 from .errors import RunError, UsageError
 from .files import replacing
+from .parsing import one_line
 from .trained import TrainedModel, load_branches, load_trained
 
 _logger = logging.getLogger('validate')
@@ -152,12 +154,26 @@ def evaluate(
         if after_batch is not None:
             after_batch()
     results = {name: _figures(evaluator, distributed) for name, evaluator in evaluators.items()}
+    if distributed and isinstance(loader.dataset, IterableDataset):
+        _check_count(results[names[0]]['images'], loader)
     for name, evaluator in class_evaluators.items():
         results[name]['classes'] = evaluator.compute(distributed)
     for name, evaluator in real_evaluators.items():
         figures = _figures(evaluator, distributed)
         results[name].update((f'real_{metric}', figures[metric]) for metric in ('images', 'top1', 'top5'))
     return results
+
+
+def _check_count(images: int, loader) -> None:
+    """Raise RunError where the processes have not seen as many images of a stream as it has."""
+    own = getattr(getattr(loader.dataset, 'reader', None), 'num_samples', None)
+    if not own or images != own:
+        if torch.distributed.get_rank():
+            raise SystemExit(RunError.exit_status)
+        raise RunError(
+            f"data: {torch.distributed.get_world_size()} processes validated {images} images of a stream that has "
+            f"{own or 'an unknown number'}: timm's reader pads or cuts each worker's share; validate with one process, "
+            f"or with as many workers in all as divide the shards and the images evenly")
 
 
 def evaluate_pair(
@@ -382,6 +398,11 @@ def validate(args) -> list[dict[str, Any]]:
             passes = [
                 _create_pass(args, list(group), device)
                 for _, group in groupby(models, key=lambda trained: (trained.data_config, trained.class_names))]
+            if args.check_data:
+                held_out = passes[0].loader.dataset
+                trained_on = create_split(
+                    Namespace(**vars(args), seed=0), args.check_data, is_training=False, flag='--check-data')
+                names = [_file_names(each, '--check-data') for each in (held_out, trained_on)]
         rows, classes = [], []
         with data_errors():
             for each in passes:
@@ -396,6 +417,12 @@ def validate(args) -> list[dict[str, Any]]:
         write_results(args, rows)
         if args.per_class:
             _write(args.per_class, CLASS_COLUMNS, classes)
+        if args.check_data:
+            shared = shared_images(held_out, trained_on)
+            print(f'{passes[0].data}: {len({index for index, _ in shared})} of {len(held_out)} images lie in the split '
+                  f'{args.check_data!r} too')
+            for index, twin in shared:
+                print(one_line(f'{names[0][index]} is {args.check_data}/{names[1][twin]}'))
     return rows
 
 
