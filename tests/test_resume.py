@@ -256,6 +256,8 @@ def test_files_are_whole_or_as_they_were(tmp_path):
 def test_a_rewound_run_is_the_newest(digits_folder, tmp_path):
     # From an older checkpoint of the same folder: what the old course left ahead of it is passed by.
     folder = run(digits_folder, tmp_path, *SHORT, '--recovery-interval', '2', '--checkpoint-hist', '3')
+    for path in folder.glob('*.tar'):
+        from_the_future(path)  # of a clock that is right again
     assert stop_at(r'Train: 1 \[ *1/', digits_folder, tmp_path, *SHORT, '--recovery-interval', '1', '--lr', '0.002',
                    '--resume', str(folder / 'checkpoint-0.pth.tar')) == 143
     newest = read_checkpoint(newest_checkpoint(folder))
@@ -264,6 +266,24 @@ def test_a_rewound_run_is_the_newest(digits_folder, tmp_path):
         read_checkpoint(str(path))
     rewound = run(digits_folder, tmp_path, *SHORT, '--lr', '0.002', '--resume', 'auto')
     assert last(rewound)['epoch'] == 2 and last(rewound)['args']['lr'] == 0.002
+
+
+def from_the_future(path):
+    checkpoint = read_checkpoint(str(path))
+    torch.save({**checkpoint, 'time': checkpoint['time'] + 86400}, path)  # under all of its names
+    os.utime(path, (checkpoint['time'] + 86400,) * 2)
+
+
+def test_a_clock_that_runs_behind(digits_folder, tmp_path, caplog):
+    options = [*SHORT, '--recovery-interval', '1']
+    whole = run(digits_folder, tmp_path / 'whole', *options)
+    assert stop_at(r'Train: 1 \[ *2/', digits_folder, tmp_path / 'part', *options) == 143
+    folder = tmp_path / 'part' / 'run'
+    from_the_future(folder / 'last.pth.tar')
+    newest = newest_checkpoint(folder)
+    assert newest == str(folder / 'recovery-1-2.pth.tar')
+    assert caplog.messages[-1] == f'Passed over: last.pth.tar: newer by the clock, but saved before {newest}'
+    assert not differences(whole, run(digits_folder, tmp_path / 'part', *options, '--resume', 'auto'))
 
 
 def test_unreadable_checkpoints_are_not_written_over(digits_folder, tmp_path, capsys):
