@@ -157,6 +157,20 @@ def test_card_takes_later_measurements(run_dir, tmp_path):
 
 
 def save_pair(folder, *options):
+def test_weights_that_were_evaluated_are_exported(digits_folder, tmp_path):
+    # With --model-ema-force-cpu timm, too, evaluates the raw weights alone: best epochs are theirs.
+    options = [*OPTIONS, '--model-ema-force-cpu', '--output', str(tmp_path), '--experiment', 'run']
+    assert train([str(digits_folder), *options]) == 0
+    for side, name in (('a', 'test_resnet'), ('b', 'test_vit')):
+        checkpoint = read_checkpoint(str(tmp_path / 'run' / f'best_{side}.pth.tar'))
+        folder = tmp_path / 'run' / 'export' / f'vpl-{name}'
+        for key, value in load_file(folder / 'model.safetensors').items():
+            assert torch.equal(value, checkpoint['state_dict'][f'model_{side}.{key}'])
+        card = ModelCard.load(folder / 'README.md')
+        assert '(raw weights)' in card.text
+        assert card.data.eval_results[0].metric_value == checkpoint['metrics'][f'top1_{side}']
+
+
     """Save an untrained pair, its BatchNorm statistics moved, as a run saves it; return its checkpoint."""
     args = parse_args(['--dataset', 'digits', '--batch-size', '2', *options])
     args.world_size, args.distributed = 1, False
