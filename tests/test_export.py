@@ -156,7 +156,6 @@ def test_card_takes_later_measurements(run_dir, tmp_path):
     assert model.pretrained_cfg['license'] == 'mit'
 
 
-def save_pair(folder, *options):
 def test_weights_that_were_evaluated_are_exported(digits_folder, tmp_path):
     # With --model-ema-force-cpu timm, too, evaluates the raw weights alone: best epochs are theirs.
     options = [*OPTIONS, '--model-ema-force-cpu', '--output', str(tmp_path), '--experiment', 'run']
@@ -171,6 +170,7 @@ def test_weights_that_were_evaluated_are_exported(digits_folder, tmp_path):
         assert card.data.eval_results[0].metric_value == checkpoint['metrics'][f'top1_{side}']
 
 
+def save_pair(folder, *options):
     """Save an untrained pair, its BatchNorm statistics moved, as a run saves it; return its checkpoint."""
     args = parse_args(['--dataset', 'digits', '--batch-size', '2', *options])
     args.world_size, args.distributed = 1, False
@@ -387,6 +387,21 @@ def test_what_a_user_added_to_an_export_is_kept(run_dir, tmp_path, capsys):
     (run / 'export' / 'vpl-test_resnet' / 'notes.txt').write_text('mine')
     fails(['export', run, '--branch', 'a'], capsys, 2, '--overwrite')
     assert main(['export', str(run), '--overwrite']) == 0 and '# My model' not in card.read_text()
+
+
+@pytest.mark.parametrize('files', [
+    {}, {'thesis.tex': 'mine'}, {'config.json': '{}', 'model.safetensors': ''},
+    {'README.md': '# Mine', 'config.json': '{}', 'model.safetensors': ''}], ids=len)
+@pytest.mark.parametrize('out', [[], ['--out']], ids=len)
+def test_only_exports_are_replaced(run_dir, tmp_path, capsys, files, out):
+    run = shutil.copytree(run_dir, tmp_path / 'run')
+    folder = run / 'export' / 'vpl-test_vit'
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    fails(['export', run, '--overwrite', *out, *([folder.parent] if out else [])], capsys, 2, folder, 'not an export')
+    assert {path.name: path.read_text() for path in folder.iterdir()} == files
 
 
 def test_branch_of_a_twin_keeps_its_side_in_the_name(tmp_path):

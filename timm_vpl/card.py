@@ -20,6 +20,7 @@ _PRIVATE = (
     'data_dir', 'output', 'experiment', 'log_wandb', 'wandb_project', 'wandb_tags', 'workers', 'pin_mem',
     'log_interval', 'save_images', 'dataset_trust_remote_code', 'num_classes', 'class_names', 'data_config', 'export',
     'class_map', 'teacher', 'pretrained_path_a', 'pretrained_path_b', 'initial_checkpoint_a', 'initial_checkpoint_b')
+MARK = '\n<!-- made by timm-vpl '  # before what tells whether somebody has edited a card
 _SETS = {'val': 'validation', 'real': 'ReaL labels', 'v2': 'ImageNet-V2'}
 
 
@@ -63,12 +64,12 @@ def model_card(trained: TrainedModel, name: str, repo_id: str, license: str = 'u
 
 def _seal(text: str) -> str:
     """Return a card with a last line that tells whether somebody has edited it since."""
-    return f'{text}\n<!-- made by timm-vpl {hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n'
+    return f'{text}{MARK}{hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n'
 
 
 def is_unedited(card: str) -> bool:
     """Return whether a card is as `model_card` made it."""
-    text, mark, _ = card.rpartition('\n<!-- made by timm-vpl ')
+    text, mark, _ = card.rpartition(MARK)
     return bool(mark) and _seal(text) == card
 
 

@@ -136,7 +136,7 @@ def export_parser(prog: str = 'timm-vpl export') -> OptionParser:
     add('--out', None, 'folder of the exported folders', shown='export, in the folder of the run', metavar='DIR')
     add('--name-a', None, 'name of branch a', shown='the method and the architecture', metavar='NAME')
     add('--name-b', None, 'name of branch b', shown='likewise', metavar='NAME')
-    add('--overwrite', False, 'replace folders that exist')
+    add('--overwrite', False, 'replace exports that exist, edited ones too')
     add('--license', 'unknown', "licence of the weights, by the Hub's identifier", metavar='ID')
     add('--onnx', False, 'write model.onnx too, compared with torch (extra: onnx)')
     parser.section('Hugging Face Hub')
