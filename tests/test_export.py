@@ -145,7 +145,8 @@ def test_card_takes_later_measurements(run_dir, tmp_path):
         'branch,epoch,weights,set,images,top1,top5,img_size,crop_pct,interpolation,data',
         f'b,{epoch},ema,real,46837,61.5,88.25,32,{part}', f'b,{epoch + 7},ema,v2,9,1,2,32,{part}',
         f'a,{epoch},ema,v2,9,3,4,32,{part}', f'b,{epoch},ema,v2,9,3,4,48,{part}',
-        f'b,{epoch},ema,v2,9,3,4,32,1.0,bilinear,/data/val',
+        f'b,{epoch},ema,v2,9,3,4,32,1.0,bilinear,/data/val', f'b,{epoch},ema,v2,9,,,32,{part}',
+        f'b,{epoch},raw,v2,9,nan,nan,32,{part}',
     ]
     (run / 'validation.csv').write_text('\n'.join(lines) + '\n')
     assert main(['export', str(run), '--branch', 'b', '--license', 'mit']) == 0

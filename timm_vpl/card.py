@@ -1,6 +1,7 @@
 """The model card of an exported branch: its README.md with the Hub's metadata, from figures that its run measured."""
 import csv
 import hashlib
+import math
 import os
 import re
 from typing import Any
@@ -106,12 +107,12 @@ def _results(trained: TrainedModel) -> dict[tuple[str, str], tuple[float, float]
                 for row in csv.DictReader(f):
                     ours = [row[key] for key in ('branch', 'epoch', 'img_size', 'crop_pct', 'interpolation')] == [
                         side, epoch, size, str(trained.data_config['crop_pct']), trained.data_config['interpolation']]
-                    if ours and row['set'] in _SETS and row['set'] != 'val':
+                    if ours and row['set'] in _SETS and row['set'] != 'val' and row['top1'] != '':
                         name = f'{_SETS[row["set"]]}, {row["images"]} images of {os.path.basename(row["data"])}'
                         results[_plain(name), row['weights']] = (float(row['top1']), float(row['top5']))
         except (KeyError, OSError, TypeError, ValueError, csv.Error) as e:
             raise RunError(f'{file}: not the figures of timm-vpl validate ({first_line(e, 80)})') from e
-    return results
+    return {key: figures for key, figures in results.items() if all(map(math.isfinite, figures))}
 
 
 def _text(trained, args, results, name, repo_id, data_name):

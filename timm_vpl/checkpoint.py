@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import logging
+import math
 import os
 import pickle
 import re
@@ -68,12 +69,15 @@ class PairCheckpointSaver(CheckpointSaver):
         Args:
             epoch: The epoch.
             state: Further entries of the checkpoint.
-            metric: What the checkpoint is ranked by.
-            branch_metrics: What each branch's best epoch is chosen by.
+            metric: What the checkpoint is ranked by; one that is not finite is none.
+            branch_metrics: What each branch's best epoch is chosen by, likewise.
             milestone: Keep it for good, as `milestone-N`, N the completed epochs.
         """
         self._state = {'epoch': epoch, **state}
-        self._pending = {'branch_metrics': branch_metrics or {}, 'milestone': milestone}
+        if metric is not None and not math.isfinite(metric):
+            metric = None
+        branch_metrics = {side: value for side, value in (branch_metrics or {}).items() if math.isfinite(value)}
+        self._pending = {'branch_metrics': branch_metrics, 'milestone': milestone}
         self.failed = not self._attempt(self._finish, epoch, metric)
 
     def save_recovery(self, epoch: int, batch: int, state: dict[str, Any]) -> bool:

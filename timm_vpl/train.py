@@ -671,6 +671,9 @@ def validate(run: Run) -> dict[str, float]:
     if _evaluates_ema(run):
         ema = evaluate_pair(task.get_eval_model(ema=True), run.loader_eval, **kwargs)
         metrics.update((f'ema_{name}', value) for name, value in ema.items())
+    bad = [name for name, value in metrics.items() if 'loss' in name and not math.isfinite(value)]
+    if bad:
+        _logger.warning(f'Epoch {run.progress.epoch}: not finite: {", ".join(bad)}; it is no best epoch for them')
     branches = _branch_metrics(run, metrics)
     metrics['top1'] = sum(branches.values()) / len(branches)
     if args.rank == 0:
