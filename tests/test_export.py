@@ -148,6 +148,7 @@ def test_card_takes_later_measurements(run_dir, tmp_path):
         f'b,{epoch},ema,real,46837,61.5,88.25,32,{part}', f'b,{epoch + 7},ema,v2,9,1,2,32,{part}',
         f'a,{epoch},ema,v2,9,3,4,32,{part}', f'b,{epoch},ema,v2,9,3,4,48,{part}',
         f'b,{epoch},ema,v2,9,3,4,32,1.0,bilinear,/data/val', f'b,{epoch},ema,test,50,62.5,89,32,{part}',
+        f'b,{epoch},ema,v2,9,,,32,{part}', f'b,{epoch},raw,v2,9,nan,nan,32,{part}',
     ]
     (run / 'validation.csv').write_text('\n'.join(lines) + '\n')
     assert main(['export', str(run), '--branch', 'b', '--license', 'mit']) == 0
@@ -157,6 +158,20 @@ def test_card_takes_later_measurements(run_dir, tmp_path):
     assert card.data.license == 'mit' and len(card.data.eval_results) == 6
     model = timm.create_model(f'local-dir:{run / "export" / "vpl-test_vit"}')
     assert model.pretrained_cfg['license'] == 'mit'
+
+
+def test_weights_that_were_evaluated_are_exported(digits_folder, tmp_path):
+    # With --model-ema-force-cpu timm, too, evaluates the raw weights alone: best epochs are theirs.
+    options = [*OPTIONS, '--model-ema-force-cpu', '--output', str(tmp_path), '--experiment', 'run']
+    assert train([str(digits_folder), *options]) == 0
+    for side, name in (('a', 'test_resnet'), ('b', 'test_vit')):
+        checkpoint = read_checkpoint(str(tmp_path / 'run' / f'best_{side}.pth.tar'))
+        folder = tmp_path / 'run' / 'export' / f'vpl-{name}'
+        for key, value in load_file(folder / 'model.safetensors').items():
+            assert torch.equal(value, checkpoint['state_dict'][f'model_{side}.{key}'])
+        card = ModelCard.load(folder / 'README.md')
+        assert '(raw weights)' in card.text
+        assert card.data.eval_results[0].metric_value == checkpoint['metrics'][f'top1_{side}']
 
 
 def save_pair(folder, *options):
@@ -376,6 +391,21 @@ def test_what_a_user_added_to_an_export_is_kept(run_dir, tmp_path, capsys):
     (run / 'export' / 'vpl-test_resnet' / 'notes.txt').write_text('mine')
     fails(['export', run, '--branch', 'a'], capsys, 2, '--overwrite')
     assert main(['export', str(run), '--overwrite']) == 0 and '# My model' not in card.read_text()
+
+
+@pytest.mark.parametrize('files', [
+    {}, {'thesis.tex': 'mine'}, {'config.json': '{}', 'model.safetensors': ''},
+    {'README.md': '# Mine', 'config.json': '{}', 'model.safetensors': ''}], ids=len)
+@pytest.mark.parametrize('out', [[], ['--out']], ids=len)
+def test_only_exports_are_replaced(run_dir, tmp_path, capsys, files, out):
+    run = shutil.copytree(run_dir, tmp_path / 'run')
+    folder = run / 'export' / 'vpl-test_vit'
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    fails(['export', run, '--overwrite', *out, *([folder.parent] if out else [])], capsys, 2, folder, 'not an export')
+    assert {path.name: path.read_text() for path in folder.iterdir()} == files
 
 
 def test_branch_of_a_twin_keeps_its_side_in_the_name(tmp_path):

@@ -1,5 +1,6 @@
 """Losses and gradients that are not finite: found, named, left out or the end of the run; never in weights or EMA."""
 import pytest
+import timm
 import torch
 from runs import summary
 from test_train import NOISE, PAIR, SMALL, last, run
@@ -102,6 +103,35 @@ def test_skip_has_a_limit(digits_folder, tmp_path, monkeypatch, capsys, caplog):
 def test_a_run_that_diverges(digits_folder, tmp_path, capsys):
     error = fail(capsys, digits_folder, tmp_path, '--opt', 'sgd', '--lr', '1e30')
     assert 'epoch 0, batch ' in error and 'not finite: ' in error
+
+
+def test_a_validation_that_is_not_finite_is_no_result(digits_folder, tmp_path, caplog):
+    # Running statistics that are NaN: training is as ever, in validation branch a has no logits that are numbers.
+    model = timm.create_model('test_resnet', num_classes=4)
+    model.bn1.running_mean.fill_(torch.nan)
+    torch.save(model.state_dict(), tmp_path / 'nan.pth')
+    options = [*OPTIONS, '--initial-checkpoint-a', str(tmp_path / 'nan.pth'), '--export']
+    folder = run(digits_folder, tmp_path, *options, '--stop-epoch', '1')
+    names = 'loss_a, loss_ens, ema_loss_a, ema_loss_ens'
+    assert f'Epoch 0: not finite: {names}; it is no best epoch for them' in caplog.messages
+    row = summary(folder)[0]
+    assert {key for key, value in row.items() if value == 'nan'} == {
+        'eval_top1', *(f'eval_{ema}{metric}_{name}' for ema in ('', 'ema_') for metric in ('loss', 'top1', 'top5')
+                       for name in ('a', 'ens'))}
+    checkpoint = last(folder)
+    assert checkpoint['saver']['branch_metrics'] == {'b': float(row['eval_ema_top1_b'])} and 'metric' not in checkpoint
+    found = {path.name for path in folder.glob('*.pth.tar')}
+    assert found == {'last.pth.tar', 'checkpoint-0.pth.tar', 'best_b.pth.tar'}
+    assert {path.name for path in (folder / 'export').iterdir()} == {'vpl-test_vit'}
+    assert 'nan' not in (folder / 'export' / 'vpl-test_vit' / 'README.md').read_text()
+
+    for key in ('state_dict', 'state_dict_ema'):
+        checkpoint[key]['model_a.bn1.running_mean'].zero_()
+    torch.save({**checkpoint, 'ranks': checkpoint['ranks'].nan_to_num()}, folder / 'last.pth.tar')
+    run(digits_folder, tmp_path, *options, '--resume', 'auto')
+    assert last(folder)['saver']['best_epoch'] is None and (folder / 'model_best.pth.tar').exists()
+    assert read_checkpoint(str(folder / 'best_a.pth.tar'))['epoch'] == 1
+    assert {path.name for path in (folder / 'export').iterdir()} == {'vpl-test_resnet', 'vpl-test_vit'}
 
 
 def test_large_gradients_are_finite():

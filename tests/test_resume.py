@@ -1,4 +1,5 @@
 """A run that is stopped or interrupted, anywhere, ends as the run that was left alone, to the bit."""
+import hashlib
 import logging
 import os
 import re
@@ -10,7 +11,8 @@ import timm.optim
 import torch
 import yaml
 from runs import differences, summary
-from test_train import NOISE, PAIR, SMALL, last, rows, run
+from safetensors.torch import load_file, save_file
+from test_train import NOISE, PAIR, SMALL, last, rows, run, torchrun
 
 import timm_vpl.files
 from timm_vpl.checkpoint import newest_checkpoint, read_checkpoint
@@ -291,6 +293,8 @@ def test_files_are_whole_or_as_they_were(tmp_path):
 def test_a_rewound_run_is_the_newest(digits_folder, tmp_path):
     # From an older checkpoint of the same folder: what the old course left ahead of it is passed by.
     folder = run(digits_folder, tmp_path, *SHORT, '--recovery-interval', '2', '--checkpoint-hist', '3')
+    for path in folder.glob('*.tar'):
+        from_the_future(path)  # of a clock that is right again
     assert stop_at(r'Train: 1 \[ *1/', digits_folder, tmp_path, *SHORT, '--recovery-interval', '1', '--lr', '0.002',
                    '--resume', str(folder / 'checkpoint-0.pth.tar')) == 143
     newest = read_checkpoint(newest_checkpoint(folder))
@@ -299,6 +303,79 @@ def test_a_rewound_run_is_the_newest(digits_folder, tmp_path):
         read_checkpoint(str(path))
     rewound = run(digits_folder, tmp_path, *SHORT, '--lr', '0.002', '--resume', 'auto')
     assert last(rewound)['epoch'] == 2 and last(rewound)['args']['lr'] == 0.002
+
+
+def content(folder):
+    """Return all that would show that a folder was touched."""
+    return {path: (path.lstat().st_mtime_ns, path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest())
+            for path in [folder, *folder.rglob('*')]}
+
+
+@pytest.fixture(scope='module')
+def finished(digits_folder, tmp_path_factory):
+    return run(digits_folder, tmp_path_factory.mktemp('finished'), *SHORT, '--stop-epoch', '2', '--export')
+
+
+def test_a_finished_run_is_left_alone(digits_folder, finished, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    folder = shutil.copytree(finished, tmp_path / 'run')
+    (folder / 'export' / 'vpl-test_vit' / 'README.md').write_text('My own card')
+    options = [*SHORT, '--stop-epoch', '2', '--export', '--resume', 'auto']
+    before = content(folder)
+    run(digits_folder, tmp_path, *options, '--workers', '1')
+    assert caplog.messages[-1].endswith(f'the run in {folder} is finished; no file is changed')
+    assert content(folder) == before
+    run(digits_folder, tmp_path, *SHORT, '--export', '--resume', 'auto')  # to its end
+    assert len(rows(folder)) == 3 and (folder / 'export' / 'vpl-test_vit' / 'README.md').read_text() == 'My own card'
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_left_alone_by_two_processes(digits_folder, finished):
+    before = content(finished)
+    torchrun(2, digits_folder, *PAIR, *SMALL, *SHORT, '--stop-epoch', '2', '--export', '--resume', 'auto', '-b', '4',
+             '--output', finished.parent)
+    assert content(finished) == before
+
+
+@pytest.mark.parametrize('lost', ['summary.csv', 'export', 'export/vpl-test_vit/model.safetensors'])
+def test_what_a_finished_run_lacks_is_made(digits_folder, finished, tmp_path, lost):
+    # As after a kill behind the last epoch, the third with the export of an earlier one.
+    folder = shutil.copytree(finished, tmp_path / 'run')
+    path = folder / lost
+    kept = (folder / 'export' / 'vpl-test_resnet').stat().st_mtime_ns
+    if path.suffix == '.safetensors':
+        weights = load_file(path)
+        save_file({key: value + 1 for key, value in weights.items()}, path)
+    else:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    options = [*SHORT, '--stop-epoch', '2', '--export', '--resume', 'auto']
+    run(digits_folder, tmp_path, *options)
+    assert summary(folder) == summary(finished)
+    for name in ('vpl-test_resnet', 'vpl-test_vit'):
+        one, two = (load_file(each / 'export' / name / 'model.safetensors') for each in (folder, finished))
+        assert all(torch.equal(one[key], two[key]) for key in two)
+    assert (kept == (folder / 'export' / 'vpl-test_resnet').stat().st_mtime_ns) is (lost != 'export')
+    before = content(folder)
+    run(digits_folder, tmp_path, *options)
+    assert content(folder) == before
+
+
+def from_the_future(path):
+    checkpoint = read_checkpoint(str(path))
+    torch.save({**checkpoint, 'time': checkpoint['time'] + 86400}, path)  # under all of its names
+    os.utime(path, (checkpoint['time'] + 86400,) * 2)
+
+
+def test_a_clock_that_runs_behind(digits_folder, tmp_path, caplog):
+    options = [*SHORT, '--recovery-interval', '1']
+    whole = run(digits_folder, tmp_path / 'whole', *options)
+    assert stop_at(r'Train: 1 \[ *2/', digits_folder, tmp_path / 'part', *options) == 143
+    folder = tmp_path / 'part' / 'run'
+    from_the_future(folder / 'last.pth.tar')
+    newest = newest_checkpoint(folder)
+    assert newest == str(folder / 'recovery-1-2.pth.tar')
+    assert caplog.messages[-1] == f'Passed over: last.pth.tar: newer by the clock, but saved before {newest}'
+    assert not differences(whole, run(digits_folder, tmp_path / 'part', *options, '--resume', 'auto'))
 
 
 def test_unreadable_checkpoints_are_not_written_over(digits_folder, tmp_path, capsys):

@@ -123,7 +123,7 @@ def test_resume_auto_and_a_finished_run(digits_folder, tmp_path, caplog):
     before = last(folder)
     assert 'a fresh start' in caplog.text
     run(digits_folder, tmp_path, *options)
-    assert 'Nothing to train' in caplog.text and len(rows(folder)) == 1
+    assert 'nothing to train' in caplog.text and len(rows(folder)) == 1
     assert_equal_weights(before['state_dict'], last(folder)['state_dict'])
     with open(folder / 'args.yaml') as f:
         assert 'resume' not in yaml.safe_load(f)

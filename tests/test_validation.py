@@ -397,6 +397,18 @@ def test_plain_timm_loop_gives_the_same_figure(capsys, digits_folder, run_dir, t
     assert wanted == best.checkpoint['metrics'][f'ema_top1_{side}']
 
 
+def test_logits_that_are_no_numbers_give_no_figures(capsys, digits_folder, run_dir, tmp_path):
+    checkpoint = torch.load(run_dir / 'best_a.pth.tar', weights_only=True)
+    checkpoint['state_dict']['model_a.bn1.running_mean'].fill_(torch.nan)
+    torch.save(checkpoint, tmp_path / 'nan.pth.tar')
+    options = ['--results-file', tmp_path / 'results.json', '--per-class', tmp_path / 'classes.csv']
+    table = validate(capsys, tmp_path / 'nan.pth.tar', digits_folder, *options)
+    assert [line[1:3] + line[6:9] for line in table[1:3]] == [['a', 'raw', '-', '-', '-'], ['a', 'ema', *table[2][6:9]]]
+    shown = [None not in (row['loss'], row['top1'], row['top5']) for row in results(tmp_path / 'results.json')]
+    assert shown == [False, True, True, True]
+    assert {row['weights'] for row in results(tmp_path / 'classes.csv') if row['branch'] == 'a'} == {'ema'}
+
+
 def test_accuracy_of_each_class(capsys, digits_folder, run_dir, tmp_path):
     file = tmp_path / 'classes.csv'
     folder = run_dir / 'export' / 'vpl-test_resnet'

@@ -1,6 +1,7 @@
 """The model card of an exported branch: its README.md with the Hub's metadata, from figures that its run measured."""
 import csv
 import hashlib
+import math
 import os
 import re
 from typing import Any
@@ -19,6 +20,7 @@ VALIDATION = 'validation.csv'  # where `timm-vpl validate` leaves its figures, i
 _PRIVATE = (
     'num_classes', 'class_names', 'data_config', 'class_map', 'teacher', 'pretrained_path_a', 'pretrained_path_b',
     'initial_checkpoint_a', 'initial_checkpoint_b')
+MARK = '\n<!-- made by timm-vpl '  # before what tells whether somebody has edited a card
 _SETS = {'real': 'ReaL labels', 'v2': 'ImageNet-V2'}
 
 
@@ -62,12 +64,12 @@ def model_card(trained: TrainedModel, name: str, repo_id: str, license: str = 'u
 
 def _seal(text: str) -> str:
     """Return a card with a last line that tells whether somebody has edited it since."""
-    return f'{text}\n<!-- made by timm-vpl {hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n'
+    return f'{text}{MARK}{hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n'
 
 
 def is_unedited(card: str) -> bool:
     """Return whether a card is as `model_card` made it."""
-    text, mark, _ = card.rpartition('\n<!-- made by timm-vpl ')
+    text, mark, _ = card.rpartition(MARK)
     return bool(mark) and _seal(text) == card
 
 
@@ -105,13 +107,13 @@ def _results(trained: TrainedModel) -> dict[tuple[str, str], tuple[float, float]
                 for row in csv.DictReader(f):
                     ours = [row[key] for key in ('branch', 'epoch', 'img_size', 'crop_pct', 'interpolation')] == [
                         side, epoch, size, str(trained.data_config['crop_pct']), trained.data_config['interpolation']]
-                    if ours and row['set'] != own:
+                    if ours and row['set'] != own and row['top1'] != '':
                         data = os.path.basename(row['data'])
                         name = f'{_SETS.get(row["set"], row["set"])}, {row["images"]} images of {data}'
                         results[_plain(name), row['weights']] = (float(row['top1']), float(row['top5']))
         except (KeyError, OSError, TypeError, ValueError, csv.Error) as e:
             raise RunError(f'{file}: not the figures of timm-vpl validate ({first_line(e, 80)})') from e
-    return results
+    return {key: figures for key, figures in results.items() if all(map(math.isfinite, figures))}
 
 
 def _text(trained, args, results, name, repo_id, data_name):

@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import logging
+import math
 import os
 import pickle
 import re
@@ -49,6 +50,8 @@ class PairCheckpointSaver(CheckpointSaver):
         recipe = Path(self.checkpoint_dir, RECIPE)
         self._recipe = recipe.read_bytes() if recipe.exists() else None
         self._recovered = None  # (epoch, batch) of the last recovery checkpoint of this process
+        found, _ = _by_saves([self._path('last'), *recovery_files(self.recovery_dir)])
+        self._saves = found[-1][0] if found else 0  # of the folder, whatever checkpoint the run goes on from
         for path in Path(self.checkpoint_dir).glob('*tmp*'):  # of an earlier attempt that was killed
             if re.fullmatch(r'(recovery_)?tmp\.pth\.tar|.*\.pth\.tar\.tmp|.*\.\d+\.tmp', path.name):
                 path.unlink()
@@ -66,12 +69,15 @@ class PairCheckpointSaver(CheckpointSaver):
         Args:
             epoch: The epoch.
             state: Further entries of the checkpoint.
-            metric: What the checkpoint is ranked by.
-            branch_metrics: What each branch's best epoch is chosen by.
+            metric: What the checkpoint is ranked by; one that is not finite is none.
+            branch_metrics: What each branch's best epoch is chosen by, likewise.
             milestone: Keep it for good, as `milestone-N`, N the completed epochs.
         """
         self._state = {'epoch': epoch, **state}
-        self._pending = {'branch_metrics': branch_metrics or {}, 'milestone': milestone}
+        if metric is not None and not math.isfinite(metric):
+            metric = None
+        branch_metrics = {side: value for side, value in (branch_metrics or {}).items() if math.isfinite(value)}
+        self._pending = {'branch_metrics': branch_metrics, 'milestone': milestone}
         self.failed = not self._attempt(self._finish, epoch, metric)
 
     def save_recovery(self, epoch: int, batch: int, state: dict[str, Any]) -> bool:
@@ -135,6 +141,7 @@ class PairCheckpointSaver(CheckpointSaver):
     def _save(self, save_path, epoch, metric=None):
         if self._written:
             return
+        self._saves += 1
         state = {
             'arch': '+'.join(config['architecture'] for config in self.branches.values()),
             'args': self.options,
@@ -145,6 +152,7 @@ class PairCheckpointSaver(CheckpointSaver):
             **self.task.get_checkpoint_state(unwrap_fn=self.unwrap_fn),
             **self.task.get_checkpoint_state(ema=True, unwrap_fn=self.unwrap_fn),
             'saver': {**self.state_dict(epoch, metric), **self._pending},
+            'saves': self._saves,
             'time': time.time(),
             **self._state,
         }
@@ -197,7 +205,7 @@ class PairCheckpointSaver(CheckpointSaver):
         # timm counts the checkpoint itself in if its link is there; the latest one's may be missing.
         super().load_state_dict(state_dict if completed and not is_last else {**state_dict, 'pending': (None, None)})
         self.best_branches.update({side: tuple(best) for side, best in state_dict.get('best_branches', {}).items()})
-        recoveries = sorted(recovery_files(self.recovery_dir), key=os.path.getmtime)
+        recoveries = [path for *_, path in _by_saves(recovery_files(self.recovery_dir))[0]]
         for path in recoveries[:-2]:
             Path(path).unlink(missing_ok=True)
         self.prev_recovery_file, self.curr_recovery_file = ['', '', *recoveries][-2:]
@@ -250,22 +258,40 @@ def recovery_files(folder: str) -> list[str]:
     return [path for *_, path in sorted(found)]
 
 
+def _by_saves(paths: list[str]) -> tuple[list[tuple[int, float, str]], list[RunError]]:
+    """Return (saves of its folder, time, path) of checkpoints that can be read, in this order; why others can't."""
+    found, errors = [], []
+    for path in filter(os.path.exists, paths):
+        try:
+            checkpoint = read_checkpoint(path, mmap=True)
+            place = (checkpoint.get('saves', 0), checkpoint.get('time', os.path.getmtime(path)))
+            if not all(isinstance(value, (int, float)) for value in place):
+                raise RunError(f"{path}: not a training checkpoint, its 'saves' or 'time' is no number")
+            found.append((*place, path))
+        except RunError as e:
+            errors.append(e)
+    return sorted(found), errors
+
+
 def newest_checkpoint(folder: str) -> str | None:
     """Return the checkpoint of a run's folder that was written last, of those that can be read; None without any.
+
+    The number of saves tells, which only grows; a clock may have run behind.
 
     Raises:
         RunError: There are checkpoints, and none can be read: not now, or not any more.
     """
     older = sorted(map(str, Path(folder).glob('checkpoint-*.pth.tar')))
     for paths in ([os.path.join(folder, 'last.pth.tar'), *recovery_files(folder)], older):
-        found = []
-        for path in filter(os.path.exists, paths):
-            try:
-                found.append((read_checkpoint(path, mmap=True).get('time', os.path.getmtime(path)), path))
-            except RunError as e:
-                _logger.warning(f'Passed over: {e}')
+        found, errors = _by_saves(paths)
+        for error in errors:
+            _logger.warning(f'Passed over: {error}')
         if found:
-            return max(found)[1]
+            _, saved, newest = found[-1]
+            newer = [os.path.basename(path) for _, clock, path in found if clock > saved]
+            if newer:
+                _logger.warning(f'Passed over: {", ".join(newer)}: newer by the clock, but saved before {newest}')
+            return newest
     left = [path.name for path in sorted(Path(folder).glob('*.pth.tar')) if 'tmp' not in path.name]
     if left:
         raise RunError(f'--resume auto: of the checkpoints in {folder} none can be read ({", ".join(left[:4])}); '

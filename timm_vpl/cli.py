@@ -143,12 +143,12 @@ def export_parser(prog: str = 'timm-vpl export') -> OptionParser:
     parser.add_argument('source', metavar='CHECKPOINT_OR_RUN_DIR', help="checkpoint, or folder of a run: each branch's "
                         'best epoch')
     add('--branch', 'both', 'branch to export', choices=['a', 'b', 'both'])
-    add('--ema', None, 'averaged weights (--no-ema: the raw ones)', shown='averaged where there are any',
+    add('--ema', None, 'averaged weights (--no-ema: the raw ones)', shown='averaged where they were evaluated',
         action=argparse.BooleanOptionalAction)
     add('--out', None, 'folder of the exported folders', shown='export, in the folder of the run', metavar='DIR')
     add('--name-a', None, 'name of branch a', shown='the method and the architecture', metavar='NAME')
     add('--name-b', None, 'name of branch b', shown='likewise', metavar='NAME')
-    add('--overwrite', False, 'replace folders that exist')
+    add('--overwrite', False, 'replace exports that exist, edited ones too')
     add('--license', 'unknown', "licence of the weights, by the Hub's identifier", metavar='ID')
     add('--onnx', False, 'write model.onnx too, compared with torch (extra: onnx)')
     parser.section('Hugging Face Hub')

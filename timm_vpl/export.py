@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from timm.models import create_model, save_for_hf
 
 from .build import pretrained_cfg_of, size_kwargs
-from .card import is_unedited, model_card
+from .card import MARK, is_unedited, model_card
 from .data import names_of, read_class_map
 from .errors import RunError, UsageError, first_line
 from .names import SIDES
@@ -42,11 +43,13 @@ def export(args) -> list[Path]:
     folders = {branch.side: out / names[branch.side] for branch in trained}
     for folder in folders.values():
         try:
-            free = args.overwrite or (_is_ours(folder) if args.out is None else not folder.exists())
+            free = not folder.exists() or (
+                _is_export(folder) if args.overwrite else args.out is None and _is_ours(folder))
         except (OSError, ValueError) as e:
             raise UsageError(f'--out {out}: can not be read: {getattr(e, "strerror", None) or first_line(e)}') from e
         if not free:
-            raise UsageError(f'--out {out}: {folder} exists; --overwrite replaces it, another --out keeps it')
+            found = 'is not an export of timm-vpl' if args.overwrite else 'exists; --overwrite replaces it'
+            raise UsageError(f'--out {out}: {folder} {found}, another --out keeps it')
     for branch in trained:
         export_branch(
             branch, folders[branch.side], repo_ids.get(branch.side), license=args.license, onnx=args.onnx)
@@ -57,21 +60,45 @@ def export(args) -> list[Path]:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Return whether a folder in that of a run is as an export left it, so that it may be made anew, or not there."""
-    if not folder.exists():
-        return True
+    """Return whether a folder is as an export left it."""
     known = {'README.md', 'config.json', 'model.safetensors', 'model.onnx'}
+    return _is_export(folder) and {path.name for path in folder.iterdir()} <= known and is_unedited(
+        (folder / 'README.md').read_text(encoding='utf-8'))
+
+
+def _is_export(folder: Path) -> bool:
+    """Return whether an export made a folder, whatever was added or edited since."""
     card = folder / 'README.md'
-    return card.is_file() and {path.name for path in folder.iterdir()} <= known and is_unedited(
-        card.read_text(encoding='utf-8'))
+    return card.is_file() and (folder / 'config.json').is_file() and MARK in card.read_text(encoding='utf-8')
+
+
+def missing_exports(run_dir: str) -> list[tuple[TrainedModel, Path]]:
+    """Return each branch of a run whose export does not hold its best epoch, averaged or raw, and its folder."""
+    sides = ''.join(side for side in SIDES if os.path.exists(os.path.join(run_dir, f'best_{side}.pth.tar')))
+    if not sides:
+        return []
+    trained = load_branches(run_dir, sides)
+    names = branch_names(trained)
+    return [
+        (branch, folder) for branch, raw in zip(trained, load_branches(run_dir, sides, ema=False), strict=True)
+        if not any(_holds(folder := Path(run_dir) / EXPORT / names[branch.side], each) for each in (branch, raw))]
+
+
+def _holds(folder, trained):
+    """Return whether a folder holds these weights."""
+    try:
+        state, written = trained.model.state_dict(), load_file(folder / 'model.safetensors')
+    except (OSError, SafetensorError):
+        return False
+    return state.keys() == written.keys() and all(torch.equal(state[key], written[key]) for key in state)
 
 
 def export_run(run_dir: str) -> None:
-    """Export each branch of a finished run from its best epoch, replacing earlier exports."""
-    trained = load_branches(run_dir)
-    names = branch_names(trained)
-    for branch in trained:
-        folder = Path(run_dir) / EXPORT / names[branch.side]
+    """Export each branch of a finished run from its best epoch, unless it is; what somebody edited is kept."""
+    for branch, folder in missing_exports(run_dir):
+        if folder.exists() and not _is_ours(folder):
+            _logger.error(f'Not exported: {folder} is not as an export left it, and is kept')
+            continue
         export_branch(branch, folder)
         _logger.info(f"Exported {branch.label}: timm.create_model('local-dir:{folder}', pretrained=True)")
 

@@ -307,7 +307,7 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
 
     parser.section('Model exponential moving average parameters')
     add('--model-ema', True, 'keep a moving average of the weights', timm=False, why=_PAPER)
-    add('--model-ema-force-cpu', False, 'keep it on the CPU')
+    add('--model-ema-force-cpu', False, 'keep it on the CPU, where it is not evaluated')
     add('--model-ema-decay', 0.9998, 'decay of the average', type=INSIDE_0_1)
     add('--model-ema-warmup', True, 'let the decay grow with the updates', timm=False,
         why='the paper (its decay changes with the iterations)')

@@ -38,7 +38,7 @@ from .data import (
 )
 from .device import agreement, from_all, from_first, init_device, is_lost
 from .errors import RunError, UsageError, first_line
-from .export import export_run
+from .export import export_run, missing_exports
 from .files import replacing
 from .finite import KEPT, FiniteCheck
 from .options import recipe_values
@@ -87,6 +87,11 @@ class Run:
         return self.task.get_trainable_module()
 
     @property
+    def end_epoch(self) -> int:
+        """Completed epochs at the end of this start."""
+        return min(self.num_epochs, self.args.stop_epoch or self.num_epochs)
+
+    @property
     def statistics(self) -> list[torch.Tensor]:
         """Running statistics of BatchNorm, of the pair and its EMA: what processes do not have in common."""
         ema = self.task.get_trainable_module(ema=True)
@@ -121,6 +126,10 @@ def train(args) -> None:
             if checkpoint:
                 resume(run, checkpoint, options)
         check_data(run)
+        if from_first(args, args.resume_auto and checkpoint and args.rank == 0 and is_finished(run)):
+            _logger.info(f'--resume auto: nothing to train or to export, the run in {os.path.dirname(args.resume)} is '
+                         f'finished; no file is changed')
+            return
         with agreement(args):
             if args.rank == 0:
                 open_folder(run, options, checkpoint)
@@ -158,6 +167,19 @@ def check_data(run: Run) -> None:
                 shown = f' ({facts[0][name]} and {value})' if isinstance(value, int) else ''
                 raise UsageError(f'data: processes 0 and {rank} do not see the same {name}{shown}; each machine needs '
                                  f'the same files')
+
+
+def is_finished(run: Run) -> bool:
+    """Return whether the folder of a run that goes on holds all that the run would leave there."""
+    folder, epochs = os.path.dirname(run.args.resume), run.progress.epoch
+    if epochs < run.end_epoch:
+        return False
+    try:
+        with open(os.path.join(folder, SUMMARY), encoding='utf-8') as f:  # written after all else of an epoch
+            written = any(line.startswith(f'{epochs - 1},') for line in f)
+        return written and not (run.args.export and missing_exports(folder))
+    except (OSError, RunError, UsageError, ValueError):
+        return False  # the run goes on and says why
 
 
 def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
@@ -433,7 +455,7 @@ def fit(run: Run) -> None:
         run.scheduler.step_update(_num_updates(run))
     write_summary(run)
     started = time.time()
-    end_epoch = min(run.num_epochs, args.stop_epoch or run.num_epochs)
+    end_epoch = run.end_epoch
     if start_epoch >= end_epoch:
         _logger.info(f'Nothing to train: epoch {start_epoch} would come next, the run ends with epoch {end_epoch - 1}')
     for epoch in range(start_epoch, end_epoch):
@@ -470,6 +492,8 @@ def fit(run: Run) -> None:
             branch_metrics=_branch_metrics(run, eval_metrics),
             milestone=epoch + 1 in (args.save_epochs or ()),
         )
+        if saver.failed and epoch + 1 == end_epoch:
+            break  # without its row the run is not finished
         write_summary(run)
         if args.log_wandb:
             import wandb
@@ -480,10 +504,10 @@ def fit(run: Run) -> None:
     if saver.failed:
         raise RunError(f'--output {run.output_dir}: the last epoch could not be saved, see above')
     run.control.watch()
-    if args.export and any(epoch is not None for _, epoch in saver.best_branches.values()):
+    if args.export:
         try:
             export_run(run.output_dir)
-        except (RunError, UsageError) as e:  # what was trained is kept
+        except (OSError, RunError, UsageError, ValueError) as e:  # what was trained is kept
             _logger.error(f'Not exported: {e}')
 
 
@@ -679,6 +703,9 @@ def validate(run: Run) -> dict[str, float]:
     if _evaluates_ema(run):
         ema = evaluate_pair(task.get_eval_model(ema=True), run.loader_eval, **kwargs)
         metrics.update((f'ema_{name}', value) for name, value in ema.items())
+    bad = [name for name, value in metrics.items() if 'loss' in name and not math.isfinite(value)]
+    if bad:
+        _logger.warning(f'Epoch {run.progress.epoch}: not finite: {", ".join(bad)}; it is no best epoch for them')
     branches = _branch_metrics(run, metrics)
     metrics['top1'] = sum(branches.values()) / len(branches)
     if args.rank == 0:

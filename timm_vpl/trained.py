@@ -71,7 +71,8 @@ def load_branches(
     Args:
         source: Checkpoint, or folder of a run.
         sides: 'a', 'b' or 'ab'; None for those that there are.
-        ema: Averaged weights (True), raw ones (False), or averaged ones where there are any (None).
+        ema: Averaged weights (True), raw ones (False), or those that the best epoch is chosen by (None): averaged
+            ones where there are any, unless only the raw ones were evaluated.
         configs: timm's config by side, for a file of weights that does not say what they belong to.
 
     Raises:
@@ -127,7 +128,9 @@ def _load_branch(path, checkpoint, branches, side, ema):
     averaged = 'state_dict_ema' in checkpoint
     if ema and not averaged:
         raise UsageError(f'--ema: {path} has no averaged weights')
-    use_ema = averaged if ema is None else ema
+    metrics = checkpoint.get('metrics')
+    only_raw = isinstance(metrics, dict) and f'top1_{side}' in metrics and f'ema_top1_{side}' not in metrics
+    use_ema = averaged and not only_raw if ema is None else ema
     config = branches[side]
     prefix = f'model_{side}.'
     state = clean_state_dict(checkpoint['state_dict_ema' if use_ema else 'state_dict'])

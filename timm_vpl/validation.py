@@ -123,7 +123,8 @@ def evaluate(
 
     Returns:
         By name 'images', 'loss', 'top1' and 'top5' (percent); with `real_labels` also 'real_images', 'real_top1' and
-        'real_top5'; with `per_class` also 'classes' (classes, 2), images and right ones.
+        'real_top5'; with `per_class` also 'classes' (classes, 2), images and right ones. Logits that are no numbers
+        predict nothing: where the loss is not finite, all accuracies are NaN, and there are no 'classes'.
     """
     limit = evaluation_sample_limit(loader)
     evaluators = {name: ClassificationEvaluator(device, max_samples=limit) for name in names}
@@ -161,6 +162,10 @@ def evaluate(
     for name, evaluator in real_evaluators.items():
         figures = _figures(evaluator, distributed)
         results[name].update((f'real_{metric}', figures[metric]) for metric in ('images', 'top1', 'top5'))
+    for figures in results.values():
+        if not math.isfinite(figures['loss']):
+            figures.update((metric, math.nan) for metric in tuple(figures) if 'top' in metric)
+            figures.pop('classes', None)
     return results
 
 
@@ -529,6 +534,10 @@ def _run_pass(args, each: Pass, device: torch.device) -> tuple[list[dict[str, An
     rows, classes = [], []
     for i, trained in enumerate(each.models):
         config, figures = trained.data_config, results[i]
+        if not math.isfinite(figures['loss']):
+            figures = {'images': figures['images']}
+            if args.rank == 0:
+                _logger.warning(f'{trained.source}: {trained.label}: the loss is not finite, so there is no figure')
         height, width = config['input_size'][-2:]
         subsets = ['v2' if args.imagenet_v2 else args.val_split, *(['real'] if args.real_labels is not None else [])]
         for subset in subsets:
