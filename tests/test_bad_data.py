@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from timm_vpl.data import (
     MAX_WARNINGS,
+    DigitsReader,
     ReadableImages,
     Replaced,
     TrainLoader,
@@ -130,6 +131,45 @@ def test_the_next_image_stands_in_for_one_that_is_broken(folder, caplog, what):
     assert isinstance(label, Replaced) and not isinstance(own_label, Replaced)
     assert [record.getMessage().split(': ')[0] for record in caplog.records] == [
         f'Skipped sample class1/0000.png (index {index})']
+
+
+class Failing(Reader):
+    """Digits, one of which fails by an error of the reader's own."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.digits, self.error = DigitsReader('validation'), error
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == 5:
+            raise self.error
+        return self.digits[index]
+
+    def _filename(self, index, basename=False, absolute=False):
+        return f'digit {index}'
+
+
+@pytest.mark.parametrize('error, cause', [
+    (MemoryError(), 'MemoryError'), (RuntimeError('out of\ndescriptors'), 'RuntimeError out of'),
+    (AttributeError('no x'), 'AttributeError no x'), (KeyError('label'), "no 'label' among the columns"),
+])
+def test_no_image_stands_in_where_the_fault_is_not_of_an_image(error, cause, caplog):
+    dataset = ReadableImages(ImageDataset('', reader=Failing(error)), 'L')
+    assert dataset[4][1] == int(dataset.reader[4][1])
+    with pytest.raises(RunError, match=f'^data: digit 5 .index 5.: {cause}'):
+        dataset[5]
+    assert not caplog.records
+
+
+def test_memory_that_runs_out_in_decoding_makes_no_image_stand_in(folder, monkeypatch):
+    def load(*args):
+        raise MemoryError
+    monkeypatch.setattr(Image.Image, 'convert', load)
+    with pytest.raises(RunError, match='the memory ran out'):
+        split(folder)[0]
 
 
 def test_links_to_nothing_and_to_themselves_are_skipped(folder):

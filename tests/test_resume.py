@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_train import NOISE, PAIR, SMALL, last, rows, run, torchrun
 
 import timm_vpl.files
-from timm_vpl.checkpoint import newest_checkpoint, read_checkpoint
+from timm_vpl.checkpoint import newest_checkpoint, read_checkpoint, recovery_files
 from timm_vpl.cli import train
 
 SHORT = [*NOISE, '--epochs', '3', '--x', '40', '--y', '30', '--log-interval', '1', '--experiment', 'run']
@@ -373,7 +373,7 @@ def test_a_clock_that_runs_behind(digits_folder, tmp_path, caplog):
     folder = tmp_path / 'part' / 'run'
     from_the_future(folder / 'last.pth.tar')
     newest = newest_checkpoint(folder)
-    assert newest == str(folder / 'recovery-1-2.pth.tar')
+    assert newest == recovery_files(str(folder))[-1] and 'recovery-1-' in newest
     assert caplog.messages[-1] == f'Passed over: last.pth.tar: newer by the clock, but saved before {newest}'
     assert not differences(whole, run(digits_folder, tmp_path / 'part', *options, '--resume', 'auto'))
 

@@ -8,9 +8,11 @@ import multiprocessing
 import os
 import re
 import signal
+import struct
 import tarfile
 import threading
 import time
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -46,6 +48,11 @@ DIGITS = 'digits'
 _DIGITS_TRAIN = 1437  # first 80 %; the pictures are in the order of their writers
 MAX_SKIPPED = 10  # unreadable images in a row, after which a run ends
 MAX_WARNINGS = 10  # of unreadable images, by each process that reads
+
+# What a reader raises for one file that can't be read; other errors are not of an image.
+READ_ERRORS = (
+    OSError, EOFError, SyntaxError, TypeError, ValueError, struct.error, tarfile.TarError, zlib.error,
+    Image.DecompressionBombError)
 
 # What of a folder is not read, beside files by their ending.
 HIDDEN = 'hidden (a name that begins with a dot)'
@@ -163,10 +170,7 @@ class ReadableImages(Dataset):
             try:
                 image, target = self._read(index)
                 break
-            except KeyError as e:  # no fault of an image
-                raise RunError(
-                    f'data: {self._describe(index)}: no {e} among the columns of the data, or in --class-map') from e
-            except Exception as e:  # what Pillow and the readers raise for broken files has no common base
+            except READ_ERRORS as e:
                 cause = 'no image that Pillow knows' if isinstance(e, UnidentifiedImageError) else first_line(e)
                 if self._num_warnings < MAX_WARNINGS:
                     self._num_warnings += 1
@@ -182,13 +186,25 @@ class ReadableImages(Dataset):
         return image, label if index == wanted else Replaced(label)
 
     def _read(self, index):
-        reader = getattr(self.dataset, 'reader', None)
-        if reader is None:
-            image, target = self.dataset[index][:2]
-        else:
-            file, target = reader[index][:2]
-            image = Image.open(file)
-        return _to_mode(image, self.mode), target
+        """Return an image and its target; raise one of READ_ERRORS where the image is broken, RunError otherwise."""
+        reader = getattr(self.dataset, 'reader', self.dataset)
+        try:
+            image, target = reader[index][:2]
+        except READ_ERRORS:
+            raise
+        except KeyError as e:
+            raise RunError(
+                f'data: {self._describe(index)}: no {e} among the columns of the data, or in --class-map') from e
+        except Exception as e:  # no fault of the image
+            raise RunError(f'data: {self._describe(index)}: {type(e).__name__} {first_line(e)}') from e
+        try:
+            return _to_mode(image if isinstance(image, Image.Image) else Image.open(image), self.mode), target
+        except READ_ERRORS:
+            raise
+        except MemoryError as e:
+            raise RunError(f'data: {self._describe(index)}: the memory ran out (fewer --workers need less)') from e
+        except Exception as e:  # what else Pillow raises for broken files has no common base
+            raise OSError(first_line(e)) from e
 
     def _label(self, target, index):
         try:
