@@ -53,7 +53,7 @@ def test_a_plan_is_plain_commands(plan, tmp_path):
     config = f'timm-vpl train --config {tmp_path}/base.yaml'
     # A seed has all its rows before the next begins, a teacher comes before its student.
     assert (out.splitlines(), err) == ([line for seed in (1, 2) for line in (
-        f'{config} --tau=0.1 --scale 0.5 1 --seed {seed} {common} vpl-seed-{seed} --resume auto',
+        f'{config} --scale 0.5 1 --tau=0.1 --seed {seed} {common} vpl-seed-{seed} --resume auto',
         f'{config} --method=solo --model-b= --seed {seed} {common} a-seed-{seed} --resume auto',
         f'{config} --method=distill --model-a= --seed {seed} --teacher {tmp_path}/out/a-seed-{seed} '
         f'{common} student-seed-{seed} --resume auto')], '')

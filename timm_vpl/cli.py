@@ -2,11 +2,13 @@
 import argparse
 import os
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable
 
 from . import __version__
-from .errors import RunError, UsageError
+from .errors import RunError, UsageError, first_line
 from .options import (
     INTERPOLATIONS,
     add_dataset_options,
@@ -121,6 +123,12 @@ def _finish(prog: str, work: Callable[[], None]) -> int:
         if os.environ.get('LOCAL_RANK', '0') == '0':
             print(f'{prog}: interrupted', file=sys.stderr)
         return 130
+    except Exception as e:  # of this package, of another, or of user code
+        path = os.path.join(tempfile.gettempdir(), f'timm-vpl-{os.getpid()}.txt')
+        with open(path, 'w', encoding='utf-8', errors='replace') as file:
+            traceback.print_exc(file=file)
+        print(f'{prog}: error: {one_line(f"{type(e).__name__}: {first_line(e)}")} (traceback: {path})', file=sys.stderr)
+        return RunError.exit_status
     return 0
 
 

@@ -57,6 +57,7 @@ READ_ERRORS = (
 # What of a folder is not read, beside files by their ending.
 HIDDEN = 'hidden (a name that begins with a dot)'
 LOOSE = 'outside the class folders'
+SPECIAL = 'pipes or devices'
 
 
 class DigitsReader(Reader):
@@ -414,13 +415,24 @@ def scan_folder(root: str, types: set[str]) -> tuple[dict[str, list[str]], Count
                     elif _is_folder(entry):
                         pending.append((entry.path, (*above, here)))
                     elif (extension := os.path.splitext(name)[1].lower()) in types:
-                        paths.append(entry.path)
+                        if _is_special(entry):  # reading it would wait for ever
+                            not_read[SPECIAL] += 1
+                        else:
+                            paths.append(entry.path)
                     else:
                         not_read[extension or 'without an ending'] += 1
     except OSError as e:
         raise UsageError(f'--data-dir: {e.filename} can not be read ({e.strerror})') from e
     not_read[LOOSE] += len(images.pop('.'))
     return images, +not_read
+
+
+def _is_special(entry: os.DirEntry) -> bool:
+    """Return whether an entry is a pipe, a socket or a device; a link to nothing is not."""
+    try:
+        return not entry.is_file() and os.path.exists(entry.path)
+    except OSError:  # a link to itself
+        return False
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
