@@ -123,6 +123,19 @@ def test_exports_are_starting_points(run_dir):
     assert len(features(torch.zeros(1, 3, 32, 32))) == len(features.feature_info)
 
 
+def test_other_classes_of_a_pretrained_branch_are_told(run_dir, digits_folder, tmp_path, caplog):
+    data = shutil.copytree(digits_folder, tmp_path / 'data')
+    for split in ('train', 'validation'):
+        (data / split / 'class1').rename(data / split / 'zebra')
+    model = f'local-dir:{run_dir / "export" / "vpl-test_vit"}'
+    options = ['--method', 'solo', *OPTIONS[4:], '--model-b', model, '--epochs', '1', '--no-export', '--output',
+               str(tmp_path)]
+    assert train([str(digits_folder), *options, '--pretrained']) == 0 and 'knows other classes' not in caplog.text
+    assert train([str(data), *options]) == 0 and 'knows other classes' not in caplog.text
+    assert train([str(data), *options, '--pretrained']) == 0
+    assert "its classifier knows other classes, class 1 is 'class1' to it and 'class2' in the data;" in caplog.text
+
+
 def test_card(run_dir):
     card = ModelCard.load(run_dir / 'export' / 'vpl-test_vit' / 'README.md')
     best = [row for row in rows(run_dir) if row['epoch'] == str(read_checkpoint(

@@ -258,6 +258,18 @@ def create_pair(
     return pair
 
 
+def check_pretrained_classes(args, pair: PairWrapper, class_names: list[str] | None) -> None:
+    """Warn where a pretrained branch keeps a classifier of as many other classes."""
+    for side in pair.sides if class_names else ():
+        names = pair.branch(side).pretrained_cfg.get('label_names') if _is_pretrained(args, side) else None
+        names = names_of(names) if isinstance(names, dict) else list(names or ())
+        if len(names) == len(class_names) and names != class_names:
+            i = next(i for i, pair in enumerate(zip(names, class_names, strict=True)) if pair[0] != pair[1])
+            _logger.warning(
+                f'--model-{side} {getattr(args, f"model_{side}")}: its classifier knows other classes, class {i} is '
+                f'{names[i]!r} to it and {class_names[i]!r} in the data; training begins with it all the same')
+
+
 def _freeze(args, pair, side):
     depth = getattr(args, f'freeze_depth_{side}')
     if depth:

@@ -220,6 +220,7 @@ def create_run(args, device: torch.device) -> Run:
 
     teacher = build.create_teacher(args, data_config, class_names)
     pair = build.create_pair(args, configs, device, teacher)
+    build.check_pretrained_classes(args, pair, class_names)
     lrs = build.learning_rates(args)
     optimizer = build.create_optimizer(args, pair, lrs)
     loader_train = create_train_loader(args, dataset_train, data_config, device)

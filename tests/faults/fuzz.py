@@ -131,7 +131,7 @@ def folder(rng: random.Random, real: Path):
     for _ in range(rng.choice([1, 1, 2, 4, 8])):
         file, place, text = rng.choice(files), rng.choice(folders), rng.choice(TEXTS)
         name = text.replace('/', '_').replace('\0', '').replace('\ud800', '')[:200] or 'x'
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, shutil.Error):
             match rng.randrange(12):
                 case 0:
                     file.write_bytes(mutate_bytes(rng, file.read_bytes()))
@@ -148,7 +148,9 @@ def folder(rng: random.Random, real: Path):
                 case 6:
                     file.rename(file.with_name(name + rng.choice(['.png', '.gif', '.jpg', ''])))
                 case 7:
-                    shutil.copytree(place, place / rng.choice(['more', '.ipynb_checkpoints', 'class1']))
+                    other = rng.choice(['more', '.ipynb_checkpoints', 'class1'])
+                    shutil.copytree(place, f'{place}-copy', symlinks=True)
+                    Path(f'{place}-copy').rename(place / other)
                 case 8:
                     Path('data', 'map.txt').write_bytes(mutate_bytes(rng, b'class0\nclass1\nclass2\nclass3\n'))
                     options = ['--class-map', 'map.txt']
