@@ -5,9 +5,9 @@
     python benchmarks/versions.py ../before --method vpl --series 3 --repeats 8
 
 Each series starts a process for each checkout, which times blocks of steps of its own loop on one batch. The blocks
-alternate (A B, B A, ...); the ratio of a pair is this checkout's time over the other's. Printed are all series and the
-95 % t interval of the mean of the logarithms over the pairs of all series. With --processes 2 each block is a step of
-two gloo processes.
+alternate (A B, B A, ...); the ratio of a pair is this checkout's time over the other's. Printed are, for a step of
+each, the operations, the reads of a value by the host and the collectives (torch's profiler, process 0), then all
+series, and the 95 % t interval of the mean of the logarithms over the pairs of all series.
 """
 import json
 import math
@@ -31,7 +31,13 @@ train = common.block(run)
 for _ in range(2):
     train()
 first = run.args.rank == 0
-print('ready', flush=True) if first else None
+with common.torch.profiler.profile(activities=[common.torch.profiler.ProfilerActivity.CPU]) as profiler:
+    train()
+names = [event.name for event in profiler.events()]
+counts = [
+    sum(name.startswith(begin) for name in names) / options.steps
+    for begin in ('aten::', 'aten::_local_scalar_dense', 'c10d::')]
+print('ready', *counts, flush=True) if first else None
 for line in sys.stdin if first else iter(int, 1):
     if run.args.distributed:
         common.torch.distributed.barrier()
@@ -41,8 +47,8 @@ for line in sys.stdin if first else iter(int, 1):
 '''
 
 
-def start(checkout: Path, options, own: list[str], argv: list[str]) -> subprocess.Popen:
-    """Start the process (or processes) of a checkout and wait until it is warm."""
+def start(checkout: Path, options, own: list[str], argv: list[str]) -> tuple[subprocess.Popen, list[str]]:
+    """Start the process (or processes) of a checkout, wait until it is warm, and return it and its counts a step."""
     launcher = [sys.executable]
     if options.processes > 1:
         launcher += ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(options.processes)]
@@ -51,10 +57,10 @@ def start(checkout: Path, options, own: list[str], argv: list[str]) -> subproces
     process = subprocess.Popen(
         [*launcher, str(script), str(checkout), json.dumps(own), json.dumps(argv)], cwd=checkout, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    while process.stdout.readline().strip() != 'ready':
+    while (words := process.stdout.readline().split())[:1] != ['ready']:
         if process.poll() is not None:
             sys.exit(f'versions.py: error: {checkout}: its process ended')
-    return process
+    return process, words[1:]
 
 
 def seconds(process: subprocess.Popen) -> float:
@@ -76,7 +82,10 @@ def main() -> None:
     checkouts = (Path(__file__).resolve().parents[1], options.other.resolve())
     logarithms = []
     for series in range(options.series):
-        processes = [start(checkout, options, own, argv) for checkout in checkouts]
+        processes, counts = zip(*(start(checkout, options, own, argv) for checkout in checkouts), strict=True)
+        if series == 0:
+            for name, numbers in zip(('this checkout', 'the other'), counts, strict=True):
+                print(f'{name}, a step: {numbers[0]} operations, {numbers[1]} reads by the host, {numbers[2]} collectives')
         ratios = []
         for pair in range(options.repeats):
             order = (0, 1) if pair % 2 else (1, 0)
