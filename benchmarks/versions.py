@@ -85,7 +85,7 @@ def main() -> None:
         processes, counts = zip(*(start(checkout, options, own, argv) for checkout in checkouts), strict=True)
         if series == 0:
             for name, numbers in zip(('this checkout', 'the other'), counts, strict=True):
-                print(f'{name}, a step: {numbers[0]} operations, {numbers[1]} reads by the host, {numbers[2]} collectives')
+                print(f'{name}, a step: {numbers[0]} operations, {numbers[1]} host reads, {numbers[2]} collectives')
         ratios = []
         for pair in range(options.repeats):
             order = (0, 1) if pair % 2 else (1, 0)

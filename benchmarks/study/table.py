@@ -1,0 +1,51 @@
+"""Print the table of docs/results.md from published runs.
+
+    python benchmarks/study/table.py docs/results/runs/first_block
+"""
+import argparse
+from pathlib import Path
+
+from timm_vpl.report import make_groups, make_records, read_runs
+
+
+def rows(folder: Path) -> list[tuple[str, ...]]:
+    """Return a row for each way to train: accuracy of both models, differences to each alone, cost."""
+    paths = sorted(str(path.parent) for path in folder.glob('*/args.yaml'))
+    names = {path: Path(path).name.rpartition('-seed-')[0] for path in paths}
+    records = make_records(make_groups(read_runs(paths), names))
+    table = []
+    for name in dict.fromkeys(record['framework'] for record in records):
+        by_model = {record['model']: record for record in records if record['framework'] == name}
+        cells = []
+        for model in ('test_resnet', 'test_vit'):
+            record = by_model.get(model)
+            if record is None:
+                cells += ['', '', ''][:2 if model == 'test_resnet' else 3]
+                continue
+            top1, differences = record['top1'], {
+                kind: baseline['text'] for kind, baseline in record['baselines'].items()}
+            median = f', median {top1["median"]:.2f}, {top1["collapsed"]} collapsed' if model == 'test_vit' else ''
+            cells += [f'{top1["mean"]:.2f}{median}', differences.get('epochs', '')]
+            if model == 'test_vit':
+                cells.append(differences.get('flops', ''))
+        record = next(iter(by_model.values()))
+        table.append((f'`{name}`', str(record['n']), *cells, f'{record["flops"] / 1e12:.2f}'))
+    return table
+
+
+def markdown(folder: Path) -> str:
+    """Return the table as Markdown."""
+    header = ('row', 'seeds', 'CNN', 'CNN − alone', 'transformer', 'transformer − alone, same epochs',
+              'transformer − alone, same FLOPs', 'TFLOPs')
+    return '\n'.join([f'| {" | ".join(header)} |', '|---' * len(header) + '|', *(
+        f'| {" | ".join(row)} |' for row in rows(folder))])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folder', type=Path)
+    print(markdown(parser.parse_args().folder))
+
+
+if __name__ == '__main__':
+    main()
