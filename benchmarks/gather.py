@@ -6,8 +6,8 @@ through the package's own task and loop. Bytes of the gather are counted where i
 DistributedDataParallel's included, as torch's profiler sees them; both per step, as the difference of two blocks, so
 that what a loop does once an epoch drops out.
 
-The gather moves the embeddings of both branches: an all-gather of N x 2d float32 a process in the forward, and an
-all-reduce of (processes x N) x d float32 for each branch that learns from the contrastive term in the backward.
+The gather moves the embeddings of both branches and N: an all-gather of (N + 1) x 2d float32 a process in the forward,
+and an all-reduce of (processes x N) x d float32 for each branch that learns from the contrastive term in the backward.
 
 The table for many processes is not measured. It follows from --bandwidth, --latency, --dim, --model-batch and
 --step-ms, for rings of all processes without overlap with computation: an all-gather of c bytes a process takes
@@ -149,7 +149,7 @@ def _work(rank, options):
 
 def gather_bytes(world_size: int, rows: int, dim: int, learners: int) -> tuple[int, int]:
     """Return the bytes that a process gives to the all-gather, and those of the tensor that is all-reduced."""
-    return rows * 2 * dim * 4, world_size * rows * dim * learners * 4
+    return (rows + 1) * 2 * dim * 4, world_size * rows * dim * learners * 4
 
 
 def model(options, report):

@@ -139,7 +139,7 @@ class ContrastiveLoss(nn.Module):
 
     Raises:
         ValueError: An argument outside its range; embeddings that are missing or of different shape.
-        RuntimeError: Processes with batches of different sizes, seen at an epoch's first batch.
+        RuntimeError: A batch that is larger than all processes' first of the epoch, with gathered negatives.
     """
 
     uses_embeddings = True
@@ -165,7 +165,7 @@ class ContrastiveLoss(nn.Module):
         self._gathered_rows = None
 
     def start_epoch(self) -> None:
-        """Compare the processes' batch sizes anew at the next batch."""
+        """Let the processes agree on a batch size anew, at the next batch."""
         self._gathered_rows = None
 
     def forward(self, output: PairOutput, target: torch.Tensor) -> torch.Tensor:
@@ -178,8 +178,6 @@ class ContrastiveLoss(nn.Module):
             raise ValueError(
                 f'sample_ids has shape {tuple(output.sample_ids.shape)}, expected ({len(embed_a)},), one an image')
         gather = self.gather and _distributed(self) and dist.get_world_size() > 1
-        if gather:
-            self._check_rows(len(embed_a), embed_a.device)
         return losses.contrastive(
             embed_a,
             embed_b,
@@ -188,7 +186,7 @@ class ContrastiveLoss(nn.Module):
             same_class=self.same_class,
             classes=target.argmax(dim=1) if target.ndim == 2 else target,
             sample_ids=output.sample_ids,
-            gather=gather,
+            gather_rows=self._agreed_rows(len(embed_a), embed_a.device) if gather else None,
         )
 
     def _embed(self, output, side):
@@ -200,21 +198,17 @@ class ContrastiveLoss(nn.Module):
             return embed
         return embed.detach() if stopped is None else stopped
 
-    def _check_rows(self, rows, device):
-        """Refuse batches of different sizes: among processes at an epoch's first batch, then each for itself."""
+    def _agreed_rows(self, rows, device):
+        """Return how many rows each process gathers: the largest batch among the processes' first of the epoch."""
         if self._gathered_rows is None:
-            sizes = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
-            dist.all_gather(sizes, torch.tensor([rows], device=device))
-            sizes = torch.cat(sizes).tolist()
-            if len(set(sizes)) > 1:
-                raise RuntimeError(
-                    f'the processes have batches of different sizes, {sizes}: negatives can only be gathered from '
-                    f'equal batches (drop_last=True, or gather=False)')
-            self._gathered_rows = rows
-        elif rows != self._gathered_rows:
+            most = torch.tensor([rows], device=device)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+            self._gathered_rows = int(most)
+        if rows > self._gathered_rows:
             raise RuntimeError(
-                f'the batch size changed from {self._gathered_rows} to {rows} within an epoch: negatives can only be '
-                f'gathered from equal batches (drop_last=True, or gather=False)')
+                f'a batch has {rows} images, the epoch began with {self._gathered_rows} a process: negatives are '
+                f'gathered from batches of at most that size (let the largest batch come first, or gather=False)')
+        return self._gathered_rows
 
 
 def kl_loss(
@@ -324,8 +318,8 @@ class VPLLoss(StagedLoss):
         gather: Take negatives from all processes.
 
     Raises:
-        ValueError: An argument outside its range; embeddings of different shape; batches of different size.
-        RuntimeError: Processes with batches of different sizes, seen at an epoch's first batch.
+        ValueError: An argument outside its range; embeddings of different shape.
+        RuntimeError: A batch that is larger than all processes' first of the epoch, with gathered negatives.
     """
 
     def __init__(

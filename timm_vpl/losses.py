@@ -53,7 +53,7 @@ def contrastive(
         same_class: str = 'negative',
         classes: torch.Tensor | None = None,
         sample_ids: torch.Tensor | None = None,
-        gather: bool = False,
+        gather_rows: int | None = None,
 ) -> torch.Tensor:
     """Contrastive loss between the two branches' embeddings of the same images (VPL, eq. 3 to 5).
 
@@ -72,26 +72,33 @@ def contrastive(
         same_class: What other images of the anchor's class are: 'negative', 'ignore' or 'positive'.
         classes: Class indices (N,), unless same_class is 'negative'.
         sample_ids: (N,) int64, equal for copies of one image; None if there are none.
-        gather: Take the negatives of all processes. The mean over processes of the loss is then the loss of the
-            concatenated batch, and averaged gradients are its gradients. All processes give equal N.
+        gather_rows: Take the negatives of all processes, each of which gathers so many rows: its N images, then
+            padding. The mean over processes of the loss is then the loss of the concatenated batch, and averaged
+            gradients are its gradients, whatever the N of each.
     """
     if similarity == 'cosine':
         embed_a, embed_b = _normalize(embed_a), _normalize(embed_b)
     if same_class == 'negative':
         classes = None
-    all_a, all_b, all_classes, all_ids, first = embed_a, embed_b, classes, sample_ids, 0
-    if gather:
-        all_a, all_b = _Gather.apply(embed_a, embed_b)
-        all_classes, all_ids = (x if x is None else _gather(x) for x in (classes, sample_ids))
-        first = dist.get_rank() * len(embed_a)
+    all_a, all_b, all_classes, all_ids, first, padding, share = embed_a, embed_b, classes, sample_ids, 0, None, 1
+    if gather_rows is not None:
+        all_a, all_b, counts = _Gather.apply(embed_a, embed_b, gather_rows)
+        all_classes, all_ids = (
+            x if x is None else _gather(F.pad(x, (0, gather_rows - len(x)))) for x in (classes, sample_ids))
+        first = dist.get_rank() * gather_rows
+        padding = (torch.arange(gather_rows, device=counts.device) >= counts[:, None]).flatten()
+        share = len(embed_a) * len(counts) / counts.sum()  # of all images, times the processes: 1 in even batches
 
     # own[i, j]: column j is anchor i itself; dropped: neither negative nor positive; positive: beside the partner
     own = torch.arange(len(all_a), device=embed_a.device) == (
         torch.arange(len(embed_a), device=embed_a.device) + first)[:, None]
-    dropped = positive = None
+    dropped, positive = padding, None
     if classes is not None:
         same = (classes[:, None] == all_classes) & ~own
-        positive, dropped = (same, None) if same_class == 'positive' else (None, same)
+        if same_class == 'positive':
+            positive = same if padding is None else same & ~padding
+        else:
+            dropped = same if padding is None else same | padding
     if sample_ids is not None:
         copies = (sample_ids[:, None] == all_ids) & ~own
         if positive is not None:
@@ -100,7 +107,7 @@ def contrastive(
 
     def direction(anchor, partner, own_branch):
         anchor = anchor / tau
-        scores = torch.cat([  # N x 2M, M images in all processes
+        scores = torch.cat([  # N x 2M, M rows of all processes
             anchor @ partner.T if dropped is None else (anchor @ partner.T).masked_fill(dropped, -torch.inf),
             (anchor @ own_branch.T).masked_fill(own if dropped is None else own | dropped, -torch.inf),
         ], dim=1)
@@ -110,7 +117,7 @@ def contrastive(
         log_p = F.log_softmax(scores, dim=1).masked_fill(~chosen, 0.)
         return -(log_p.sum(dim=1) / chosen.sum(dim=1)).mean()
 
-    return (direction(embed_a, all_b, all_a) + direction(embed_b, all_a, all_b)) / 2
+    return share * (direction(embed_a, all_b, all_a) + direction(embed_b, all_a, all_b)) / 2
 
 
 def _normalize(embed):
@@ -126,15 +133,22 @@ def _gather(tensor):
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenate the rows of all processes; backward sums over processes what each owes this one's rows.
+    """Concatenate the rows of all processes, each padded to `rows`, and count what is not padding in each.
 
-    Two tensors (N, d) travel in one collective. With DDP's mean over processes this is the exact gradient.
+    Two tensors (N, d) and N travel in one collective. Backward sums over processes what each owes this one's rows. With
+    DDP's mean over processes this is the exact gradient.
     """
 
     @staticmethod
-    def forward(ctx, a, b) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.rows = slice(dist.get_rank() * len(a), (dist.get_rank() + 1) * len(a))
-        return _gather(torch.cat([a, b], dim=1)).tensor_split([a.shape[1]], dim=1)
+    def forward(ctx, a, b, rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        first = dist.get_rank() * rows
+        ctx.rows = slice(first, first + len(a))
+        own = F.pad(torch.cat([a, b], dim=1), (0, 0, 0, rows + 1 - len(a)))
+        own[rows] = len(a)  # as a row of its own the count leaves the rows aligned
+        parts = _gather(own).unflatten(0, (-1, rows + 1))
+        counts = parts[:, rows, 0]
+        ctx.mark_non_differentiable(counts)
+        return *parts[:, :rows].flatten(0, 1).tensor_split([a.shape[1]], dim=1), counts
 
     @staticmethod
     @once_differentiable
@@ -143,7 +157,7 @@ class _Gather(torch.autograd.Function):
         total = torch.cat([grads[i] for i in wanted], dim=1)
         dist.all_reduce(total)
         parts = iter(total[ctx.rows].chunk(len(wanted), dim=1))
-        return tuple(next(parts) if i in wanted else None for i in range(2))
+        return *(next(parts) if i in wanted else None for i in range(2)), None
 
 
 class _InGraph(torch.autograd.Function):
