@@ -1,6 +1,9 @@
 """VPLLoss against the loops of reference.py, and where the loops say nothing: precision, extremes, bad input."""
+import copy
+import functools
 import itertools
 import math
+import pickle
 import random
 import warnings
 
@@ -9,7 +12,8 @@ import reference
 import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
 
-from timm_vpl import PairOutput, VPLLoss
+from timm_vpl import PairOutput, StagedLoss, VPLLoss
+from timm_vpl.criterion import Term, base_term, kl_loss, submodel_loss, token_loss
 
 TERMS = ('ce_a_loss', 'ce_b_loss', 'contrastive_loss', 'kl_loss')
 LEAVES = ('logits_a', 'logits_b', 'embed_a', 'embed_b', 'stopped_a', 'stopped_b')
@@ -382,6 +386,18 @@ def test_no_warning_with_an_epoch():
         make_criterion()(make_output(), make_target())
 
 
+def test_evaluation_before_the_first_epoch_does_not_warn():
+    # Lightning's sanity check.
+    criterion = VPLLoss(10, tau=0.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        criterion.eval()(make_output(), make_target())
+        with torch.no_grad():
+            criterion.train()(make_output(), make_target())
+    with pytest.warns(UserWarning, match='set_epoch'):
+        criterion(make_output(), make_target())
+
+
 def test_eval_mode_and_no_grad_give_the_same_value():
     output, target = make_output(), make_target()
     criterion = make_criterion()
@@ -603,3 +619,76 @@ def test_base_loss_follows_the_criterion_to_its_device():
     base_loss = BinaryCrossEntropy(pos_weight=torch.ones(3))
     criterion = VPLLoss(10, base_loss=base_loss).to('meta')
     assert base_loss.pos_weight.device.type == 'meta' and criterion.base_loss is base_loss
+
+
+@pytest.mark.parametrize('epoch', [0, 5, 9])
+@pytest.mark.parametrize('output', [torch.randn(4, 5), (torch.randn(4, 5), torch.randn(4, 5))], ids=['one', 'two'])
+def test_plain_logits_are_told_what_to_wrap(output, epoch):
+    criterion = VPLLoss(10)
+    criterion.set_epoch(epoch)
+    with pytest.raises(ValueError, match=rf'got a {type(output).__name__}, expected a PairOutput.* PairWrapper\('):
+        criterion(output, make_target())
+
+
+class Scaled:
+    """A term that holds a module and is none."""
+
+    def __init__(self, loss):
+        self.loss = loss
+
+    def __call__(self, output, target):
+        return 2 * self.loss(output.logits_b, target)
+
+
+def held_by(how, module):
+    return {
+        'base_term': lambda: base_term('a', module),
+        'function around it': lambda: base_term('a', lambda logits, target: module(logits, target)),
+        'closure': lambda: Term('x_loss', lambda output, target: module(output.logits_a, target)),
+        'partial': lambda: Term('x_loss', functools.partial(lambda own, z, target: own(z[0], target), module)),
+        'attribute': lambda: Term('x_loss', Scaled(module)),
+        'method': lambda: Term('x_loss', Scaled(module).__call__),
+    }[how]()
+
+
+@pytest.mark.parametrize('how', ['base_term', 'function around it', 'closure', 'partial', 'attribute', 'method'])
+def test_what_a_term_holds_follows_the_criterion(how):
+    module = torch.nn.CrossEntropyLoss(weight=torch.tensor([1., 2., 3., 4., 5.])).eval()
+    criterion = StagedLoss([held_by(how, module)])
+    assert not criterion.state_dict()
+    criterion.double().train()
+    assert module.weight.dtype == torch.float64 and not module.training
+    criterion.set_epoch(0)
+    assert criterion(make_output(), make_target()).dtype == torch.float64
+    criterion.to('meta')
+    assert module.weight.device.type == 'meta'
+
+
+def test_keys_of_a_base_loss_are_its_own():
+    criterion = VPLLoss(10, base_loss=torch.nn.CrossEntropyLoss(weight=torch.ones(5)))
+    assert list(criterion.state_dict()) == ['base_loss.weight']
+
+
+@pytest.mark.parametrize('clone', [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=['copy', 'pickle'])
+def test_copied_criterion_is_the_criterion(clone):
+    module = torch.nn.CrossEntropyLoss(weight=torch.tensor([1., 2., 3., 4., 5.], dtype=torch.float64))
+    criteria = [
+        make_criterion(base_loss=module),
+        StagedLoss([
+            base_term('a', module),
+            Term('kl_loss', kl_loss('both', 2.)),
+            Term('hard_loss', token_loss('b')),
+            Term('soft_loss', token_loss('b', 3.)),
+            Term('cosub_loss', submodel_loss('a', True)),
+        ]),
+    ]
+    output, target = make_output(ids=torch.arange(4)), make_target()
+    output = output._replace(dist_logits_b=output.logits_a * 2)
+    for criterion in criteria:
+        criterion.set_epoch(0)
+        other = clone(criterion)
+        got, want = other.terms(output, target), criterion.terms(output, target)
+        assert list(got) == list(want) and all(torch.equal(got[name], want[name]) for name in want)
+        other.to('meta')
+        assert module.weight.device.type == 'cpu'
+        assert other.all_terms[0].function.args[0].weight.device.type == 'meta'

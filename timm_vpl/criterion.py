@@ -2,6 +2,7 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,12 +16,16 @@ from .pair import PairOutput
 from .stages import StageSchedule
 
 
+def _always(epoch):
+    return True
+
+
 class Term(NamedTuple):
     """One term of a loss: `function(output, target)` -> scalar, its weight, and the epochs at which it is on."""
     name: str  # ends in '_loss'
     function: Callable[[PairOutput, torch.Tensor], torch.Tensor]  # may have an attribute uses_embeddings
     weight: float = 1.0
-    active: Callable[[int], bool] = lambda epoch: True
+    active: Callable[[int], bool] = _always
     phase: int = 0  # optimizer phase of a batch in which it counts
 
 
@@ -32,7 +37,8 @@ class StagedLoss(nn.Module):
     is in float32 at least, whatever autocast says.
 
     Args:
-        terms: The terms in the order in which they are logged. Modules among their functions follow the criterion.
+        terms: The terms in the order in which they are logged. Modules among their functions, and those that these
+            hold, follow the criterion to its device; functions that pickle knows let the criterion be pickled.
         phases: Branches that learn in each optimizer phase of a batch, 'ab' for both at once.
         views: 2 for one network that gives two outputs for a batch, in the places of the branches.
 
@@ -56,6 +62,14 @@ class StagedLoss(nn.Module):
         self.phases = tuple(phases)
         self.views = views
         self._epoch = None
+
+    def _apply(self, fn, *args, **kwargs):
+        """Convert also what the terms hold, such as class weights: no submodule, so that it keeps its own mode."""
+        registered = set(self.modules())
+        for module in _held_modules(term.function for term in self.all_terms):
+            if module not in registered:
+                module._apply(fn, *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)
 
     @property
     def epoch(self) -> int:
@@ -91,8 +105,15 @@ class StagedLoss(nn.Module):
             output: What the pair computed.
             target: Class indices (N,) or soft targets (N, C).
             phase: Only the terms of this optimizer phase; None for all.
+
+        Raises:
+            ValueError: No PairOutput, or a target of another length.
         """
-        if self._epoch is None:
+        if not isinstance(output, PairOutput):
+            raise ValueError(
+                f'{type(self).__name__} got a {type(output).__name__}, expected a PairOutput: wrap the two models, '
+                f'pair = PairWrapper(model_a, model_b), and give the criterion what pair(images) returns')
+        if self._epoch is None and self.training and torch.is_grad_enabled():
             warnings.warn(
                 f'{type(self).__name__}.set_epoch() was never called: the terms of epoch 0 are used', stacklevel=4)
             self._epoch = 0
@@ -123,8 +144,11 @@ def base_term(side: str, base_loss: Callable | None = None) -> Term:
         base_loss: base_loss(logits, target) -> scalar, by default cross-entropy.
     """
     base_loss = base_loss or losses.cross_entropy
-    field = f'logits_{side}'
-    return Term(f'ce_{side}_loss', lambda output, target: base_loss(getattr(output, field), target))
+    return Term(f'ce_{side}_loss', partial(_label_loss, base_loss, f'logits_{side}'))
+
+
+def _label_loss(base_loss, field, output, target):
+    return base_loss(getattr(output, field), target)
 
 
 class ContrastiveLoss(nn.Module):
@@ -228,16 +252,15 @@ def kl_loss(
     """
     _check_positive(rho=rho)
     _check_choice('kl_to', learner, (*SIDES, 'both'))
-    leader = leader or ('a' if learner == 'b' else 'b')
+    return partial(_kl_loss, leader or ('a' if learner == 'b' else 'b'), learner == 'both', rho)
 
-    def function(output, target):
-        z_a, z_b = output.logits_a, output.logits_b
-        if z_a.shape != z_b.shape:
-            raise ValueError(f'logits have shapes {tuple(z_a.shape)} (a) and {tuple(z_b.shape)} (b), expected equal')
-        follower, followed = (z_a, z_b) if leader == 'b' else (z_b, z_a)
-        return losses.kl_divergence(follower, followed if learner == 'both' else followed.detach(), rho)
 
-    return function
+def _kl_loss(leader, both_learn, rho, output, target):
+    z_a, z_b = output.logits_a, output.logits_b
+    if z_a.shape != z_b.shape:
+        raise ValueError(f'logits have shapes {tuple(z_a.shape)} (a) and {tuple(z_b.shape)} (b), expected equal')
+    follower, followed = (z_a, z_b) if leader == 'b' else (z_b, z_a)
+    return losses.kl_divergence(follower, followed if both_learn else followed.detach(), rho)
 
 
 def token_loss(
@@ -256,21 +279,21 @@ def token_loss(
     Raises:
         ValueError: The branch gives no logits of a token, or others than its partner.
     """
-    partner = SIDES[student == SIDES[0]]
     if temperature is not None:
         _check_positive(distillation_tau=temperature)
+    return partial(_token_loss, student, temperature)
 
-    def function(output, target):
-        token, reference = getattr(output, f'dist_logits_{student}'), getattr(output, f'logits_{partner}').detach()
-        if token is None:
-            raise ValueError(f'dist_logits_{student} is None: model_{student}.set_distilled_training(True) is missing')
-        if token.shape != reference.shape:
-            raise ValueError(f'the token has logits {tuple(token.shape)}, its teacher {tuple(reference.shape)}')
-        if temperature is None:
-            return losses.cross_entropy(token, reference.argmax(dim=-1))
-        return temperature ** 2 * losses.kl_divergence(token, reference, temperature)
 
-    return function
+def _token_loss(student, temperature, output, target):
+    partner = SIDES[student == SIDES[0]]
+    token, reference = getattr(output, f'dist_logits_{student}'), getattr(output, f'logits_{partner}').detach()
+    if token is None:
+        raise ValueError(f'dist_logits_{student} is None: model_{student}.set_distilled_training(True) is missing')
+    if token.shape != reference.shape:
+        raise ValueError(f'the token has logits {tuple(token.shape)}, its teacher {tuple(reference.shape)}')
+    if temperature is None:
+        return losses.cross_entropy(token, reference.argmax(dim=-1))
+    return temperature ** 2 * losses.kl_divergence(token, reference, temperature)
 
 
 def submodel_loss(side: str, sum_classes: bool = False) -> Callable[[PairOutput, torch.Tensor], torch.Tensor]:
@@ -282,14 +305,14 @@ def submodel_loss(side: str, sum_classes: bool = False) -> Callable[[PairOutput,
         side: Place of the submodel that learns.
         sum_classes: Sum over classes, not mean, as the labels' loss does with --bce-sum.
     """
+    return partial(_submodel_loss, side, sum_classes)
+
+
+def _submodel_loss(side, sum_classes, output, target):
     other = SIDES[side == SIDES[0]]
-
-    def function(output, target):
-        logits, reference = getattr(output, f'logits_{side}'), getattr(output, f'logits_{other}').detach().sigmoid()
-        loss = F.binary_cross_entropy_with_logits(logits, reference)
-        return loss * logits.shape[1] if sum_classes else loss
-
-    return function
+    logits, reference = getattr(output, f'logits_{side}'), getattr(output, f'logits_{other}').detach().sigmoid()
+    loss = F.binary_cross_entropy_with_logits(logits, reference)
+    return loss * logits.shape[1] if sum_classes else loss
 
 
 class VPLLoss(StagedLoss):
@@ -371,6 +394,23 @@ class VPLLoss(StagedLoss):
 def _distributed(module) -> bool:
     """Return whether this is a training step of several processes."""
     return module.training and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
+
+
+def _held_modules(functions):
+    """Yield the modules that functions hold: as attributes, as arguments of a partial, in a closure; each once."""
+    held, seen = list(functions), set()
+    while held:
+        item = held.pop()
+        if id(item) in seen or isinstance(item, type):
+            continue
+        seen.add(id(item))
+        if isinstance(item, nn.Module):
+            yield item
+        elif isinstance(item, partial):
+            held += item.func, *item.args, *item.keywords.values()
+        elif callable(item):
+            held += (getattr(item, '__self__', None), *getattr(item, '__dict__', {}).values(),
+                     *(cell.cell_contents for cell in getattr(item, '__closure__', None) or ()))
 
 
 def _check_positive(**values) -> None:
