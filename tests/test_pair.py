@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from timm_vpl import PairOutput, PairWrapper
 from timm_vpl.build import param_groups
+from timm_vpl.names import SIDES
 
 SIZE = 32
 NUM_CLASSES = 5
@@ -57,7 +58,7 @@ def first_classifier(model):
 
 
 def nothing_held(pair):
-    return all(pair.parts[side]._taps == [] and not pair.parts[side]._tapping for side in pair.sides)
+    return all(pair.parts[side]._tap.inputs == [] and not pair.parts[side]._tap.on for side in pair.sides)
 
 
 class TinyModel(nn.Module):
@@ -359,6 +360,66 @@ def test_pickled_pair_is_the_pair():
     other = pickle.loads(pickle.dumps(pair))
     assert all(torch.equal(*both) for both in zip(other(images())[:4], pair(images())[:4], strict=True))
     assert other.parts['a'].model is other.model_a
+
+
+class Adapted(nn.Module):
+    """A model around another that learns a little beside it, as peft's are."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base, name)
+
+    def forward(self, x):
+        return self.base(self.scale * x)
+
+
+@pytest.mark.parametrize('side', ['a', 'b'])
+@pytest.mark.parametrize('make', [
+    lambda model: make_model('test_resnet' if hasattr(model, 'fc') else 'test_vit', seed=9),
+    Adapted,
+    lambda model: torch.compile(model, backend='eager'),
+], ids=['other', 'adapted', 'compiled'])
+def test_model_that_is_assigned_is_the_one_that_runs(make, side, dynamo):
+    pair = make_pair().eval()
+    pair(images())
+    pair.parts[side].memory_format = torch.channels_last
+    other = make(pair.branch(side)).eval()
+    want = other(images())
+    setattr(pair, f'model_{side}', other)
+    for module in (pair, copy.deepcopy(pair)):
+        output = module(images())
+        logits, embed = getattr(output, f'logits_{side}'), module.run(side, images())[1]
+        torch.testing.assert_close(logits, want)
+        head = first_classifier(module.branch(side))
+        torch.testing.assert_close(F.linear(embed, head.weight, head.bias), logits)
+        assert module.parts[side].model is module.branch(side) is getattr(module, f'model_{side}')
+        assert module.parts[side].memory_format is torch.channels_last and nothing_held(module)
+    assert pair.branch(side) is other
+    pair(images())[SIDES.index(side)].sum().backward()
+    learnt = [parameter for parameter in other.parameters() if parameter.requires_grad]
+    assert learnt and all(parameter.grad is not None for parameter in learnt)
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda: make_model('test_resnet', num_classes=7), 'width 96 and 7 classes.* 96 and 5: '),
+    (lambda: make_model('test_convnext'), 'width 64 and 5 classes.* 96 and 5: '),
+    (lambda: nn.Linear(2, 2), 'no get_classifier'),
+    (lambda: None, 'no get_classifier'),
+], ids=['classes', 'width', 'no classifier', 'none'])
+def test_model_that_does_not_fit_is_not_assigned(make, message):
+    pair = make_pair().eval()
+    want, model_a = pair(images()), pair.model_a
+    with pytest.raises(ValueError, match=f'model_a.*{message}'):
+        pair.model_a = make()
+    assert pair.model_a is model_a
+    assert all(torch.equal(*both) for both in zip(pair(images())[:4], want[:4], strict=True))
 
 
 def test_bare_model_stays_usable_and_holds_nothing():

@@ -270,7 +270,7 @@ def check_values(case):
                 torch.testing.assert_close(from_embedding(branch, embed), logits, rtol=1e-4, atol=1e-4)
     for (key, value), other in zip(bare.state_dict().items(), branch.model.state_dict().values(), strict=True):
         assert torch.equal(value, other), key  # BatchNorm's statistics moved as in the bare model
-    assert branch._taps == [] and not branch._tapping
+    assert branch._tap.inputs == [] and not branch._tap.on
 
 
 def slow_params(modules):

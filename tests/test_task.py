@@ -1,6 +1,7 @@
 """PairTask in a loop written for timm's own tasks, its streams, clipping and EMA, and in real gloo processes."""
 import copy
 import logging
+import pickle
 import sys
 import traceback
 from contextlib import nullcontext
@@ -462,6 +463,29 @@ def test_ema_is_the_average_computed_by_hand(use_warmup):
     assert not torch.equal(output.logits_a, pair.eval()(x).logits_a)
 
 
+@pytest.mark.parametrize('clone', [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=['copy', 'pickle'])
+def test_copied_task_is_the_task(clone):
+    task = PairTask(make_pair('test_resnet', drop_rate=0.1), make_criterion(), updates_per_epoch=2,
+                    streams=BranchStreams(0, 0, CPU), verbose=False)
+    task.setup_ema(decay=0.9)
+    tasks = [task]
+    for step in range(1, 6):
+        results = []
+        for each in tasks:
+            result = each(*learnable_batches()[step % 2])
+            each.zero_grad()
+            result['loss'].backward()
+            torch.optim.SGD(each.trainable_module.parameters(), lr=0.05).step()
+            each.update_ema(step=step)
+            results.append(result)
+        for result in results[1:]:
+            assert list(result) == list(results[0])
+            assert all(torch.equal(result[name], results[0][name]) for name in STAGES[(step - 1) // 2])
+            assert_equal_states(tasks[1].state_dict(), task.state_dict())
+        if step == 2:
+            tasks.append(clone(task))
+
+
 def test_ema_loads_back():
     task = PairTask(make_pair(), make_criterion(), updates_per_epoch=2, verbose=False)
     with pytest.raises(RuntimeError, match='setup_ema'):
@@ -918,6 +942,20 @@ def test_users_loop_in_one_distributed_process(tmp_path):
             for input, target in micro_batches(epoch):
                 criterion(model(input), target).backward()
             assert bool(pair.affine.weight.grad.any()) == (epoch < 2)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_model_replaced_under_distribution_is_refused(tmp_path):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/rendezvous', rank=0, world_size=1)
+    try:
+        task = PairTask(distributed_pair('b'), three_stages(), updates_per_epoch=1, verbose=False)
+        task.trainable_module.model_a = copy.deepcopy(task.trainable_module.model_a)
+        task.prepare_distributed()
+        task(*micro_batches(0)[0])['loss'].backward()
+        task.trainable_module.model_a = copy.deepcopy(task.trainable_module.model_a)
+        with pytest.raises(RuntimeError, match='model_a was replaced after prepare_distributed'):
+            task(*micro_batches(0)[0])
     finally:
         torch.distributed.destroy_process_group()
 

@@ -5,32 +5,45 @@ from timm.utils import ModelEmaV3
 
 
 class Ema(ModelEmaV3):
-    """ModelEmaV3 that remembers where the tensors of both models lie.
+    """ModelEmaV3 that remembers where the tensors of both models lie, until a submodule is replaced.
 
     The walk takes the host longer than the update: for ResNet-50 and ViT-Base some 800 tensors, twice a step. The
     arguments are timm's.
+
+    Raises:
+        RuntimeError: At an update, the model has other tensors than its average.
     """
 
     def __init__(self, model: nn.Module, *args, **kwargs):
         super().__init__(model, *args, **kwargs)
-        self._places: tuple[nn.Module, list, list] | None = None  # of a model and its average
+        # Of a model and its average: where each tensor lies in both; each module's children, now and when last seen.
+        self._places: tuple[nn.Module, list, list] | None = None
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
         """Interpolate parameters and buffers."""
+        if self._places is None or self._places[0] is not model or any(now != then for now, then in self._places[2]):
+            self._places = self._find(model)
         if not self.foreach:
             super().apply_update_(model, decay)
             return
-        if self._places is None or self._places[0] is not model:
-            self._places = (model, _places(model), _places(self.module))
         floats: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
-        for (ema_slots, name), (slots, _) in zip(self._places[2], self._places[1], strict=True):
-            average, value = ema_slots[name], slots[name]
+        for (ema_slots, ema_name), (slots, name) in self._places[1]:
+            average, value = ema_slots[ema_name], slots[name]
             if average.is_floating_point():
                 floats[0].append(average)
                 floats[1].append(value)
             else:
                 average.copy_(value)
         self._foreach_lerp_(*floats, weight=1. - decay)
+
+    def _find(self, model):
+        places = _places(self.module), _places(model)
+        if [slots[name].shape for slots, name in places[0]] != [slots[name].shape for slots, name in places[1]]:
+            raise RuntimeError(
+                'the model has other tensors than its moving average: a submodule of another shape was put in, '
+                'set up the average after that (setup_ema)')
+        children = [(each._modules, dict(each._modules)) for root in (self.module, model) for each in root.modules()]
+        return model, list(zip(*places, strict=True)), children
 
     def __getstate__(self):
         return {**super().__getstate__(), '_places': None}

@@ -29,6 +29,19 @@ class PairOutput(NamedTuple):
     sample_ids: torch.Tensor | None = None  # (N,) int64, equal for copies of one image (repeated augmentation)
 
 
+class Tap:
+    """Keeps what reaches a model's last layers while it is on. It does not hold the model, so both can be copied."""
+
+    def __init__(self):
+        self.on = False
+        self.inputs: list[torch.Tensor] = []
+
+    def take(self, module, args):
+        """Keep the input of a layer, as its forward pre-hook."""
+        if self.on:
+            self.inputs.append(args[0])
+
+
 class Branch(nn.Module):
     """One network of a pair as a function of images: (logits, embedding, logits of a second head or None).
 
@@ -47,8 +60,7 @@ class Branch(nn.Module):
         self.side = side
         self.memory_format = None  # set to torch.channels_last to convert this branch's input
         self._compiled = None
-        self._tapping = False
-        self._taps: list[torch.Tensor] = []
+        self._tap = Tap()
         self.tap_classifier()
 
     def tap_classifier(self) -> None:
@@ -60,7 +72,7 @@ class Branch(nn.Module):
             getattr(module, 'proj', None) is self.layers[0] and getattr(module, 'pool_type', None) == 'token'
             for module in self.model.modules())
         for layer in self.layers:
-            layer.register_forward_pre_hook(self._tap)
+            layer.register_forward_pre_hook(self._tap.take)
 
     @property
     def classifier(self) -> nn.Module:
@@ -78,18 +90,19 @@ class Branch(nn.Module):
                 f'classifier ({type(self.classifier).__name__}) has no in_features and the model no head_hidden_size')
         return width
 
-    def _tap(self, module, args):
-        if self._tapping:
-            self._taps.append(args[0])
+    @property
+    def interface(self) -> tuple[int, int | None]:
+        """Width of the embedding and number of classes: what a partner has to fit."""
+        return self.embed_dim, getattr(self.model, 'num_classes', None)
 
     def _forward(self, input):
         if self.memory_format is not None:
             input = input.contiguous(memory_format=self.memory_format)
-        self._tapping = True
+        self._tap.on = True
         try:
             output = self.model(input)
         finally:
-            taps, self._taps, self._tapping = self._taps, [], False
+            taps, self._tap.inputs, self._tap.on = self._tap.inputs, [], False
         logits, dist_logits = output if isinstance(output, (tuple, list)) else (output, None)
         return logits, self._embedding(taps), dist_logits
 
@@ -136,7 +149,7 @@ class PairWrapper(nn.Module):
     Branches'). One of the models may be None (training alone).
 
     Args:
-        model_a: Model with `get_classifier()`, as timm's have it.
+        model_a: Model with `get_classifier()`, as timm's have it. A model that is assigned later runs in its place.
         model_b: Likewise.
         affine_side: Side of the affine layer, 'a' or 'b' (not given in the paper).
         partner_dim: Width of the embedding of a partner that is not part of the pair, such as a frozen teacher; the
@@ -178,6 +191,19 @@ class PairWrapper(nn.Module):
             [self.affine_side] = self.sides
         if affine and partner_dim is not None and self.parts[self.affine_side].embed_dim != partner_dim:
             self.affine = self.parts['affine'] = nn.Linear(self.parts[self.affine_side].embed_dim, partner_dim)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        parts = self.__dict__.get('parts', {})
+        side = name.removeprefix('model_')
+        if side != name and side in parts:
+            branch = Branch(value, side)  # a new one: who wrapped the old one can tell
+            branch.memory_format = parts[side].memory_format
+            if len(parts) > 1 and (got := branch.interface) != (want := parts[side].interface):
+                raise ValueError(
+                    f'{name} ({type(value).__name__}) has embeddings of width {got[0]} and {got[1]} classes, the pair '
+                    f'was built for {want[0]} and {want[1]}: build a new PairWrapper')
+            parts[side] = branch
+        super().__setattr__(name, value)
 
     @property
     def sides(self):

@@ -208,7 +208,12 @@ class PairTask(TrainingTask):
     def _run(self, name, input):
         if self.streams is not None and name in self.trainable_module.sides:
             self.streams.enter(name)
-        return self._ddp.get(name, self.trainable_module.parts[name])(input)
+        part = self.trainable_module.parts[name]
+        run = self._ddp.get(name, part)
+        if run is not part and run.module is not part:
+            raise RuntimeError(
+                f'model_{name} was replaced after prepare_distributed(), which wrapped the old one: replace it before')
+        return run(input)
 
     def _outputs(self, input) -> PairOutput:
         """Run each network once."""
