@@ -102,7 +102,8 @@ def resume(run, checkpoint: dict[str, Any], options: dict[str, Any]) -> None:
             keys = ['fused', 'foreach', *(['lr'] if run.scheduler is None else [])]
             if args.start_epoch is not None:
                 keys += ['lr', 'initial_lr', 'lr_scale', 'weight_decay', 'betas', 'eps', 'momentum']
-            run.optimizer.load_state_dict(_adapted(checkpoint['optimizer'], own, keys))
+            uniform = type(run.optimizer).__module__.startswith('torch.optim.')
+            run.optimizer.load_state_dict(_adapted(checkpoint['optimizer'], own, keys, uniform))
             if run.scaler.is_enabled() and 'amp_scaler' in checkpoint:
                 run.scaler.load_state_dict(checkpoint['amp_scaler'])
             if checkpoint.get('scheduler') and hasattr(run.scheduler, 'lr_scheduler'):
@@ -112,6 +113,9 @@ def resume(run, checkpoint: dict[str, Any], options: dict[str, Any]) -> None:
         run.progress = Progress(
             checkpoint.get('epoch', -1) + 1, place.get('batch', 0), seconds=place.get('seconds', 0.),
             lrs=place.get('lrs', {}))
+        whole = isinstance(run.progress.epoch, int) and isinstance(run.progress.batch, int)
+        if not (whole and run.progress.epoch >= 0 <= run.progress.batch <= len(run.loader_train)):
+            raise ValueError(f'it stands at epoch {run.progress.epoch}, batch {run.progress.batch}')
         run.rows = [row for row in checkpoint.get('summary', []) if row['epoch'] < run.progress.epoch]
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
         raise RunError(f'--resume {args.resume}: does not fit this pair ({first_line(e)})') from e
@@ -123,7 +127,7 @@ def resume(run, checkpoint: dict[str, Any], options: dict[str, Any]) -> None:
         f'{len(run.loader_train)}')
 
 
-def _adapted(saved: dict[str, Any], own: list[dict], keys: list[str]) -> dict[str, Any]:
+def _adapted(saved: dict[str, Any], own: list[dict], keys: list[str], uniform: bool) -> dict[str, Any]:
     """Return an optimizer's saved state for groups that keep some settings of their own.
 
     The state of a parameter gets its memory layout, which fused kernels go by.
@@ -132,6 +136,10 @@ def _adapted(saved: dict[str, Any], own: list[dict], keys: list[str]) -> dict[st
         saved: The saved state_dict.
         own: The optimizer's groups.
         keys: Settings that they keep.
+        uniform: Whether each parameter must have state of the same kinds, as for torch's optimizers.
+
+    Raises:
+        ValueError: The state does not fit the groups.
     """
     groups = [
         {**group, **{key: given[key] for key in keys if key in given}}
@@ -145,6 +153,11 @@ def _adapted(saved: dict[str, Any], own: list[dict], keys: list[str]) -> dict[st
             if isinstance(value, torch.Tensor) and value.shape == parameters[i].shape else value
             for key, value in values.items()}
         for i, values in saved['state'].items()}
+    kinds = {
+        tuple((key, isinstance(value, torch.Tensor)) for key, value in sorted(values.items()))
+        for values in state.values() if values}
+    if uniform and len(kinds) > 1:
+        raise ValueError('its optimizer has not the same state for each parameter')
     return {**saved, 'param_groups': groups, 'state': state}
 
 

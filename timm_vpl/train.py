@@ -352,9 +352,10 @@ def _environments(output_dir: str) -> list[dict[str, Any]]:
     """Return the environments in which a run has been trained so far."""
     try:
         with open(os.path.join(output_dir, 'environment.yaml')) as f:
-            return yaml.safe_load(f) or []
-    except (FileNotFoundError, yaml.YAMLError):
-        return []
+            found = yaml.safe_load(f)
+    except (OSError, ValueError, yaml.YAMLError):
+        found = None
+    return found if isinstance(found, list) else []
 
 
 def _start_wandb(args, options):
