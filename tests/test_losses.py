@@ -664,6 +664,16 @@ def test_what_a_term_holds_follows_the_criterion(how):
     assert module.weight.device.type == 'meta'
 
 
+def test_term_that_names_what_comes_later():
+    def term(output, target):
+        return later(output.logits_a, target)
+
+    criterion = StagedLoss([Term('x_loss', term)]).double()
+    later = torch.nn.CrossEntropyLoss(weight=torch.ones(5)).double()
+    criterion.set_epoch(0)
+    assert criterion(make_output(), make_target()).isfinite()
+
+
 def test_keys_of_a_base_loss_are_its_own():
     criterion = VPLLoss(10, base_loss=torch.nn.CrossEntropyLoss(weight=torch.ones(5)))
     assert list(criterion.state_dict()) == ['base_loss.weight']

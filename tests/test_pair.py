@@ -422,6 +422,25 @@ def test_model_that_does_not_fit_is_not_assigned(make, message):
     assert all(torch.equal(*both) for both in zip(pair(images())[:4], want[:4], strict=True))
 
 
+def test_affine_layer_that_is_assigned_is_the_one_that_runs():
+    pair = make_pair().eval()
+    pair(images())
+    pair.affine = other = nn.Linear(64, 96)
+    for module in (pair, copy.deepcopy(pair)):
+        embed = module.run('b', images())[1]
+        torch.testing.assert_close(module(images()).embed_b, F.linear(embed, other.weight, other.bias))
+    assert pair.parts['affine'] is other
+    pair.affine = None
+    assert set(pair.parts) == {'a', 'b'} and pair(images()).embed_b.shape == (4, 64)
+
+
+def test_model_of_a_side_that_the_pair_has_not_is_refused():
+    pair = PairWrapper(make_model('test_resnet'), None)
+    with pytest.raises(ValueError, match='model_b.*without'):
+        pair.model_b = make_model('test_vit')
+    assert pair.model_b is None and pair.sides == ('a',)
+
+
 def test_bare_model_stays_usable_and_holds_nothing():
     pair = make_pair().eval()
     bare = copy.deepcopy(pair.model_a)

@@ -954,7 +954,12 @@ def test_model_replaced_under_distribution_is_refused(tmp_path):
         task.prepare_distributed()
         task(*micro_batches(0)[0])['loss'].backward()
         task.trainable_module.model_a = copy.deepcopy(task.trainable_module.model_a)
-        with pytest.raises(RuntimeError, match='model_a was replaced after prepare_distributed'):
+        with pytest.raises(RuntimeError, match="part 'a' .* replaced after prepare_distributed"):
+            task(*micro_batches(0)[0])
+        task.prepare_distributed()
+        task(*micro_batches(0)[0])
+        task.trainable_module.affine = copy.deepcopy(task.trainable_module.affine)
+        with pytest.raises(RuntimeError, match="part 'affine' .* replaced after prepare_distributed"):
             task(*micro_batches(0)[0])
     finally:
         torch.distributed.destroy_process_group()

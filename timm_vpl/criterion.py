@@ -3,6 +3,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import CellType
 from typing import NamedTuple
 
 import torch
@@ -410,7 +411,8 @@ def _held_modules(functions):
             held += item.func, *item.args, *item.keywords.values()
         elif callable(item):
             held += (getattr(item, '__self__', None), *getattr(item, '__dict__', {}).values(),
-                     *(cell.cell_contents for cell in getattr(item, '__closure__', None) or ()))
+                     *(cell.cell_contents for cell in getattr(item, '__closure__', None) or ()
+                       if cell != CellType()))  # of a name that has no value yet
 
 
 def _check_positive(**values) -> None:

@@ -179,8 +179,8 @@ class PairWrapper(nn.Module):
         self.affine = None
         self._resting: list[nn.Module] = []  # frozen layers with running statistics
         self.inputs = nn.ModuleDict()  # InputTransform of each side whose images the loader prepares for the other
-        # Callables by name. Not submodules: the state_dict holds model_a, model_b and the affine layer, each once.
-        self.parts: dict[str, nn.Module] = {
+        # Not submodules: the state_dict holds model_a, model_b and the affine layer, each once.
+        self._branches: dict[str, Branch] = {
             side: Branch(model, side) for side, model in (('a', model_a), ('b', model_b)) if model is not None}
         if len(self.sides) == 2:
             classes = [getattr(model, 'num_classes', None) for model in (model_a, model_b)]
@@ -190,25 +190,31 @@ class PairWrapper(nn.Module):
         elif partner_dim is not None:
             [self.affine_side] = self.sides
         if affine and partner_dim is not None and self.parts[self.affine_side].embed_dim != partner_dim:
-            self.affine = self.parts['affine'] = nn.Linear(self.parts[self.affine_side].embed_dim, partner_dim)
+            self.affine = nn.Linear(self.parts[self.affine_side].embed_dim, partner_dim)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        parts = self.__dict__.get('parts', {})
-        side = name.removeprefix('model_')
-        if side != name and side in parts:
+        if name in ('model_a', 'model_b') and '_branches' in self.__dict__:
+            side = name[-1]
+            if side not in self._branches:
+                raise ValueError(f'{name}: the pair was built without it, build a new PairWrapper')
             branch = Branch(value, side)  # a new one: who wrapped the old one can tell
-            branch.memory_format = parts[side].memory_format
-            if len(parts) > 1 and (got := branch.interface) != (want := parts[side].interface):
+            branch.memory_format = self._branches[side].memory_format
+            if len(self.parts) > 1 and (got := branch.interface) != (want := self._branches[side].interface):
                 raise ValueError(
                     f'{name} ({type(value).__name__}) has embeddings of width {got[0]} and {got[1]} classes, the pair '
                     f'was built for {want[0]} and {want[1]}: build a new PairWrapper')
-            parts[side] = branch
+            self._branches[side] = branch
         super().__setattr__(name, value)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """What runs, by name: the branches and the affine layer."""
+        return self._branches if self.affine is None else {**self._branches, 'affine': self.affine}
 
     @property
     def sides(self):
         """The branches that are present, ('a', 'b') or one of them."""
-        return tuple(side for side in SIDES if side in self.parts)
+        return tuple(side for side in SIDES if side in self._branches)
 
     def branch(self, side: str) -> nn.Module:
         """Return the model of a side."""

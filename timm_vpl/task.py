@@ -212,7 +212,8 @@ class PairTask(TrainingTask):
         run = self._ddp.get(name, part)
         if run is not part and run.module is not part:
             raise RuntimeError(
-                f'model_{name} was replaced after prepare_distributed(), which wrapped the old one: replace it before')
+                f'part {name!r} of the pair was replaced after prepare_distributed(), which wrapped the old one: '
+                f'replace it before')
         return run(input)
 
     def _outputs(self, input) -> PairOutput:
