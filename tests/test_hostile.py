@@ -1,10 +1,17 @@
 """Files and names of others: none runs code, writes elsewhere, keeps a command busy or gives away a token."""
+import functools
+import http.server
+import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +20,17 @@ import timm
 import torch
 import yaml
 from hub import Hub
+from PIL import Image
 from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 
+from timm_vpl.card import model_card
 from timm_vpl.cli import main
+from timm_vpl.data import DigitsReader
 from timm_vpl.options import parse_args, recipe_values
-from timm_vpl.trained import branch_config
+from timm_vpl.report import report
+from timm_vpl.text import code, code_block, markdown
+from timm_vpl.trained import branch_config, load_branches
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIR = ['--model-a', 'test_resnet', '--model-b', 'test_vit']
@@ -205,6 +217,71 @@ def test_card_of_a_checkpoint_of_others(checkpoint):
     assert sorted(os.listdir('export')) == ['vpl-test_resnet', 'vpl-test_vit']
 
 
+MARKUP = ['[x](https://evil)', '![x](//evil/x.png)', '<img src=x>', '``x` <b>', 'https://evil.org', 'www.evil.org',
+          'a@b.org', 'a\\|<b>', '```', '\x1b[31m', '<!-- x', '&lt;', '**x**', '`', '']
+
+
+@pytest.mark.parametrize('text', MARKUP)
+def test_text_stays_text_in_markdown(text):
+    """Outside code there is nothing of it, and the code ends where the text ends, in a table too."""
+    for function in (markdown, code):
+        shown = function(text)
+        fence, inside = re.fullmatch('(`+)(.*?)\\1', shown).groups() if text or function is code else ('', '')
+        assert not fence or len(fence) not in map(len, re.findall('`+', inside))
+        assert not re.search(r'[|\n\x1b]', shown)
+    lines = code_block(f'a: 1\n  {text}\n```\nb', 'yaml')
+    assert not any(line.strip().startswith(lines[-1]) for line in '\n'.join(lines[1:-1]).split('\n'))
+    assert [markdown(name) for name in ('imagenet-1k', 'test_vit', 'a, b (0.5 %)')] == [
+        'imagenet-1k', 'test_vit', 'a, b (0.5 %)']
+
+
+@pytest.mark.parametrize('text', MARKUP[:-1])
+def test_card_and_report_show_text_as_text(text, checkpoint):
+    shown = code(text)
+    args = {**checkpoint['args'], 'dataset': f'hfds/{text}', 'model_a': text, 'teacher': text, 'opt': f'{text}\n```'}
+    (branch,) = [branch for branch in load_branches(save(checkpoint, args, text), 'b')]
+    card = model_card(branch, 'x', 'ORG/x').content
+    assert f'- Data: {shown}\n' in card and f'timm-vpl {shown}. It' in card and f'training: {shown}\n' in card
+    assert text == 'www.evil.org' or 'datasets' not in yaml.safe_load(card.split('---\n')[1])
+    outside = re.sub(r'(?s)\n(````*)\w.*?\n\1\n|(?<!`)(`+)(?!`).*?(?<!`)\2(?!`)', '', card.split('---\n', 2)[2])
+    outside = outside.rpartition('<!-- made by')[0]
+    assert not re.search(r'evil|<|&lt|a@b|\*\*|\x1b', outside)
+    folder = Path('run')
+    folder.mkdir()
+    (folder / 'args.yaml').write_text(yaml.safe_dump({
+        'method': 'solo', 'dataset': text, 'model_a': text, 'model_b': '', 'epochs': 1, 'seed': text}))
+    (folder / 'summary.csv').write_text(
+        'epoch,eval_top1,eval_top1_a,eval_top5_a,lr_a,seconds,num_epochs,processes,images\n0,5,5,9,0.1,1,1,1,9\n')
+    page = report(['run'])
+    assert f'## {shown}\n' in page and f'| {shown} |' in page
+
+
+def save(checkpoint, args, version):
+    torch.save({**checkpoint, 'args': args, 'timm_vpl_version': version}, 'last.pth.tar')
+    return 'last.pth.tar'
+
+
+@pytest.mark.parametrize('options, hub', [
+    ({'data_dir': '/data/imagenet-1k'}, None), ({'dataset': 'torch/cifar10'}, None), ({'dataset': 'hfds/local'}, None),
+    ({'dataset': 'hfds/timm/imagenet-1k-wds'}, 'timm/imagenet-1k-wds'), ({'dataset': 'HFIDS/mnist'}, 'mnist')])
+def test_only_data_of_the_hub_is_named_as_such(options, hub, checkpoint):
+    Path('local').mkdir()
+    args = {key: value for key, value in checkpoint['args'].items() if key not in ('dataset', 'data_dir')}
+    card = model_card(load_branches(save(checkpoint, {**args, **options}, 'x'), 'b')[0], 'x', 'ORG/x')
+    assert card.data.datasets == ([hub] if hub else None)
+    assert {result.dataset_type for result in card.data.eval_results} == {hub or 'imagefolder'}
+
+
+@pytest.mark.parametrize('umask, mode', [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_exports_are_as_readable_as_the_umask_allows(umask, mode, checkpoint):
+    before = os.umask(umask)
+    try:
+        assert main(['export', save(checkpoint, checkpoint['args'], 'x')]) == 0
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in Path('export').glob('*/*')} == {mode}
+
+
 def test_measurements_of_others(checkpoint, capsys):
     torch.save(checkpoint, 'last.pth.tar')
     for text in ('branch,epoch\na,0\n', 'a,b\n' + 'x' * 200000 + ',1\n'):
@@ -311,26 +388,120 @@ def test_a_recipe_chooses_no_files_for_timm(key, capsys):
         assert recipe_line(f'{name}: {key}=x', capsys).endswith('only the command line can give it')
 
 
+SHELL = ["x'; touch ran; '", 'x; touch ran', '$(touch ran)', '`touch ran`', 'x|touch ran', 'x>ran', 'x\ntouch ran', '*']
+
+
 @pytest.mark.parametrize('place, message', [
     ('pipe:touch ran', 'in a shell'), ('PIPE:touch ran', 'in a shell'), ('pipe:touch ran; cat https://x', 'in a shell'),
-    ('hf://datasets/a/b', 'the token of the Hub'), ('https://user:secret@host/x', 'a user name or password'),
-    ("https://host/x';touch ran;'", 'not an address'),
+    ('hf://datasets/a/b', 'the token of the Hub'), ('https://user:secret@host/x', 'no user name, password'),
+    ('https://host/x?sig=secret', 'or query'), ('s3://bucket/x', 'an address begins with https://'),
+    *((f'https://host/{text}', f'https://host/{text.split()[0]}') for text in SHELL),
 ])
 def test_shards_run_no_commands(place, message, capsys):
     options = ['--dataset', 'wds/x', '--data-dir', place]
     for argv in (['train', *PAIR, *options], ['validate', 'test_vit', *options]):
-        assert 'secret' not in refused(argv, capsys, message)
+        line = refused(argv, capsys, message, '--data-dir', 'digits and _-.,/+=% only')
+        assert 'secret' not in line
     Path('recipe.yaml').write_text(yaml.safe_dump({'dataset': 'wds/x', 'data_dir': place}))
     refused(['train', *PAIR, '-c', 'recipe.yaml'], capsys, message)
     assert not Path('ran').exists()
 
 
-def test_splits_run_no_commands(capsys):
-    for split in ('pipe:touch ran.tar', 'a.tar::pipe:touch ran.tar|5'):
-        for flag in ('--train-split', '--val-split'):
-            refused(['train', *PAIR, '--dataset', 'wds/x', '--data-dir', '.', flag, split], capsys, 'in a shell')
-        refused(['validate', 'test_vit', '--dataset', 'wds/x', '--data-dir', '.', '--val-split', split], capsys,
-                'in a shell')
+@pytest.mark.parametrize('split', [
+    'pipe:touch ran.tar', 'a.tar::pipe:touch ran.tar|5', "a.tar'; touch ran; echo '|64", 'x-{0..9}{1..2.tar',
+    'x-{0..{1,2}}.tar', '${HOME}.tar', 'a.tar|5|6', *SHELL])
+def test_splits_run_no_commands(split, capsys):
+    wds = ['--dataset', 'wds/x', '--data-dir', '.']
+    for flag in ('--train-split', '--val-split'):
+        refused(['train', *PAIR, *wds, flag, split], capsys, flag, 'only')
+        Path('recipe.yaml').write_text(yaml.safe_dump({'dataset': 'wds/x', flag[2:]: split}))
+        refused(['train', '.', *PAIR, '-c', 'recipe.yaml'], capsys, flag)
+    refused(['validate', 'test_vit', *wds, '--val-split', split], capsys, '--val-split')
+    assert not Path('ran').exists()
+
+
+@pytest.mark.parametrize('split', ['x-{0..999999999}.tar', 'x-{0..9999}{0..9999}.tar', 'x' + '{a,b}' * 40 + '.tar'])
+def test_splits_of_too_many_shards(split, capsys):
+    refused(['train', *PAIR, '--dataset', 'wds/x', '--data-dir', '.', '--train-split', split], capsys,
+            '--train-split', 'more than 1000000')
+
+
+def test_names_of_shards_that_are_taken():
+    for split in ('train', 'train-{0000..0012}.tar', 'a.tar::b.tar|64', 'x/{a,b}-{0..9}.tar|5', '{0..9}/{00..99}.tar'):
+        for place in ('.', 'https://host:8080/a/b', 'gs://bucket', 'file:///data', 'http://host'):
+            args = parse_args([*PAIR, '--dataset', 'wds/x', '--data-dir', place, '--train-split', split])
+            assert (args.train_split, args.data_dir) == (split, place)
+    assert parse_args([*PAIR, '--dataset', 'tfds/mnist', '--train-split', 'train[:80%]'])
+
+
+def shards(folder, info):
+    """Write two shards of digits and what describes them."""
+    folder.mkdir()
+    reader = DigitsReader()
+    with tarfile.open(folder / 'x-0.tar', 'w') as tar:
+        for i in range(16):
+            image = io.BytesIO()
+            Image.open(reader[i][0]).resize((32, 32)).save(image, 'png')
+            for name, data in ((f'{i}.png', image.getvalue()), (f'{i}.cls', str(reader.labels[i]).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    shutil.copy(folder / 'x-0.tar', folder / 'x-1.tar')
+    (folder / '_info.json').write_text(json.dumps(info))
+
+
+def splits(*names):
+    split = {'name': 'train', 'num_samples': 32, 'filenames': names, 'shard_lengths': [16] * len(names)}
+    return {'splits': {'train': split, 'validation': {**split, 'name': 'validation'}}}
+
+
+WDS = ['train', *PAIR, '--dataset', 'wds/x', '--data-dir', 'shards', *TRAIN[7:], '--num-classes', '10']
+
+
+@pytest.mark.parametrize('info, message', [
+    *((splits('x-0.tar', text), f'_info.json: {text.split()[0]}') for text in (*SHELL, 'pipe:touch ran', '{0..9}')),
+    ([], 'could not be read'), ({'splits': []}, 'could not be read'),
+    ({'splits': {'train': 5}}, 'could not be read'), (splits(), ' 0 shards'),
+    ({'splits': {'train': {**splits('x-0.tar')['splits']['train'], 'num_samples': 'x'}}}, "'x' samples"),
+], ids=str)
+def test_info_of_shards_runs_no_commands(info, message, capsys):
+    pytest.importorskip('webdataset', minversion='1.0', reason='the extra wds is not installed')
+    shards(Path('shards'), info)
+    refused(WDS, capsys, '--data-dir shards', message)
+    assert not Path('ran').exists()
+
+
+@pytest.mark.skipif(not shutil.which('curl'), reason='no curl, which webdataset reads addresses with')
+def test_a_server_runs_no_commands(capsys):
+    pytest.importorskip('webdataset', minversion='1.0', reason='the extra wds is not installed')
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory='shards')
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f'http://127.0.0.1:{server.server_port}'
+        for name, message in (("x'; touch ran; '", "x'; touch ran"), ('/dev/zero', 'not below the address')):
+            shutil.rmtree('shards', ignore_errors=True)
+            shards(Path('shards'), splits('x-0.tar', name))
+            capsys.readouterr()
+            refused([*WDS, '--data-dir', address], capsys, f'--data-dir {address}: split', '_info.json', message)
+        server.shutdown()
+    assert not Path('ran').exists()
+
+
+def test_shards_are_read():
+    pytest.importorskip('webdataset', minversion='1.0', reason='the extra wds is not installed')
+    shards(Path('shards'), splits('x-0.tar', 'x-1.tar'))
+    assert main([*WDS, '--experiment', 'named', '--no-export']) == 0
+    assert main([*WDS, '--experiment', 'listed', '--no-export', '--train-split', 'x-{0..1}.tar|32', '--val-split',
+                 'x-0.tar::x-1.tar|32']) == 0
+
+
+def test_older_versions_of_webdataset_are_refused(capsys, monkeypatch):
+    Path('shards').mkdir()
+    for version, found in (('0.2.111', 'found 0.2.111'), (None, 'found none')):
+        module = types.ModuleType('webdataset')
+        module.__version__ = version
+        monkeypatch.setitem(sys.modules, 'webdataset', module if version else None)
+        refused(WDS, capsys, "--dataset wds/x: needs webdataset 1.0 or later (pip install 'timm-vpl[wds]')", found)
 
 
 # Pipes in the place of files, and the report

@@ -484,7 +484,7 @@ def test_large_costs_have_units(make):
 
 
 def test_markdown_is_escaped(make):
-    assert '| 2 | VPL | a\\|b |' in report([pair(make, 'run', model_a='a|b')])
+    assert '| 2 | VPL | `a\\x7cb` |' in report([pair(make, 'run', model_a='a|b')])
 
 
 def test_wrong_paths(make, tmp_path):

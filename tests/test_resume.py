@@ -3,6 +3,7 @@ import hashlib
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 
@@ -17,6 +18,7 @@ from test_train import NOISE, PAIR, SMALL, last, rows, run, torchrun
 import timm_vpl.files
 from timm_vpl.checkpoint import newest_checkpoint, read_checkpoint, recovery_files
 from timm_vpl.cli import train
+from timm_vpl.options import changed_options, parse_args, recipe_values
 
 SHORT = [*NOISE, '--epochs', '3', '--x', '40', '--y', '30', '--log-interval', '1', '--experiment', 'run']
 
@@ -35,17 +37,21 @@ class SignalAt(logging.Handler):
             os.kill(os.getpid(), self.number)
 
 
-def stop_at(pattern, data, output, *options, **kwargs):
-    """Train until a log line has the pattern; return the run's exit status."""
+def stopped(pattern, function, *args, **kwargs):
+    """Train by a function until a log line has the pattern; return the exit status."""
     handler = SignalAt(pattern)
     logging.getLogger('train').addHandler(handler)
     logging.getLogger('train').setLevel(logging.INFO)
     try:
-        with pytest.raises(SystemExit) as stopped:
-            run(data, output, *options, **kwargs)
-        return stopped.value.code
+        with pytest.raises(SystemExit) as end:
+            function(*args, **kwargs)
+        return end.value.code
     finally:
         logging.getLogger('train').removeHandler(handler)
+
+
+def stop_at(pattern, data, output, *options, **kwargs):
+    return stopped(pattern, run, data, output, *options, **kwargs)
 
 
 @pytest.mark.parametrize('options', [
@@ -71,6 +77,50 @@ def test_stopped_in_validation(digits_folder, tmp_path, capsys):
     assert 'after epoch 1, batch 5 of 5' in capsys.readouterr().err
     part = run(digits_folder, tmp_path / 'part', *SHORT, *options, '--resume', 'auto')
     assert not differences(whole, part)
+
+
+@pytest.mark.parametrize('own_name', [False, True])
+def test_the_command_of_the_stop_line_goes_on(digits_folder, tmp_path, capsys, own_name):
+    recipe, output = tmp_path / 'recipe.yaml', tmp_path / 'part of it'
+    recipe.write_text('lr: 0.002\nopt: sgd\nexperiment: run\n' if own_name else 'opt: sgd\n')
+    if own_name:
+        (output / 'run').mkdir(parents=True)  # so that the run's folder gets another name
+    options = [*PAIR, *SMALL, *NOISE, '--epochs', '3', '--log-interval', '1', '--scale', '0.5', '1', '--model-kwargs-b',
+               'drop_rate=0.1', '--no-model-ema', '-c', str(recipe)]
+    whole = [*options, '--output', str(tmp_path / 'whole'), '--experiment', 'run', str(digits_folder)]
+    assert train(whole) == 0
+    assert stopped(r'Train: 1 \[ *[12]/', train, [*options, '--output', str(output), str(digits_folder)]) == 143
+    command = shlex.split(capsys.readouterr().err.strip().rpartition('; to go on: ')[2])
+    (folder,) = [path for path in output.iterdir() if any(path.iterdir())]
+    assert command[:2] == ['python', 'train_vpl.py'] and command[-2:] == ['--resume', str(folder)]
+    assert train(command[2:]) == 0
+    assert not differences(tmp_path / 'whole' / 'run', folder)
+    saved = (folder / 'last.pth.tar').stat().st_mtime_ns
+    assert train(command[2:]) == 0 and (folder / 'last.pth.tar').stat().st_mtime_ns == saved  # it is finished
+    assert len(list(output.iterdir())) == 1 + own_name
+
+
+def test_a_folder_to_resume(digits_folder, tmp_path, capsys):
+    pair = ['--dataset', 'digits', *PAIR, '--resume', str(tmp_path)]
+    for options, message in (
+            (['--experiment', 'x'], f'--resume {tmp_path}: goes on in that folder, --experiment x is another'),
+            (['--output', 'x'], f'--resume {tmp_path}: goes on in that folder, --output x is another')):
+        with pytest.raises(SystemExit):
+            parse_args([*pair, *options])
+        assert message in capsys.readouterr().err
+    assert train([str(digits_folder), *PAIR, *SMALL, '--resume', str(tmp_path)]) == 2
+    assert f'--resume {tmp_path}: no checkpoint in this folder' in capsys.readouterr().err
+    args = parse_args([*pair, '--output', str(tmp_path.parent), '--experiment', tmp_path.name])
+    assert (args.output, args.experiment, args.resume_auto) == (str(tmp_path.parent), tmp_path.name, True)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_in_a_folder(digits_folder, tmp_path):
+    options = [digits_folder, *PAIR, *SMALL, '-b', '4', '--epochs', '2']
+    torchrun(2, *options, '--output', tmp_path, '--stop-epoch', '1')
+    (folder,) = tmp_path.iterdir()
+    torchrun(2, *options, '--resume', folder)
+    assert [row['epoch'] for row in rows(folder)] == ['0', '1'] and list(tmp_path.iterdir()) == [folder]
 
 
 def test_recovery_checkpoints(digits_folder, tmp_path):
@@ -209,7 +259,7 @@ def begun(digits_folder, tmp_path_factory):
     (['-b', '4'], '1 processes x batch 8 before, now 1 x 4'),
     (['--seed', '8'], '--seed 7 before, now 8'),
     (['--weight-decay-a', '0.1'], '--weight-decay-a 0.05 before, now 0.1'),
-    (['--no-model-ema'], '--model-ema on before, now none'),
+    (['--no-model-ema'], '--model-ema on before, now off'),
     (['--eval-metric', 'loss_a'], '--eval-metric top1 before, now loss_a'),
     (['--cooldown-epochs', '2'], '3 epochs in all before, now 5'),
 ], ids=lambda value: value[0] if isinstance(value, list) else '')
@@ -223,6 +273,30 @@ def test_another_run_is_refused(digits_folder, begun, capsys, options, message):
     line = capsys.readouterr().err
     assert message in line and line.count('\n') == 1 and '--start-epoch 1' in line
     assert (begun / 'run' / 'last.pth.tar').stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize('options, fixed, line', [
+    (['--color-jitter-prob', '0'], False, '--color-jitter-prob 0 before, now none'),
+    (['--opt-eps', '0'], True, '--opt-eps 0 before, now none'),
+    (['--drop-path-a', '0'], False, '--drop-path-a 0 before, now none'),
+    (['--gp-b', ''], False, "--gp-b '' before, now None"),
+    (['--lr-a', '0.1234567'], False, '--lr-a 0.1234567 before, now 0.1234568'),
+    (['--no-model-ema'], True, '--model-ema off before, now on'),
+    (['--class-map', ''], False, None), (['--model-kwargs'], False, None), (['--reprob', '0.25'], False, None),
+    (['--teacher', ''], False, None),
+])
+def test_0_and_the_empty_text_are_values(options, fixed, line):
+    pair = ['--dataset', 'digits', '--model-a', 'test_resnet', '--model-b', 'test_vit']
+    after = ['--lr-a', '0.1234568'] if '--lr-a' in options else []
+    then, now = (recipe_values(parse_args([*pair, *more])) for more in (options, after))
+    lines: tuple = ([line], []) if fixed else ([], [line])
+    assert changed_options(then, now, 'ab') == (lines if line else ([], []))
+
+
+def test_no_model_is_none_however_it_is_said():
+    solo = ['--dataset', 'digits', '--method', 'solo', '--model-a', 'test_resnet']
+    values = [recipe_values(parse_args([*solo, *more])) for more in ([], ['--model-b='])]
+    assert changed_options(*values, 'a') == changed_options(*values[::-1], 'a') == ([], [])
 
 
 def test_a_change_of_course_is_allowed(digits_folder, begun, tmp_path, caplog):

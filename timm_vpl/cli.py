@@ -18,7 +18,8 @@ from .options import (
     parse_args,
     speaks,
 )
-from .parsing import ANY_NUMBER, COUNT, POSITIVE, WHOLE, KeyValues, OptionParser, one_line
+from .parsing import ANY_NUMBER, COUNT, POSITIVE, WHOLE, KeyValues, OptionParser
+from .text import one_line
 
 
 def train(argv: list[str] | None = None, prog: str = 'train_vpl.py') -> int:

@@ -36,9 +36,9 @@ from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, get_worker_info
 
 from .errors import RunError, UsageError, first_line
-from .options import mixup_active
-from .parsing import one_line
+from .options import check_shards, mixup_active
 from .seeding import seed_all
+from .text import one_line
 
 _logger = logging.getLogger(__name__)
 _skip_logger = logging.getLogger(f'{__name__}.skipped')
@@ -297,6 +297,9 @@ def create_split(args, split: str, is_training: bool, whole: bool = False, flag:
     if class_map and args.dataset.lower().startswith('torch/'):
         raise UsageError(f'--class-map {args.class_map}: torchvision numbers the classes of {args.dataset} itself')
     where = f'--data-dir {args.data_dir}' if args.data_dir else f'--dataset {args.dataset}'
+    is_wds = args.dataset.lower().startswith('wds/')
+    if is_wds:
+        _check_webdataset(args.dataset)
     try:
         if args.dataset.lower() in ('', 'torch/folder', 'torch/image_folder'):
             flag = flag or ('--train-split' if is_training else '--val-split')
@@ -323,13 +326,38 @@ def create_split(args, split: str, is_training: bool, whole: bool = False, flag:
             dataset = ImageDataset(root, reader=reader)
     except ImportError as e:
         raise UsageError(f'--dataset {args.dataset}: needs a package that is not installed ({e})') from e
-    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError, tarfile.TarError) as e:
+    except (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError,
+            tarfile.TarError) as e:
         raise UsageError(f'{where}: split {split!r} could not be read: {first_line(e, 400)}') from e
+    if is_wds:
+        _check_info(dataset.reader, f'{where}: split {split!r} of _info.json:', '://' in args.data_dir)
     hidden = [name for name in getattr(dataset, 'classes', ()) if isinstance(name, str) and name.startswith('.')]
     if hidden:  # torchvision's
         raise UsageError(f'{where}: split {split!r} has a hidden folder {hidden[0]}, which is no class; remove it')
     _log_card(where, split, split_card(dataset))
     return dataset if isinstance(dataset, IterableDataset) else ReadableImages(dataset, img_mode)
+
+
+def _check_webdataset(dataset: str) -> None:
+    """Refuse versions of webdataset that give addresses to a shell."""
+    try:
+        from webdataset import __version__ as version
+    except ImportError as e:
+        version = f'none ({e})'
+    if not re.match('[1-9]', version):
+        raise UsageError(
+            f"--dataset {dataset}: needs webdataset 1.0 or later (pip install 'timm-vpl[wds]'), found {version}")
+
+
+def _check_info(reader: Reader, where: str, remote: bool) -> None:
+    """Refuse what _info.json, which may be somebody else's, says of a split that webdataset has not opened yet."""
+    names = reader.split_info.filenames
+    if not names or not isinstance(reader.num_samples, int):
+        raise UsageError(f'{where} {len(names)} shards, {reader.num_samples!r} samples')
+    for name in map(str, names):
+        check_shards(where, name)
+        if remote and os.path.isabs(name):
+            raise UsageError(f'{where} {name}: not below the address')
 
 
 def read_class_map(path: str, root: str = '') -> dict[Any, int]:

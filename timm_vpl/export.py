@@ -178,6 +178,7 @@ def export_branch(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}-') as work:
             part = Path(work) / folder.name
+            part.mkdir()
             save_for_hf(
                 model,
                 str(part),
@@ -190,6 +191,8 @@ def export_branch(
             (part / 'README.md').write_text(str(card), encoding='utf-8')
             if onnx:
                 export_onnx(trained, part / 'model.onnx')
+            for path in part.iterdir():
+                path.chmod(part.stat().st_mode & 0o666)  # the user's umask; safetensors gives the owner alone
             if folder.exists():
                 os.replace(folder, Path(work) / 'replaced')
             os.replace(part, folder)

@@ -11,8 +11,10 @@ import contextlib
 import copy
 import functools
 import logging
+import math
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -37,15 +39,16 @@ from .parsing import (
     KeyValues,
     OptionParser,
     did_you_mean,
-    one_line,
+    name_or_none,
     option_tokens,
     read_recipe,
     show,
 )
+from .text import one_line
 
 __all__ = [
-    'build_parser', 'mixup_active', 'options_markdown', 'parse_args', 'recipe_path', 'recipe_values',
-    'timm_model_names']
+    'build_parser', 'check_shards', 'mixup_active', 'options_markdown', 'parse_args', 'recipe_path', 'recipe_values',
+    'resume_command', 'timm_model_names']
 
 _logger = logging.getLogger('timm_vpl')
 
@@ -131,8 +134,9 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
         'line wins over it)', metavar='FILE', how=True)
 
     parser.section('Vision Pair Learning parameters')
-    add('--model-a', None, 'branch a, in the paper the CNN: a timm name, hf-hub:ID or local-dir:PATH', metavar='MODEL')
-    add('--model-b', None, 'branch b, in the paper the transformer', metavar='MODEL')
+    add('--model-a', None, 'branch a, in the paper the CNN: a timm name, hf-hub:ID or local-dir:PATH', metavar='MODEL',
+        type=name_or_none)
+    add('--model-b', None, 'branch b, in the paper the transformer', metavar='MODEL', type=name_or_none)
     methods = '; '.join(f'{name}, {row.description}' for name, row in METHODS.items())
     add('--method', 'vpl', f'how to train: {methods}', choices=list(METHODS))
     add('--x', 20., 'percent of the epochs before the KL term starts (paper: 20)', type=NON_NEGATIVE)
@@ -155,7 +159,7 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
     parser.section('Parameters of the other methods')
     add('--dml-joint', False, 'deep mutual learning with one update of both branches a batch, not one after the other')
     add('--teacher', None, "frozen teacher of distill and deit: a run's folder or checkpoint, an exported folder, "
-        'hf-hub:ID or a timm name', metavar='SOURCE')
+        'hf-hub:ID or a timm name', metavar='SOURCE', type=name_or_none)
     add('--teacher-branch', None, 'branch to take, where the teacher was trained in a pair', shown="not the student's "
         'side', choices=list(SIDES))
     add('--distill-terms', None, 'terms of distill', shown='kl for --model-a, contrastive for --model-b, as in VPL',
@@ -180,8 +184,8 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
     add_branch('--initial-checkpoint', '', 'file to read the initial weights from, head as it is', metavar='PATH')
     add_branch('--freeze-depth', 0, 'layer groups, from the input, that keep their weights: the stem is the first, '
                'then stages or blocks', type=WHOLE)
-    add('--resume', '', 'continue the run of this checkpoint; auto: the newest one of --experiment, if it has one',
-        metavar='PATH', how=True)
+    add('--resume', '', 'continue the run of this checkpoint, or of this folder, from its newest one; auto: the newest '
+        'one of --experiment, if it has one', metavar='PATH', how=True)
     add('--no-resume-opt', False, 'do not resume the state of the optimizer', how=True)
     add('--accept-data-change', False, 'let a resumed run go on with other images of the same classes', how=True)
     add('--num-classes', None, 'number of classes', shown="the data set's", type=COUNT)
@@ -466,19 +470,50 @@ def read_args(
     for token in argv[:argv.index('--')] if '--' in argv else argv:
         _check_not_refused(token.partition('=')[0])
     command_line = name_data_dir(parser.parse(argv))
+    given_here = dict(command_line)
     config = command_line.get('config')
     recipe = name_data_dir(_load_recipe(parser, recipe_path(config))) if config else {}
     for dest in parser.branch_options:
         if dest in command_line:  # wins over a branch's own value in the recipe, too
             recipe.pop(f'{dest}_a', None)
             recipe.pop(f'{dest}_b', None)
+    folder = command_line.get('resume', recipe.get('resume', ''))
+    if os.path.isdir(folder):
+        _continue_in(folder, command_line)
     if config:
         _check_foreign(recipe_path(config), {
             dest: value for dest, value in recipe.items() if dest not in command_line})
     given = {**recipe, **command_line}
     args = _resolve(parser, given)
     _check(args)
+    args.prog, args.command_line = prog, given_here
     return args, parser, given
+
+
+def _continue_in(folder: str, command_line: dict[str, Any]) -> None:
+    """Make a run go on in a folder, whatever its recipe calls it."""
+    for dest, place in zip(('output', 'experiment'), os.path.split(os.path.realpath(folder)), strict=True):
+        named = command_line.get(dest, place)
+        if (os.path.realpath(named) if dest == 'output' else named) != place:
+            raise UsageError(f'--resume {folder}: goes on in that folder, {_flag(dest)} {named} is another')
+        command_line[dest] = place
+
+
+def resume_command(args: argparse.Namespace, folder: str) -> str:
+    """Return the command that goes on with a run in its folder: what was given, but for where it starts."""
+    actions = build_parser().actions()
+    given = {dest: value for dest, value in args.command_line.items()
+             if dest not in ('resume', 'no_resume_opt', 'start_epoch', 'output', 'experiment')}
+    tokens = [token for dest, value in given.items() for token in option_tokens(actions[dest], _as_text(value))]
+    python = ['python'] if args.prog.endswith('.py') else []
+    return shlex.join([*python, *args.prog.split(), *tokens, '--resume', folder])
+
+
+def _as_text(value: Any) -> Any:
+    """Return a value as a recipe would hold it."""
+    if isinstance(value, (list, tuple)):
+        return [str(item) for item in value]
+    return value if isinstance(value, (bool, dict)) else '' if value is None else str(value)
 
 
 def speaks() -> bool:
@@ -510,7 +545,7 @@ def _resolve(parser: OptionParser, given: dict[str, Any]) -> argparse.Namespace:
             setattr(args, own, copy.copy(given.get(own, given.get(dest, parser.presets[own]))))
     args.sides = tuple(side for side in SIDES if getattr(args, f'model_{side}'))
     args.prefetcher = not args.no_prefetcher
-    args.resume_auto = args.resume == 'auto'
+    args.resume_auto = args.resume == 'auto' or os.path.isdir(args.resume)
     return args
 
 
@@ -549,13 +584,15 @@ def changed_options(then: dict[str, Any], now: dict[str, Any], sides: Sequence[s
                                       if side not in sides)}
     lines: tuple[list[str], list[str]] = [], []
     for dest in parser.presets:
-        before, after = then.get(dest) or None, now.get(dest) or None  # 0, '' and none are alike
+        # What is left out had its default; 0, '' and off are values.
+        before, after = (values.get(dest, parser.presets[dest]) for values in (then, now))
         if dest == 'num_classes' and None in (before, after):
             continue  # taken from the data
         if dest == 'batch_size' or dest in idle or dest in RESUME_FREE or dest in _NOT_IN_A_RECIPE:
             continue  # the batch is judged together with the number of processes
         if before != after:
-            lines[dest not in RESUME_FIXED].append(f'{_flag(dest)} {show(before)} before, now {show(after)}')
+            spell = show if show(before) != show(after) else repr
+            lines[dest not in RESUME_FIXED].append(f'{_flag(dest)} {spell(before)} before, now {spell(after)}')
     return lines
 
 
@@ -570,7 +607,7 @@ def _check(args: argparse.Namespace) -> None:
     check_dataset(args, (args.train_split, args.val_split))
     for dest in ('resume', 'initial_checkpoint_a', 'initial_checkpoint_b', 'pretrained_path_a', 'pretrained_path_b'):
         path = getattr(args, dest)
-        if path and not os.path.isfile(path) and (dest, path) != ('resume', 'auto'):
+        if path and not os.path.isfile(path) and not (dest == 'resume' and args.resume_auto):
             raise UsageError(f'{_flag(dest)} {path}: no such file')
     _check_experiment(args.experiment)
     if args.resume == 'auto' and not args.experiment:
@@ -723,11 +760,10 @@ def check_dataset(args: argparse.Namespace, splits: Sequence[str]) -> None:
     """Raise UsageError where the data set that the options name, or one of its splits, can't be."""
     kind, slash, name = args.dataset.partition('/')
     kind, place = kind.lower(), args.data_dir
-    for what, text in (('--data-dir', place), *(('split', split) for split in splits)):
-        if text and 'pipe:' in text.lower():
-            raise UsageError(f'{what} {text}: refused, webdataset runs what follows pipe: in a shell')
-    if place and re.match(r'[a-z]+://', place, re.IGNORECASE):
-        _check_address(place)
+    if place and (kind == 'wds' or '://' in place):
+        check_shards('--data-dir', place)
+    for dest in ('train_split', 'val_split') if kind == 'wds' else ():
+        check_shards(_flag(dest), getattr(args, dest, ''), is_split=True)
     if args.class_map and not any(
             os.path.isfile(path) for path in (args.class_map, os.path.join(place or '', args.class_map))):
         raise UsageError(f'--class-map {args.class_map}: no such file')
@@ -752,15 +788,33 @@ def check_dataset(args: argparse.Namespace, splits: Sequence[str]) -> None:
         raise UsageError(f"data {place} is not a folder{'' if kind else ' or .tar'}")
 
 
-def _check_address(address: str) -> None:
-    """Raise UsageError where an address of shards would give away a secret, or is none."""
-    if re.match('hf:', address, re.IGNORECASE):
-        raise UsageError(f'--data-dir {address}: refused, webdataset puts the token of the Hub on the command line of '
-                         f'curl, and logs that where it fails; give a copy of the files, or their https:// address')
-    if '@' in address.partition('://')[2].partition('/')[0]:
-        raise UsageError('--data-dir: the address holds a user name or password, which the files of the run would keep')
-    if re.search(r"['\s]", address):
-        raise UsageError(f'--data-dir {address!r}: not an address')
+# What webdataset may open: a path or an address, of characters that mean nothing to a shell, wherever they stand.
+SHARD = re.compile(r'((https?|ftps|sftp|scp|gs|htgs|ais|file)://[\w.-]*(:\d+)?(?=/|$))?[\w.,/+=%-]*')
+MAX_SHARDS = 1_000_000  # of a split
+
+
+def check_shards(where: str, text: str, is_split: bool = False) -> None:
+    """Raise UsageError unless webdataset may open what a text names.
+
+    Args:
+        where: Who names it, for the message.
+        text: Folder or shard; or a split, whose shards can be several: 'x-{00..12}.tar::y-{a,b}.tar|64'.
+        is_split: Whether it is a split.
+    """
+    count = 0
+    for name in re.sub(r'\|\d+$', '', text).split('::') if is_split else [text]:
+        parts = re.split(r'\{(\d{1,9}\.\.\d{1,9}|[^{}]*,[^{}]*)\}', name) if is_split else [name]
+        if not all(map(SHARD.fullmatch, parts)):
+            shown = '' if re.search('[@?]', text) else f' {text}'  # it may hold a secret
+            raise UsageError(
+                f'{where}{shown}: refused, shards are named by letters, digits and _-.,/+=% only; an address begins '
+                f'with https://, ftps://, sftp://, scp://, gs://, ais:// or file:// and has no user name, password or '
+                f'query (not pipe:, which is run in a shell; not hf://, which shows the token of the Hub)')
+        count += math.prod(
+            group.count(',') + 1 if ',' in group else abs(int(group.split('..')[0]) - int(group.split('..')[1])) + 1
+            for group in parts[1::2])
+    if count > MAX_SHARDS:
+        raise UsageError(f'{where} {text}: these are {count} shards, more than {MAX_SHARDS}')
 
 
 def mixup_active(args: argparse.Namespace) -> bool:

@@ -21,7 +21,6 @@ _SAME = object()  # the default is timm's
 MAX_RECIPE_BYTES = 100_000
 MAX_RECIPE_VALUES = 10_000  # with aliases written out
 MAX_RECIPE_DEPTH = 20
-MAX_LINE = 1000
 
 
 # Types of option values
@@ -51,6 +50,11 @@ INSIDE_0_1 = number(float, 'a number > 0 and < 1', lambda value: 0 < value < 1)
 REPEATS = number(float, '0 or a number >= 1', lambda value: value == 0 or value >= 1)
 COUNT = number(int, 'a whole number >= 1', lambda value: value >= 1)
 WHOLE = number(int, 'a whole number >= 0', lambda value: value >= 0)
+
+
+def name_or_none(text: str) -> str | None:
+    """Return the name of a model, None for an empty one."""
+    return text or None
 
 
 def literal(text: str) -> Any:
@@ -83,13 +87,6 @@ class KeyValues(argparse.Action):
 
 
 # The parser
-
-
-def one_line(text: Any, limit: int = MAX_LINE) -> str:
-    """Return a message as one line that is safe to print: no control characters, a long middle left out."""
-    line = ' '.join(str(text).split())
-    line = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in line)
-    return line if len(line) <= limit else f'{line[:limit * 2 // 3]} ... {line[-limit // 4:]}'
 
 
 def show(value: Any) -> str:

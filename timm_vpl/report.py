@@ -12,6 +12,7 @@ from .comparison import Difference, paired_difference
 from .errors import UsageError
 from .methods import METHOD_OPTIONS, METHODS
 from .runs import COSTS, Run, data_title, make_recipe, read_run, teacher_folder
+from .text import markdown
 
 METRICS = {'top1': 'top-1', 'top5': 'top-5'}
 _SET_TITLES = {'real': 'ReaL', 'v2': 'V2'}
@@ -297,6 +298,8 @@ def to_json(records: list[dict[str, Any]], unfinished: list[Run]) -> str:
 
 def to_markdown(records: list[dict[str, Any]], unfinished: list[Run]) -> str:
     """Return the page of tables: for each data set accuracy, each branch, cost and convergence."""
+    names = ('framework', 'model', 'model_a', 'model_b', 'data')
+    records = [{**r, **{name: r[name] and markdown(r[name]) for name in names}} for r in records]
     datas = list(dict.fromkeys(r['data'] for r in records))
     lines: list[str] = []
     for data in datas:
@@ -313,7 +316,8 @@ def to_markdown(records: list[dict[str, Any]], unfinished: list[Run]) -> str:
     if unfinished:
         lines += ['## Unfinished, in no figure of this report', '', *_table(
             ['Run', 'Framework', 'Models', 'Progress'],
-            [(run.path, run.framework or '-', ' + '.join(run.models) or '-', run.progress) for run in unfinished])]
+            [(*map(markdown, (run.path, run.framework or '-', ' + '.join(run.models) or '-')), run.progress)
+             for run in unfinished])]
     if records:
         lines += ['## Notes', '', *(f'- {note}' for note in dict.fromkeys(_notes(records)))]
     return '\n'.join(lines)
@@ -323,7 +327,7 @@ _FORMATS = {'md': to_markdown, 'json': to_json}
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable]) -> list[str]:
-    cells = [[str(cell).replace('|', '\\|').replace('\n', ' ') for cell in row] for row in (header, *rows)]
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
     head, *body = [f'| {" | ".join(row)} |' for row in cells]
     return [head, '|' + '---|' * len(cells[0]), *body, '']
 
@@ -348,8 +352,8 @@ def _branches(records) -> list[str]:
     names = sorted(names, key=lambda name: name.startswith('best '))
     models = _columns(records, 'model')
     return _table(
-        ['Epochs', 'Framework', 'Model', *names, 'median (collapsed)', 'best epoch', 'Δ solo, same epochs',
-         'Δ solo, same FLOPs'],
+        ['Epochs', 'Framework', 'Model', *map(markdown, names), 'median (collapsed)', 'best epoch',
+         'Δ solo, same epochs', 'Δ solo, same FLOPs'],
         [(r['num_epochs'], r['title'], r['model'], *(_shown(r['figures'].get(name)) for name in names),
           f'{r["top1"]["median"]:.2f} ({r["top1"]["collapsed"]})', ', '.join(map(str, r['best_epochs'])),
           *(r['baselines'][kind]['text'] if kind in r['baselines'] else '-' for kind in ('epochs', 'flops')))
@@ -409,14 +413,14 @@ def _notes(records) -> list[str]:
         what = f'{r["framework"]}, {r["model"]}, {r["num_epochs"]} epochs'
         for kind, baseline in r['baselines'].items():
             if baseline['differs']:
-                notes.append(f'{what}: its baseline of the same {kind}, {baseline["name"]}, differs in '
-                             f'{", ".join(baseline["differs"])}.')
+                notes.append(f'{what}: its baseline of the same {kind}, {markdown(baseline["name"])}, differs in '
+                             f'{markdown(", ".join(baseline["differs"]))}.')
             if baseline['reason']:
-                notes.append(f'{what}: no difference to {baseline["name"]}: {baseline["reason"]}.')
+                notes.append(f'{what}: no difference to {markdown(baseline["name"])}: {markdown(baseline["reason"])}.')
         if r['teacher_flops']:
             notes.append(f'{what}: the training of its teacher took {_scaled(r["teacher_flops"], _COUNT)} more FLOPs.')
         if len(set(r['seeds'])) < r['n']:
-            notes.append(f'{what}: the seeds are not all different ({", ".join(map(str, r["seeds"]))}).')
+            notes.append(f'{what}: the seeds are not all different ({markdown(", ".join(map(str, r["seeds"])))}).')
         if r['subsets']:
             notes.append(f'{r["data"]}: the seeds are trained on different images.')
     return notes

@@ -29,8 +29,8 @@ class Progress:
 def find_checkpoint(args, restarted: bool = False) -> str:
     """Return the checkpoint to go on from, '' for none; called by one process.
 
-    It is that of --resume; with --resume auto, and where torchrun has restarted the processes, the newest one of the
-    run's folder.
+    It is that of --resume; with --resume auto or a folder, and where torchrun has restarted the processes, the newest
+    one of the run's folder.
 
     Args:
         args: Options.
@@ -50,6 +50,8 @@ def find_checkpoint(args, restarted: bool = False) -> str:
     if not args.resume_auto and not (restarted and args.experiment):
         return args.resume
     path = newest_checkpoint(folder)
+    if path is None and args.resume not in ('', 'auto') and args.resume_auto:
+        raise UsageError(f'--resume {args.resume}: no checkpoint in this folder')
     _logger.info(f'--resume auto: {path}' if path else f'--resume auto: nothing to resume in {folder}, a fresh start')
     if path is None:
         return '' if args.resume_auto else args.resume

@@ -41,7 +41,7 @@ from .errors import RunError, UsageError, first_line
 from .export import export_run, missing_exports
 from .files import replacing
 from .finite import KEPT, FiniteCheck
-from .options import recipe_values
+from .options import recipe_values, resume_command
 from .provenance import data_identity, environment
 from .resume import Progress, find_checkpoint, load_checkpoint, restore_ranks, resume, run_state
 from .seeding import BranchStreams
@@ -423,7 +423,10 @@ def heed(run: Run, decision: int) -> None:
         saved = save_recovery(run)
     if decision >= STOP:
         progress = run.progress
-        end = '--resume auto or --resume PATH goes on' if saved else 'NOT saved, older checkpoints are kept'
+        end = 'NOT saved, older checkpoints are kept'
+        if saved and run.output_dir:  # of the process that speaks
+            torchrun = ' (under torchrun, as before)' if run.args.distributed else ''
+            end = f'to go on{torchrun}: {resume_command(run.args, run.output_dir)}'
         raise stop_line(
             decision, f'after epoch {progress.epoch}, batch {progress.batch} of {len(run.loader_train)}; {end}')
 

@@ -35,7 +35,7 @@ from .data import (
 from .device import agreement, from_all, init_device
 from .errors import RunError, UsageError
 from .files import replacing
-from .parsing import one_line
+from .text import one_line
 from .trained import TrainedModel, load_branches, load_trained
 
 _logger = logging.getLogger('validate')

@@ -1,0 +1,39 @@
+"""Text of others (names of data, of classes, of models, versions, paths) where it is shown: it stays text."""
+import re
+from typing import Any
+
+MAX_LINE = 1000
+
+
+def one_line(text: Any, limit: int = MAX_LINE) -> str:
+    """Return text as one line that is safe to print: no control characters, a long middle left out."""
+    line = ' '.join(str(text).split())
+    line = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in line)
+    return line if len(line) <= limit else f'{line[:limit * 2 // 3]} ... {line[-limit // 4:]}'
+
+
+def markdown(text: Any) -> str:
+    """Return text as it is where it means nothing to Markdown or HTML, else as code.
+
+    Renderers make links of bare addresses too, whatever is escaped in them; in code none does.
+    """
+    line = one_line(text)
+    is_plain = re.fullmatch(r'[\w ,.:;+=/%()±-]*', line) and not re.search(r'://|www\.|\b_|_\b', line, re.IGNORECASE)
+    return line if is_plain else code(line)
+
+
+def code(text: Any) -> str:
+    """Return text as code in a line of Markdown, which may be one of a table."""
+    line = one_line(text).replace('|', r'\x7c')
+    pad = ' ' if line[:1] in ('', '`') or line[-1:] == '`' else ''
+    return f'{_fence(line, 1)}{pad}{line}{pad}{_fence(line, 1)}'
+
+
+def code_block(text: str, language: str) -> list[str]:
+    """Return the lines of a block of code."""
+    return [f'{_fence(text, 3)}{language}', text, _fence(text, 3)]
+
+
+def _fence(text: str, least: int) -> str:
+    """Return more backticks than the text has in a row."""
+    return '`' * max(least, *(1 + len(run) for run in re.findall('`*', text)))
