@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
 from timm_vpl import PairTask, PairWrapper, StagedLoss, Teacher, VPLLoss, base_term
@@ -63,6 +64,22 @@ def test_the_identity_of_other_data(folder):
     assert len({each['files'] for each in (*found, *digits, *tars)}) == 6
     shorter = {**found[0], 'classes': found[0]['classes'][:3]}
     assert data_changes(found[0], shorter) == {'classes': "class 3 was 'class3', now none"}
+
+
+class Cifar(Dataset):
+    """As torchvision has it: labels, and the name of the archive."""
+    filename = 'cifar-10-python.tar.gz'
+
+    def __init__(self, targets):
+        self.targets = targets
+
+    def __len__(self):
+        return len(self.targets)
+
+
+def test_the_identity_of_torchvision_data():
+    before, now = (data_identity(Cifar(labels), ['a', 'b', 'c']) for labels in ([2, 1, 0], [2, 1, 1]))
+    assert data_changes(before, now) == {'files': 'other images or labels'}
 
 
 def test_the_environment_is_plain_and_stable():

@@ -46,7 +46,7 @@ def _entries(dataset) -> Iterator[str]:
         start = len(os.path.join(source.root, ''))
         for path, label in samples:
             yield f'{str(path)[start:]}\0{label}'
-    elif hasattr(source, 'filename'):  # timm's readers of tars and of the digits
+    elif callable(getattr(source, 'filename', None)):  # timm's readers of tars and of the digits
         labels = getattr(source, 'targets', None)
         for index in range(len(source)):
             yield f'{source.filename(index)}\0{"" if labels is None else labels[index]}'

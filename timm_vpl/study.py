@@ -145,7 +145,7 @@ def check_plan(runs: Iterable[PlannedRun]) -> None:
         for dest in sorted({*then, *now} - parser.how - {'teacher'} | {'seed'}):
             preset = parser.presets.get(dest)
             before, after = then.get(dest, preset), now.get(dest, preset)
-            if before != after:
+            if before != after and show(before) != show(after):  # '' and none are alike
                 raise UsageError(f'{run.folder}: is finished with {dest} {show(before)}, the plan says {show(after)}; '
                                  f'name the row otherwise, or move the folder away')
 
