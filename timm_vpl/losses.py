@@ -80,14 +80,14 @@ def contrastive(
         embed_a, embed_b = _normalize(embed_a), _normalize(embed_b)
     if same_class == 'negative':
         classes = None
-    all_a, all_b, all_classes, all_ids, first, padding, share = embed_a, embed_b, classes, sample_ids, 0, None, 1
+    all_a, all_b, all_classes, all_ids, first, padding, share = embed_a, embed_b, classes, sample_ids, 0, None, 0.5
     if gather_rows is not None:
         all_a, all_b, counts = _Gather.apply(embed_a, embed_b, gather_rows)
         all_classes, all_ids = (
             x if x is None else _gather(F.pad(x, (0, gather_rows - len(x)))) for x in (classes, sample_ids))
         first = dist.get_rank() * gather_rows
         padding = (torch.arange(gather_rows, device=counts.device) >= counts[:, None]).flatten()
-        share = len(embed_a) * len(counts) / counts.sum()  # of all images, times the processes: 1 in even batches
+        share = len(embed_a) * len(counts) / (2 * counts.sum())  # half of it, times the processes: 0.5 in even batches
 
     # own[i, j]: column j is anchor i itself; dropped: neither negative nor positive; positive: beside the partner
     own = torch.arange(len(all_a), device=embed_a.device) == (
@@ -117,7 +117,7 @@ def contrastive(
         log_p = F.log_softmax(scores, dim=1).masked_fill(~chosen, 0.)
         return -(log_p.sum(dim=1) / chosen.sum(dim=1)).mean()
 
-    return share * (direction(embed_a, all_b, all_a) + direction(embed_b, all_a, all_b)) / 2
+    return share * (direction(embed_a, all_b, all_a) + direction(embed_b, all_a, all_b))
 
 
 def _normalize(embed):
