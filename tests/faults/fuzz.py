@@ -263,7 +263,7 @@ def run_case(watch: Watch, kind: str, number: int, seed: int, real: Path, inside
     if not wrong and (status not in (0, 1, 2) or 'Traceback' in shown.getvalue()):
         wrong = f'status {status}: {shown.getvalue()[-2000:]}'
     wrong = '\n'.join(filter(None, [wrong, *watch.found]))
-    if not wrong and list(inside.parent.rglob('ran')):
+    if not wrong and list(inside.rglob('ran')):
         wrong = 'a command was executed'
     if not wrong and '(traceback: ' in shown.getvalue():  # one line, but of no check
         wrong = f'{UNEXPECTED}{shown.getvalue().strip()[-300:]}'
