@@ -97,8 +97,12 @@ def test_a_row_runs_and_a_broken_one_is_listed(plan, tmp_path):
     other = plan({**SOLO, 'lr_a': 0.1}, seeds=[1])
     with pytest.raises(UsageError, match='a-seed-1: is finished with lr_a 0.003, the plan says 0.1; name the row'):
         check_plan(read_plan(other, None, out))
-    limited = start(plan(SOLO, seeds=[1, 2]), out, '--limit-minutes', '0.001')
-    assert limited.communicate()[0].startswith('a-seed-2: not started, it would not end in time\n')
+    # What would not end in time is not started, nor what it would teach; a broken row is listed all the same.
+    limited = start(plan(BROKEN, STUDENT, SOLO, seeds=[2]), out, '--limit-minutes', '0.001')
+    printed, err = limited.communicate()
+    assert printed.splitlines()[:2] == [
+        f'{name}-seed-2: not started, it would not end in time' for name in ('a', 'student')]
+    assert limited.returncode == 1 and err.startswith('Failed: broken-seed-2: its trial failed: ')
 
 
 @pytest.mark.slow

@@ -125,10 +125,11 @@ def _finish(prog: str, work: Callable[[], None]) -> int:
             print(f'{prog}: interrupted', file=sys.stderr)
         return 130
     except Exception as e:  # of this package, of another, or of user code
-        path = os.path.join(tempfile.gettempdir(), f'timm-vpl-{os.getpid()}.txt')
-        with open(path, 'w', encoding='utf-8', errors='replace') as file:
+        with tempfile.NamedTemporaryFile(
+                'w', prefix='timm-vpl-', suffix='.txt', encoding='utf-8', errors='replace', delete=False) as file:
             traceback.print_exc(file=file)
-        print(f'{prog}: error: {one_line(f"{type(e).__name__}: {first_line(e)}")} (traceback: {path})', file=sys.stderr)
+        message = one_line(f'{type(e).__name__}: {first_line(e)}')
+        print(f'{prog}: error: {message} (traceback: {file.name})', file=sys.stderr)
         return RunError.exit_status
     return 0
 

@@ -54,6 +54,11 @@ class PlannedRun:
         return [*words, '--output', str(output or self.folder.parent), '--experiment', f'{self.row}-seed-{self.seed}',
                 '--resume', 'auto']
 
+    @property
+    def log(self) -> Path:
+        """File of what the run prints, beside its folder."""
+        return self.folder.with_name(f'{self.folder.name}.log')
+
     def finished(self) -> Run | None:
         """Return the run, if it is finished."""
         if read_options(self.folder) is None:
@@ -205,6 +210,7 @@ class Runner:
         self.estimates: dict[str, float] = {}
         self.active: dict[PlannedRun, tuple[subprocess.Popen, float]] = {}
         self.failed: dict[PlannedRun, str] = {}
+        self.left_out: set[PlannedRun] = set()
 
     def run(self) -> list[str]:
         """Run all; return a line for each run that failed."""
@@ -224,21 +230,30 @@ class Runner:
 
     def _start(self) -> None:
         for run in list(self.waiting):
-            if run.teacher in self.active or run.teacher in self.waiting:
+            if run.teacher in self.active or run.teacher in self.waiting or len(self.active) >= self.jobs:
                 continue
+            self.waiting.remove(run)
             if run.teacher in self.failed:
-                self.waiting.remove(run)
                 self.failed[run] = f'{run.folder.name}: its teacher {run.teacher.folder.name} failed'
-            elif len(self.active) < self.jobs:
-                self.waiting.remove(run)
-                if self.end is not None and time.time() + MARGIN * self._expected(run) > self.end:
-                    print(f'{run.folder.name}: not started, it would not end in time', flush=True)
-                    continue
-                with open(run.folder.with_suffix('.log'), 'ab') as log:
+            elif run.teacher in self.left_out or self._too_late(run):
+                self.left_out.add(run)
+                print(f'{run.folder.name}: not started, it would not end in time', flush=True)
+            elif run not in self.failed:
+                with open(run.log, 'ab') as log:
                     process = subprocess.Popen(
                         [sys.executable, '-m', 'timm_vpl', 'train', *run.command()],
                         stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[self.lock])
                 self.active[run] = process, time.time()
+
+    def _too_late(self, run: PlannedRun) -> bool:
+        """Return whether a run would not end in time; where its trial fails, the run has failed."""
+        if self.end is None:
+            return False
+        try:
+            return time.time() + MARGIN * self._expected(run) > self.end
+        except RunError as e:
+            self.failed[run] = str(e)
+            return False
 
     def _expected(self, run: PlannedRun) -> float:
         if run.row not in self.estimates:
@@ -250,7 +265,7 @@ class Runner:
         done = self.total - len(self.waiting) - len(self.active)
         result = f'{seconds / 60:.1f} min'
         if status or run.finished() is None:
-            lines = run.folder.with_suffix('.log').read_text(errors='replace').strip().splitlines() or ['']
+            lines = run.log.read_text(errors='replace').strip().splitlines() or ['']
             self.failed[run] = f'{run.folder.name}: status {status}, {one_line(lines[-1])}'
             result += f', FAILED: {one_line(lines[-1], 200)}'
         else:
@@ -301,7 +316,11 @@ def dry_run(runs: Sequence[PlannedRun], left: Sequence[PlannedRun]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         for row in dict.fromkeys(run.row for run in left):
             todo = [run for run in left if run.row == row]
-            seconds, cores = trial(todo[0], Path(folder, 'row-' + row))
+            try:
+                seconds, cores = trial(todo[0], Path(folder, 'row-' + row))
+            except RunError as e:
+                lines.append(str(e))
+                continue
             each = seconds / 3600 * len(todo)
             hours, core_hours = hours + each, core_hours + each * cores
             lines.append(f'{row}  {len(todo)}  {seconds / 60:.1f}  {each * cores:.2f}')
