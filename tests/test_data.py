@@ -14,10 +14,10 @@ from PIL import Image
 from timm.data import create_transform
 from timm.utils.misc import natural_key
 
-from timm_vpl.checkpoint import read_checkpoint
 from timm_vpl.cli import train
-from timm_vpl.data import DigitsReader, SeededSampler, _guard_posterize, class_names, create_split
-from timm_vpl.options import parse_args
+from timm_vpl.data.data import DigitsReader, SeededSampler, _guard_posterize, class_names, create_split
+from timm_vpl.engine.checkpoint import read_checkpoint
+from timm_vpl.options.options import parse_args
 
 MODELS = ['--model-a', 'test_resnet', '--model-b', 'test_vit', '--img-size', '32', '--device', 'cpu', '-j', '0']
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from timm_vpl import ContrastiveLoss, VPLLoss, options
+from timm_vpl import ContrastiveLoss, VPLLoss
 from timm_vpl.errors import RunError, UsageError
-from timm_vpl.options import parse_args, recipe_path, recipe_values, timm_model_names
+from timm_vpl.options import options
+from timm_vpl.options.options import parse_args, recipe_path, recipe_values, timm_model_names
 
 ROOT = Path(__file__).parents[1]
 PAIR = ['--model-a', 'resnet18', '--model-b', 'vit_tiny_patch16_224']
@@ -421,7 +422,7 @@ def test_every_changed_default_is_in_the_docs():
 def test_a_mistake_imports_nothing_heavy():
     script = (
         'import sys\n'
-        'from timm_vpl.options import parse_args\n'
+        'from timm_vpl.options.options import parse_args\n'
         'try:\n'
         "    parse_args(['--dataset', 'digits', '--model-a', 'resnet5O', '--model-b', 'x'])\n"
         'finally:\n'
