@@ -346,9 +346,9 @@ def test_recipe_by_bare_name(monkeypatch, tmp_path):
         package = tmp_path / layout / 'timm_vpl'
         hparams = package.parent / 'hparams' if layout == 'clone' else package / 'hparams'
         hparams.mkdir(parents=True)
-        package.mkdir(exist_ok=True)
+        (package / 'options').mkdir(parents=True, exist_ok=True)
         (hparams / 'quick.yaml').write_text('epochs: 3')
-        monkeypatch.setattr(options, '__file__', str(package / 'options.py'))
+        monkeypatch.setattr(options, '__file__', str(package / 'options' / 'options.py'))
         assert recipe_path('quick') == recipe_path('quick.yaml') == hparams / 'quick.yaml'
         assert recipe_path(str(hparams / 'quick.yaml')) == hparams / 'quick.yaml'
 
