@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from PIL import Image
 from timm.data import ImageDataset, ImageNetInfo, create_loader, resolve_model_data_config
 from timm.models import save_for_hf
 
-from timm_vpl.cli import _validate_args, main, train
+from timm_vpl.cli import main, train
 from timm_vpl.engine.evaluate import RealLabelsEvaluator, evaluate
 from timm_vpl.engine.trained import TrainedModel, load_branches
+from timm_vpl.options.commands import parse_command
 from timm_vpl.tools.validation import COLUMNS, _create_pass, load_all, real_label_sets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,8 +147,8 @@ def test_imagenet_v2(imagenet_v2, dataset, shuffled):
     model = timm.create_model('test_vit', num_classes=1000, img_size=32)
     trained = TrainedModel(model, 'test_vit', 'test_vit', {
         **resolve_model_data_config(model), 'input_size': (3, 8, 8), 'crop_pct': 1.}, names)
-    args = _validate_args(
-        ['test_vit', str(imagenet_v2), '--dataset', dataset, '--imagenet-v2', *QUICK], 'timm-vpl validate')
+    args = Namespace(**vars(parse_command(
+        'validate', ['test_vit', str(imagenet_v2), '--dataset', dataset, '--imagenet-v2', *QUICK])), prefetcher=True)
     args.distributed = False
     each = _create_pass(args, [trained], CPU)
 

@@ -2,9 +2,19 @@
 
 The training loop knows none of them. Nothing heavy is imported here.
 """
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, NamedTuple
 
+from .method_options import (
+    CosubOptions,
+    DeiTOptions,
+    DistillOptions,
+    DMLOptions,
+    NoOptions,
+    VPLOptions,
+    distill_terms,
+)
 from .names import SIDES
 
 
@@ -17,7 +27,7 @@ class Method(NamedTuple):
         criterion: `criterion(args, epochs, base_loss)` -> StagedLoss; its terms say who learns what, in which
             optimizer phase, from one view of an image or two.
         passes: Forwards for an image in a training step, over all networks, by the options.
-        options: Names of the options, of those that belong to methods, that it reads.
+        options: Dataclass of the options of its own, a row each (`option`).
         updates: Optimizer updates a batch, by the options.
         projects: Whether a term compares embeddings, which may need the affine layer, by the options.
         teacher: Whether a frozen network stands in the place of the other branch: 'never', 'always', or 'alone',
@@ -30,9 +40,9 @@ class Method(NamedTuple):
     description: str
     models: tuple[int, ...]
     criterion: Callable
-    passes: Callable[[Mapping[str, Any]], int]
-    options: tuple[str, ...] = ()
-    updates: Callable[[Mapping[str, Any]], int] = lambda options: 1
+    passes: Callable[[Any], int]
+    options: type = NoOptions
+    updates: Callable[[Any], int] = lambda options: 1
     projects: Callable[[Any], bool] = lambda args: True
     teacher: str = 'never'
     distilled: bool = False
@@ -45,19 +55,9 @@ class Method(NamedTuple):
         return self.teacher == 'always' or (self.teacher == 'alone' and len(args.sides) == 1)
 
 
-CONTRASTIVE_OPTIONS = ('tau', 'similarity', 'same_class', 'gather')
-TEACHER_OPTIONS = ('teacher', 'teacher_branch')
-
-
 def partner_of(side: str) -> str:
     """Return the other side."""
     return SIDES[side == SIDES[0]]
-
-
-def distill_terms(args) -> tuple[str, ...]:
-    """Return the pair terms of two-step distillation: those asked for, else what the student's side learns in VPL."""
-    terms = args.distill_terms or {'a': 'kl', 'b': 'contrastive'}[args.sides[0]]
-    return ('contrastive', 'kl') if terms == 'both' else (terms,)
 
 
 # Each imports the criterion when it is called, since that is slow.
@@ -144,8 +144,7 @@ METHODS: dict[str, Method] = {
         models=(2,),
         criterion=_vpl,
         passes=lambda options: 2,
-        options=('x', 'y', 'rho', 'kl_to', 'kl_weight', 'contrastive_to', 'contrastive_weight', 'affine_side',
-                 *CONTRASTIVE_OPTIONS),
+        options=VPLOptions,
         citation='''@inproceedings{tong2022vpl,
   title = {Vision Pair Learning: An Efficient Training Framework for Image Classification},
   author = {Tong, Bei and Yu, Xiaoyuan},
@@ -163,9 +162,9 @@ METHODS: dict[str, Method] = {
         'deep mutual learning',
         models=(2,),
         criterion=_dml,
-        passes=lambda options: 2 if options.get('dml_joint') else 3,
-        options=('rho', 'kl_weight', 'dml_joint'),
-        updates=lambda options: 1 if options.get('dml_joint') else 2,
+        passes=lambda options: 2 if options.dml_joint else 3,
+        options=DMLOptions,
+        updates=lambda options: 1 if options.dml_joint else 2,
         projects=lambda args: False,
         citation='''@inproceedings{zhang2018dml,
   title = {Deep Mutual Learning},
@@ -179,7 +178,7 @@ METHODS: dict[str, Method] = {
         models=(1,),
         criterion=_distill,
         passes=lambda options: 2,
-        options=('distill_terms', 'rho', 'kl_weight', 'contrastive_weight', *CONTRASTIVE_OPTIONS, *TEACHER_OPTIONS),
+        options=DistillOptions,
         projects=lambda args: 'contrastive' in distill_terms(args),
         teacher='always',
     ),
@@ -188,7 +187,7 @@ METHODS: dict[str, Method] = {
         models=(1, 2),
         criterion=_deit,
         passes=lambda options: 2,
-        options=('distillation_type', 'distillation_alpha', 'distillation_tau', *TEACHER_OPTIONS),
+        options=DeiTOptions,
         projects=lambda args: False,
         teacher='alone',
         distilled=True,
@@ -205,7 +204,7 @@ METHODS: dict[str, Method] = {
         models=(1,),
         criterion=_cosub,
         passes=lambda options: 2,
-        options=('drop_path_skip',),
+        options=CosubOptions,
         uniform_drop_path=True,
         bce=True,
         citation='''@article{touvron2022cosub,
@@ -218,4 +217,4 @@ METHODS: dict[str, Method] = {
     ),
 }
 
-METHOD_OPTIONS = sorted({name for method in METHODS.values() for name in method.options})
+METHOD_OPTIONS = sorted({field.name for method in METHODS.values() for field in fields(method.options)})

@@ -233,7 +233,7 @@ def create_pair(
         pair = PairWrapper(
             models.get('a'),
             models.get('b'),
-            affine_side=args.affine_side,
+            affine_side=getattr(args, 'affine_side', 'b'),
             partner_dim=None if teacher is None else teacher.embed_dim,
             affine=METHODS[args.method].projects(args),
         )
@@ -414,7 +414,7 @@ def create_optimizer(args, pair: PairWrapper, lrs: dict[str, float]) -> torch.op
     if getattr(optimizer, 'is_second_order', False):
         raise UsageError(f'--opt {args.opt}: not available, fused attention and the gather have no second derivative')
     clips = [key for key in ('max_grad_norm', 'grad_clip_norm') if optimizer.defaults.get(key)]
-    if clips and len(pair.sides) > 1 and METHODS[args.method].updates(vars(args)) == 1:
+    if clips and len(pair.sides) > 1 and METHODS[args.method].updates(args) == 1:
         _logger.warning(
             f'--opt {args.opt} clips gradients by one norm over both branches ({clips[0]}='
             f'{optimizer.defaults[clips[0]]}), which couples them; --opt-kwargs {clips[0]}=None and --clip-grad clip '

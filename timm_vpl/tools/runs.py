@@ -3,7 +3,7 @@ import csv
 import math
 import os
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..core.names import SIDES
 from ..errors import UsageError
 from ..options.options import build_parser, options_without_effect
 from ..options.parsing import read_yaml
+from ..options.train import make_options
 
 COSTS = ('flops', 'image_passes', 'seconds', 'device_hours')  # they add up over the epochs
 _SINGLE = ('model_a', 'model_b', 'seed', 'contrastive_to', 'kl_to', 'val_split')
@@ -100,7 +101,7 @@ def read_run(path: Path) -> Run:
         raise UsageError(f'{path} is not the folder of a run: it has no args.yaml that names a method')
     rows = {}
     method = METHODS.get(options['method'])  # None: a method of the user's own
-    passes = method and method.passes(options)
+    passes = method and method.passes(make_options(options).own)
     for cells in _read_table(path / 'summary.csv'):
         row = {name: number(cell) for name, cell in cells.items()}
         row['image_passes'] = _product(row.get('images'), passes)
@@ -192,7 +193,7 @@ def make_recipe(options: dict[str, Any], sides: tuple[str, ...], path: Path) -> 
     method, parser = options['method'], build_parser()
     idle = parser.how | {'dataset'}  # the data are compared by themselves
     if method in METHODS:
-        idle |= set(METHOD_OPTIONS).difference(METHODS[method].options)
+        idle |= set(METHOD_OPTIONS).difference(field.name for field in fields(METHODS[method].options))
         idle |= options_without_effect(Namespace(**{**parser.presets, **options, 'sides': sides}))
     absent = tuple(f'_{side}' for side in SIDES if side not in sides)
     recipe = {

@@ -11,18 +11,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from timm_vpl import cli
-from timm_vpl.options.options import REFUSED, build_parser, parse_args
+from timm_vpl.options.commands import COMMANDS, command_parser, parse_command
+from timm_vpl.options.refused import REFUSED
+from timm_vpl.options.train import build_parser, parse_args
 
-PARSERS = {
-    'train': build_parser(), 'validate': cli.validate_parser(), 'export': cli.export_parser(),
-    'report': cli.report_parser()}
+PARSERS = {'train': build_parser(), **{name: command_parser(name) for name in COMMANDS}}
 FLAGS = {name: sorted(parser._option_string_actions) for name, parser in PARSERS.items()}
-DESTS = sorted(PARSERS['train'].actions())
+DESTS = sorted(PARSERS['train'].entries)
 WORDS = {
     'train': ['--dataset', 'digits', '--model-a', 'resnet18', '--model-b', 'vit_tiny_patch16_224'],
     'validate': ['resnet18', '--dataset', 'digits'],
     'export': ['run'],
     'report': ['run'],
+    'study': ['plan.yaml'],
 }
 
 # Surrogates are what bytes that are not UTF-8 become on a command line.
@@ -115,12 +116,7 @@ def ends_well(prog, work):
 def drive(command, words):
     """Give a command its words."""
     prog = f'timm-vpl {command}'
-    ends_well(prog, {
-        'train': lambda: parse_args(words, prog),
-        'validate': lambda: cli._validate_args(words, prog),
-        'export': lambda: cli._parse(cli.export_parser(prog), words),
-        'report': lambda: cli._parse(cli.report_parser(prog), words),
-    }[command])
+    ends_well(prog, lambda: parse_args(words, prog) if command == 'train' else parse_command(command, words, prog))
 
 
 def drive_recipe(data, words):

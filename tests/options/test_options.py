@@ -4,18 +4,32 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from timm_vpl import ContrastiveLoss, VPLLoss
+from timm_vpl.core.names import DEFAULT_TAU
+from timm_vpl.core.option import SAME
 from timm_vpl.errors import RunError, UsageError
-from timm_vpl.options import options
-from timm_vpl.options.options import parse_args, recipe_path, recipe_values, timm_model_names
+from timm_vpl.options import recipes, train
+from timm_vpl.options.checks import timm_model_names
+from timm_vpl.options.page import options_markdown
+from timm_vpl.options.parser import show
+from timm_vpl.options.recipes import recipe_path
+from timm_vpl.options.refused import REFUSED, check_not_refused
+from timm_vpl.options.train import build_parser, recipe_values
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAIR = ['--model-a', 'resnet18', '--model-b', 'vit_tiny_patch16_224']
 DIGITS = ['--dataset', 'digits', *PAIR]
+
+
+def parse_args(argv, **kwargs):
+    """Return all options by name."""
+    options = train.parse_args(argv, **kwargs)
+    return SimpleNamespace(**options.flat(), sides=options.sides)
 
 
 def error_line(capsys, argv):
@@ -46,15 +60,15 @@ def test_exit_statuses():
 
 def test_defaults_are_those_of_the_paper():
     args = parse_args(DIGITS)
-    assert (args.method, args.x, args.y, args.rho, args.tau) == ('vpl', 20., 20., 1., options.DEFAULT_TAU)
+    assert (args.method, args.x, args.y, args.rho, args.tau) == ('vpl', 20., 20., 1., DEFAULT_TAU)
     assert (args.similarity, args.contrastive_to, args.kl_to, args.affine_side) == ('cosine', 'b', 'a', 'b')
     assert (args.contrastive_weight, args.kl_weight, args.same_class, args.gather) == (1., 1., 'negative', True)
     assert (args.opt, args.sched, args.aa, args.reprob, args.epochs, args.batch_size) == (
         'adamw', 'cosine', 'v0', 0.25, 300, 128)
     assert (args.model_ema, args.model_ema_warmup, args.model_ema_decay) == (True, True, 0.9998)
     assert (args.lr_a, args.lr_b, args.lr_base_a, args.lr_base_b, args.lr_base_size) == (None, None, .005, .002, 1600)
-    assert (args.weight_decay, args.weight_decay_a, args.weight_decay_b) == (None, 0.05, 0.05)
-    assert (args.sides, args.prefetcher, args.device) == (('a', 'b'), True, None)
+    assert (args.weight_decay_a, args.weight_decay_b) == (0.05, 0.05)
+    assert (args.sides, args.device) == (('a', 'b'), None)
 
 
 def test_the_losses_have_the_defaults_of_the_options():
@@ -70,14 +84,14 @@ def test_the_losses_have_the_defaults_of_the_options():
 def test_branch_value_wins_over_shared_over_default():
     args = parse_args([
         *DIGITS, '--drop-path', '0.1', '--drop-path-b', '0.3', '--lr-base-a', '.001', '--clip-grad', '1'])
-    assert (args.drop_path, args.drop_path_a, args.drop_path_b) == (0.1, 0.1, 0.3)
-    assert (args.lr_base, args.lr_base_a, args.lr_base_b) == (None, 0.001, 0.002)
+    assert (args.drop_path_a, args.drop_path_b) == (0.1, 0.3)
+    assert (args.lr_base_a, args.lr_base_b) == (0.001, 0.002)
     assert (args.clip_grad_a, args.clip_grad_b) == (1., 1.)
 
 
 def test_on_off_options_of_a_branch():
     args = parse_args([*DIGITS, '--channels-last', '--no-channels-last-b', '--no-model-ema'])
-    assert (args.channels_last, args.channels_last_a, args.channels_last_b) == (True, True, False)
+    assert (args.channels_last_a, args.channels_last_b) == (True, False)
     assert args.model_ema is False
 
 
@@ -184,9 +198,7 @@ def test_model_names_are_those_that_timm_registers():
     ([*DIGITS, '--amp=yes'], "--amp/--no-amp: takes no value, not 'yes'"),
     # combinations
     ([*DIGITS, '-b', '31', '--cutmix', '1'], '--batch-size 31 is odd, --mixup and --cutmix need an even one'),
-    ([*DIGITS, '--sched', 'plateau', '--sched-on-updates'], '--sched plateau follows the validation, it has no '
-     '--sched-on-updates'),
-    ([*DIGITS, '--in-chans', '1', '--mean', '0', '0', '0'], '--mean 0 0 0 has 3 values, the images have 1 channels'),
+    ([*DIGITS, '--in-chans', '1', '--mean', '0', '0', '0'], '--mean-a 0 0 0 has 3 values, the images have 1 channels'),
     # options
     ([*DIGITS, '--model_a', 'x'], 'unknown option --model_a, did you mean --model-a? (see --help)'),
     ([*DIGITS, '--epoch', '3'], 'unknown option --epoch, did you mean --epochs, --stop-epoch or --start-epoch? '
@@ -205,12 +217,12 @@ def test_model_names_are_those_that_timm_registers():
      'recipes: first'),
 ])
 def test_mistakes_get_one_line(argv, message, capsys, monkeypatch):
-    monkeypatch.setattr(options, '_recipes', lambda: {'first': Path('first.yaml'), 'second': Path('second.yaml')})
+    monkeypatch.setattr(recipes, '_recipes', lambda: {'first': Path('first.yaml'), 'second': Path('second.yaml')})
     assert error_line(capsys, argv) == message
 
 
 @pytest.mark.parametrize('flag', [
-    name for name in options.REFUSED if not name.endswith('*')] + ['--naflex-loader', '--train-size-probs'])
+    name for name in REFUSED if not name.endswith('*')] + ['--naflex-loader', '--train-size-probs'])
 def test_refused_options(flag, capsys, recipe):
     assert error_line(capsys, [*DIGITS, flag, '1']).startswith(f'{flag} is not available: ')
     key = flag[2:].replace('-', '_')
@@ -220,8 +232,8 @@ def test_refused_options(flag, capsys, recipe):
 
 
 def test_no_option_is_also_refused():
-    for flag in options.build_parser()._option_string_actions:
-        options._check_not_refused(flag)
+    for flag in build_parser()._option_string_actions:
+        check_not_refused(flag)
 
 
 def test_choices_are_named(capsys):
@@ -269,7 +281,8 @@ def test_recipe_gives_values_and_the_command_line_wins(recipe):
     args = parse_args(['--config', path, '--no-amp', '--y', '30'])
     assert (args.model_a, args.model_b, args.y, args.amp, args.model_ema) == (
         'resnet18', 'vit_tiny_patch16_224', 30., False, False)
-    assert (args.lr_base_a, args.lr_base_b, args.seed, args.mean, args.std) == (.001, .001, 42, [0.5, -0.5, 1.], [0.5])
+    assert (args.lr_base_a, args.lr_base_b, args.seed, args.mean_a, args.std_b) == (
+        .001, .001, 42, (0.5, -0.5, 1.), (0.5,))
     assert (args.experiment, args.torchcompile) == ('007', 'inductor')
     assert args.model_kwargs_b == {'act_layer': 'gelu', 'depths': [1, 2], 'flag': True}
     assert parse_args(['-c', path]).amp is True
@@ -348,19 +361,18 @@ def test_recipe_by_bare_name(monkeypatch, tmp_path):
         hparams.mkdir(parents=True)
         (package / 'options').mkdir(parents=True, exist_ok=True)
         (hparams / 'quick.yaml').write_text('epochs: 3')
-        monkeypatch.setattr(options, '__file__', str(package / 'options' / 'options.py'))
+        monkeypatch.setattr(recipes, '__file__', str(package / 'options' / 'recipes.py'))
         assert recipe_path('quick') == recipe_path('quick.yaml') == hparams / 'quick.yaml'
         assert recipe_path(str(hparams / 'quick.yaml')) == hparams / 'quick.yaml'
 
 
 def test_values_of_a_run_are_a_recipe_of_it(recipe):
-    args = parse_args([
+    args = train.parse_args([
         *DIGITS, '--lr', '1e-3', '--lr-b', '0.5', '--model-kwargs-a', 'a=1', 'b=x y', '--no-aug', '--no-gather',
         '--dist-bn', '', '--wandb-tags', 'one', 'two', '--crop-pct', '0.9', '--aa', '', '--input-size', '3', '32', '32',
     ])
-    again = parse_args(['-c', recipe(yaml.safe_dump(recipe_values(args)))])
-    again.config, again.command_line = None, args.command_line  # where it came from, not what it is
-    assert vars(again) == vars(args)
+    again = train.parse_args(['-c', recipe(yaml.safe_dump(recipe_values(args)))])
+    assert again.flat() == {**args.flat(), 'config': again.run.config}
 
 
 # Warnings
@@ -377,7 +389,7 @@ def test_values_of_a_run_are_a_recipe_of_it(recipe):
     (['--amp-dtype', 'bfloat16'], ['--amp-dtype: no effect, --amp is off']),
     (['--amp', '--amp-dtype', 'bfloat16'], []),
     (['--lr-a', '0.1', '--lr-base', '0.2'], []),
-    (['--lr', '0.1', '--lr-base', '0.2'], ['--lr-base: no effect, the learning rates are given']),
+    (['--lr', '0.1', '--lr-base', '0.2'], ['--lr-base: no effect, --lr is given']),
     (['--no-aug', '--hflip', '0'], ['--hflip: no effect, --no-aug turns off all augmentation']),
     (['--method', 'solo', '--model-b', '', '--lr-b', '0.1', '--x', '30'],
      ['--x: no effect, --method solo does not read it', '--lr-b: no effect, there is no --model-b']),
@@ -399,30 +411,33 @@ def test_help_shows_both_defaults_and_the_branches(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert text.startswith('usage: timm-vpl train ')
     assert '(default: adamw; timm: sgd)' in text
-    assert '(default: 0.005 for a, 0.002 for b; timm: 0.1) (also --lr-base-a, --lr-base-b)' in text
+    assert '(default: 0.005 for a, 0.002 for b; timm: 0.1)' in text and 'OPTION-a and OPTION-b set one' in text
     assert 'percent of the epochs before the KL term starts (paper: 20) (default: 20)' in text
     assert '(default: 300)' in text and '--local-rank' not in text
 
 
 def test_every_changed_default_is_in_the_docs():
-    assert [row[:3] for row in options.build_parser().changed] == [
+    assert [
+        (entry.flag, entry.shown, show(entry.row.timm)) for entry in build_parser().entries.values()
+        if entry.row.timm is not SAME and entry.side in (None, 'both')
+    ] == [
+        ('--lr-base', '0.005 for a, 0.002 for b', '0.1'),
+        ('--weight-decay', '0.05', '2e-05'),
         ('--device', 'cuda, then mps, then cpu', 'cuda'),
         ('--opt', 'adamw', 'sgd'),
-        ('--weight-decay', '0.05', '2e-05'),
-        ('--lr-base', '0.005 for a, 0.002 for b', '0.1'),
         ('--lr-base-size', '1600', '256'),
         ('--aa', 'v0', 'none'),
         ('--reprob', '0.25', '0'),
         ('--model-ema', 'on', 'off'),
         ('--model-ema-warmup', 'on', 'off'),
     ]
-    assert (ROOT / 'docs' / 'options.md').read_text(encoding='utf-8') == options.options_markdown()
+    assert (ROOT / 'docs' / 'options.md').read_text(encoding='utf-8') == options_markdown()
 
 
 def test_a_mistake_imports_nothing_heavy():
     script = (
         'import sys\n'
-        'from timm_vpl.options.options import parse_args\n'
+        'from timm_vpl.options.train import parse_args\n'
         'try:\n'
         "    parse_args(['--dataset', 'digits', '--model-a', 'resnet5O', '--model-b', 'x'])\n"
         'finally:\n'

@@ -20,7 +20,7 @@ from timm_vpl.engine import build
 from timm_vpl.options.options import build_parser, parse_args
 from timm_vpl.options.parsing import read_recipe
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / 'hparams').glob('*.yaml'))
 CLASSES = {'imagenet': 1000, 'cifar10': 10, 'cifar100': 100, 'flowers102': 102, 'cars': 196, 'quickstart': 10,
            'finetune': 10}
@@ -36,7 +36,7 @@ TERMS = {
 GIVEN = {
     'aa', 'batch_size', 'decay_rate', 'distillation_tau', 'distillation_type', 'epochs', 'lr_base_a', 'lr_base_b',
     'lr_base_size', 'method', 'model_ema', 'model_ema_decay', 'model_ema_warmup', 'momentum', 'opt', 'reprob', 'sched',
-    'smoothing', 'warmup_epochs', 'x', 'y'}
+    'smoothing', 'warmup_epochs', 'weight_decay_a', 'weight_decay_b', 'x', 'y'}
 # Learning rates and images an update that are not the VPL paper's.
 OTHERS = {
     '_original_': ({'a': 0.1}, 256),
@@ -116,8 +116,10 @@ def test_header_and_options(path, digits_folder, caplog):
     with caplog.at_level(logging.WARNING):
         args = options_of(path, digits_folder)
     assert not caplog.records  # no option without effect
-    presets = build_parser().presets
-    defaults = {dest for dest in read_recipe(path) if getattr(args, dest) == presets[dest]}
+    given = {name for dest in read_recipe(path) for name in (dest, f'{dest}_a', f'{dest}_b')}
+    defaults = {
+        dest for dest, entry in build_parser().entries.items()
+        if dest in given and entry.side in (None, *args.sides) and getattr(args, dest) == entry.default}
     assert defaults - {'pretrained_a', 'pretrained_b'} <= GIVEN  # the stand-ins undo these two
     kind, _, name = args.dataset.partition('/')
     assert kind in ('', 'digits', 'torch', 'hfds') and (kind != 'torch' or name in dataset_factory._TORCH_BASIC_DS)

@@ -1,0 +1,99 @@
+"""An option as a row: a field of a dataclass that carries every fact about it. Importing this costs nothing."""
+import argparse
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+SAME: Any = object()  # the default is timm's, or that of branch a
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of an option beside its name, its type and its default.
+
+    Args:
+        help: What it does; '' hides it.
+        flags: Further spellings on the command line, such as '-b'.
+        shown: How the default reads, if not as its value.
+        timm: timm's default, where ours differs.
+        why: Why it differs.
+        default_b: Default of branch b, where it differs from that of branch a.
+        choices: The values that are taken.
+        metavar: Name of the value in the help.
+        const: Value of a flag that is given without one.
+        null: What `null` in a recipe means, if not 'not given'.
+        positional: Whether it is an argument without a flag.
+        own_only: Whether each branch has it for itself alone: no form sets both.
+        resume: Whether a run that goes on may have another value: 'fixed' refuses, 'free' allows, 'warned' warns.
+        how: Whether it says how or where a run is done, not what is trained: no row of a report tells it.
+        recipe: Whether it is part of a run's recipe (`args.yaml`).
+        card: Whether a public card may show it, not what names files of a machine; None: unless it is a `how`.
+        idle: Reasons for which it can have no effect.
+    """
+    help: str
+    flags: tuple[str, ...] = ()
+    shown: str = ''
+    timm: Any = SAME
+    why: str = ''
+    default_b: Any = SAME
+    choices: Collection[str] | None = None
+    metavar: str | None = None
+    const: Any = None
+    null: str | None = None
+    positional: bool = False
+    own_only: bool = False
+    resume: str = ''
+    how: bool = False
+    recipe: bool = True
+    card: bool | None = None
+    idle: 'tuple[Idle, ...]' = ()
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Why options have no effect: the reason, and `applies(options)`, which holds where they have none."""
+    reason: str
+    applies: Callable[[Any], bool]
+
+
+def option(default: Any, help: str, *flags: str, **facts: Any) -> Any:
+    """Return the field of an option; a bool is a flag with a `--no-` form, unless its name begins with `no_`.
+
+    Args:
+        default: Its default.
+        help: As of `Row`, like all further arguments.
+        *flags: Further spellings.
+        **facts: The other facts of `Row`.
+    """
+    row = Row(help, flags, **facts)
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={'row': row})
+    return field(default=default, metadata={'row': row})
+
+
+def number(kind: type, wanted: str, valid: Callable[[Any], bool] = lambda value: True) -> Callable[[str], Any]:
+    """Return the argparse type of a finite number for which `valid` holds; errors name what is `wanted`."""
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        # NaN fails the comparison, an integer of any size passes it.
+        if not (-math.inf < value < math.inf and valid(value)):
+            raise argparse.ArgumentTypeError(f'{text!r} is not {wanted}')
+        return value
+    setattr(parse, 'metavar', 'N' if kind is int else 'X')  # noqa: B010
+    return parse
+
+
+Number = Annotated[float, number(float, 'a finite number')]
+Positive = Annotated[float, number(float, 'a number > 0', lambda value: value > 0)]
+NonNegative = Annotated[float, number(float, 'a number >= 0', lambda value: value >= 0)]
+Probability = Annotated[float, number(float, 'a number from 0 to 1', lambda value: 0 <= value <= 1)]
+BelowOne = Annotated[float, number(float, 'a number >= 0 and < 1', lambda value: 0 <= value < 1)]
+Inside01 = Annotated[float, number(float, 'a number > 0 and < 1', lambda value: 0 < value < 1)]
+Repeats = Annotated[float, number(float, '0 or a number >= 1', lambda value: value == 0 or value >= 1)]
+Count = Annotated[int, number(int, 'a whole number >= 1', lambda value: value >= 1)]
+Whole = Annotated[int, number(int, 'a whole number >= 0', lambda value: value >= 0)]
+Name = Annotated[str | None, lambda text: text or None]  # of a model, None for an empty one

@@ -1,0 +1,256 @@
+"""Checks of options that are cheap: contradictions, and names of what is not there."""
+import functools
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.methods import METHODS
+from ..core.names import SIDES
+from ..errors import UsageError
+from .parser import did_you_mean, flag_of, show
+from .sections import DATASET_KINDS, Source
+
+if TYPE_CHECKING:
+    from .train import Options
+
+REGISTERED = re.compile(r'@register_model\ndef (\w+)\(')  # a model, in timm's sources
+
+
+def check(options: 'Options', given: Mapping[str, Any]) -> None:
+    """Raise UsageError where options contradict each other or name something that is not there.
+
+    Args:
+        options: The options.
+        given: What was given, by dest.
+    """
+    data, run, augmentation = options.data, options.run, options.augmentation
+    _check_models(options)
+    _check_method(options, given)
+    if data.train_split == data.val_split:
+        raise UsageError(f'--train-split and --val-split are both {data.val_split}, which validates on training images')
+    check_dataset(data, ('train_split', 'val_split'))
+    files = {f'{name}_{side}': getattr(branch, name) for side, branch in options.branches.items()
+             for name in ('initial_checkpoint', 'pretrained_path')}
+    for dest, path in {**files, 'resume': '' if is_auto(run.resume) else run.resume}.items():
+        if path and not os.path.isfile(path):
+            raise UsageError(f'{flag_of(dest)} {path}: no such file')
+    _check_experiment(run.experiment)
+    if run.resume == 'auto' and not run.experiment:
+        raise UsageError("--resume auto needs --experiment NAME: without it a run's folder has a new name each time")
+    for dest in ('scale', 'ratio', 'cutmix_minmax'):
+        values = getattr(augmentation, dest)
+        if values and values[0] > values[1]:
+            raise UsageError(f'{flag_of(dest)} {show(values)}: the first is larger than the second')
+    x, y = getattr(options.own, 'x', 0), getattr(options.own, 'y', 0)
+    if Fraction(str(x)) + Fraction(str(y)) > 100:  # the decimals as written: 33.4 + 66.6 is 100
+        raise UsageError(f'--x {x:g} and --y {y:g} add up to more than 100 percent of the epochs')
+    if augmentation.mixes and options.loader.batch_size % 2:
+        raise UsageError(f'--batch-size {options.loader.batch_size} is odd, --mixup and --cutmix need an even one')
+    if data.input_img_mode not in (None, 'L', 'RGB') and augmentation.aa and not augmentation.no_aug:
+        raise UsageError(f"--aa {augmentation.aa}: its operations know images of mode L and RGB, not --input-img-mode "
+                         f"{data.input_img_mode}; --aa '' goes without")
+    for side, branch in options.branches.items():
+        for name in ('mean', 'std'):
+            values = getattr(branch, name)
+            if values and len(values) not in (1, options.input.channels):
+                raise UsageError(f'--{name}-{side} {show(values)} has {len(values)} values, the images have '
+                                 f'{options.input.channels} channels')
+
+
+def is_auto(resume: str) -> bool:
+    """Return whether --resume names no checkpoint, but where to look for the newest one."""
+    return resume == 'auto' or os.path.isdir(resume)
+
+
+def _check_experiment(name: str) -> None:
+    """Raise UsageError unless a name, which becomes part of a path, is that of a visible folder."""
+    if name and (
+            not name.isprintable() or re.search(r'[/\\]', name) or name[0] in '.-~' or name != name.strip()
+            or len(name.encode()) > 200):
+        raise UsageError(f'--experiment {name!r}: expected the name of a folder, not a path: no / or \\, none of . - ~ '
+                         f'at its start, at most 200 bytes')
+
+
+def _check_models(options: 'Options') -> None:
+    models = METHODS[options.method].models
+    if len(options.sides) not in models:
+        if models == (2,):
+            missing = ' and '.join(f'--model-{side}' for side in SIDES if side not in options.sides)
+            raise UsageError(f'--method {options.method} needs two models; missing: {missing}')
+        wanted = 'one model' if models == (1,) else 'one or two models'
+        raise UsageError(
+            f"--method {options.method} needs {wanted}, --model-a or --model-b; given: {_models(options) or 'none'}"
+            " (--model-b '' drops that of a recipe)")
+    for side, branch in options.branches.items():
+        check_model_name(f'--model-{side}', branch.model)
+
+
+def _models(options: 'Options') -> str:
+    return ' '.join(f'--model-{side} {branch.model}' for side, branch in options.branches.items())
+
+
+def _check_method(options: 'Options', given: Mapping[str, Any]) -> None:
+    name, method = options.method, METHODS[options.method]
+    teacher = given.get('teacher')
+    if method.has_teacher(options) and not teacher:
+        other = ', or a second model that teaches while it learns' if 2 in method.models else ''
+        raise UsageError(
+            f"--method {name}: needs --teacher (a run's folder, a checkpoint, an exported folder, hf-hub:ID or a timm "
+            f'name){other}')
+    if teacher and not method.has_teacher(options):
+        why = 'has two models, the teacher is the partner' if 2 in method.models else 'has no teacher'
+        raise UsageError(f'--teacher {teacher}: --method {name} {why}')
+    if teacher and not os.path.exists(teacher):
+        if os.sep in teacher and ':' not in teacher:
+            raise UsageError(f'--teacher {teacher}: no such file or folder')
+        check_model_name('--teacher', teacher)
+    if method.distilled and not any(_may_have_token(branch.model) for branch in options.branches.values()):
+        raise UsageError(f'--method {name}: {_models(options)} {no_token()}')
+    for branch in options.branches.values() if method.uniform_drop_path else ():
+        rate = branch.drop_path or branch.drop_connect
+        if not rate:
+            raise UsageError(f'--drop-path {rate or 0:g}: --method {name} needs a rate above 0, its two submodels '
+                             f'differ in nothing else')
+        if rate >= 1:
+            raise UsageError(f'--drop-path {rate:g}: --method {name} needs a rate below 1')
+    if method.updates(options.own) > 1:
+        if options.optimizer.grad_accum_steps > 1:
+            raise UsageError(
+                f'--grad-accum-steps {options.optimizer.grad_accum_steps}: --method {name} updates one branch before '
+                f'the other within a batch, 1 is the only value (or --dml-joint)')
+        if options.optimizer.opt.startswith('lookahead'):
+            raise UsageError(f'--opt {options.optimizer.opt}: --method {name} updates one branch before the other, '
+                             f'which Lookahead would count as two steps; leave it out (or --dml-joint)')
+
+
+def no_token() -> str:
+    """Return the end of a line about a model without a distillation token."""
+    families = {name.partition('_')[0]: name for name in sorted(distilled_model_names(), reverse=True)}
+    return (f'has no distillation token; timm models that have one: {", ".join(sorted(families.values()))} and others '
+            f'of these families')
+
+
+def _may_have_token(name: str) -> bool:
+    """Return whether a model may have a distillation token; of one from elsewhere its configuration will tell."""
+    return ':' in name or name.partition('.')[0] in distilled_model_names()
+
+
+@functools.cache
+def distilled_model_names() -> frozenset[str]:
+    """Return the timm models that may have a distillation token: those of files with its switch, named so if any is."""
+    names: set[str] = set()
+    for text in _timm_sources():
+        if 'def set_distilled_training' in text:
+            found = REGISTERED.findall(text)
+            names.update([name for name in found if '_dist' in name] or found)
+    return frozenset(names)
+
+
+def check_model_name(flag: str, name: str) -> None:
+    """Raise UsageError unless a model's name is one of timm's, hf-hub:ID or local-dir:FOLDER."""
+    source, colon, place = name.partition(':')
+    if colon:
+        source = source.lower().replace('_', '-')
+        if source not in ('hf-hub', 'local-dir') or not place:
+            raise UsageError(f'{flag} {name} is not the name of a timm model, hf-hub:ID or local-dir:FOLDER')
+        if source == 'local-dir' and not os.path.isdir(place):
+            raise UsageError(f'{flag} {name}: no such folder')
+    elif '/' in name or '\\' in name:
+        raise UsageError(f'{flag} {name} is not the name of a timm model (hf-hub:{name} or local-dir:{name}?)')
+    else:
+        arch = name.partition('.')[0]
+        names = timm_model_names()
+        if arch not in names and not _is_renamed(arch):
+            raise UsageError(f'{flag} {name}: timm has no model of this name{did_you_mean(arch, names)}')
+
+
+def _timm_sources() -> Iterator[str]:
+    """Yield the text of timm's model files, without importing timm."""
+    from importlib.util import find_spec
+    spec = find_spec('timm')
+    if spec is None:
+        raise UsageError('timm is not installed (pip install timm)')
+    for path in sorted(Path(spec.submodule_search_locations[0], 'models').glob('*.py')):
+        yield path.read_text(encoding='utf-8')
+
+
+@functools.cache
+def timm_model_names() -> frozenset[str]:
+    """Return the names of the models that timm registers."""
+    return frozenset(name for text in _timm_sources() for name in REGISTERED.findall(text))
+
+
+def _is_renamed(name: str) -> bool:
+    """Return whether timm still takes this as an old name of a model."""
+    return any(f"'{name}': '" in text.partition('register_model_deprecations(')[2] for text in _timm_sources())
+
+
+def check_dataset(source: Source, splits: Sequence[str]) -> None:
+    """Raise UsageError where the data set that the options name, or one of its splits, can't be.
+
+    Args:
+        source: The options.
+        splits: Names of those that name a split.
+    """
+    kind, slash, name = source.dataset.partition('/')
+    kind, place = kind.lower(), source.data_dir
+    if place and (kind == 'wds' or '://' in place):
+        check_shards('--data-dir', place)
+    for dest in splits if kind == 'wds' else ():
+        check_shards(flag_of(dest), getattr(source, dest), is_split=True)
+    if source.class_map and not any(
+            os.path.isfile(path) for path in (source.class_map, os.path.join(place or '', source.class_map))):
+        raise UsageError(f'--class-map {source.class_map}: no such file')
+    if source.dataset == 'digits':
+        if place:
+            raise UsageError(f'--dataset digits comes with the package, but a folder is given: {place}')
+        names = [name for dest in splits if (name := getattr(source, dest))]
+        if not set(names) <= {'train', 'validation'}:
+            raise UsageError(f'split {" or ".join(names)}: the digits have the splits train and validation')
+    elif source.dataset and not (kind in DATASET_KINDS and name):
+        kinds = ', '.join(f'{kind}/NAME' for kind in DATASET_KINDS)
+        raise UsageError(f'--dataset {source.dataset} is not one of digits, {kinds}; leave it out for a folder or .tar')
+    elif kind in ('hfds', 'hfids', 'tfds'):  # they find their data without one
+        return
+    elif not place:
+        wanted = f'where {source.dataset} lies' if source.dataset else 'a folder or .tar of images'
+        raise UsageError(f'no data: give {wanted} (DIR or --data-dir), or try --dataset digits')
+    elif (kind == 'torch' and source.dataset_download) or (kind == 'wds' and '://' in place):
+        return
+    elif not os.path.exists(place):
+        raise UsageError(f'data folder {place} does not exist')
+    elif not os.path.isdir(place) and not (not kind and place.endswith('.tar') and os.path.isfile(place)):
+        raise UsageError(f"data {place} is not a folder{'' if kind else ' or .tar'}")
+
+
+# What webdataset may open: a path or an address, of characters that mean nothing to a shell, wherever they stand.
+SHARD = re.compile(r'((https?|ftps|sftp|scp|gs|htgs|ais|file)://[\w.-]*(:\d+)?(?=/|$))?[\w.,/+=%-]*')
+MAX_SHARDS = 1_000_000  # of a split
+
+
+def check_shards(where: str, text: str, is_split: bool = False) -> None:
+    """Raise UsageError unless webdataset may open what a text names.
+
+    Args:
+        where: Who names it, for the message.
+        text: Folder or shard; or a split, whose shards can be several: 'x-{00..12}.tar::y-{a,b}.tar|64'.
+        is_split: Whether it is a split.
+    """
+    count = 0
+    for name in re.sub(r'\|\d+$', '', text).split('::') if is_split else [text]:
+        parts = re.split(r'\{(\d{1,9}\.\.\d{1,9}|[^{}]*,[^{}]*)\}', name) if is_split else [name]
+        if not all(map(SHARD.fullmatch, parts)):
+            shown = '' if re.search('[@?]', text) else f' {text}'  # it may hold a secret
+            raise UsageError(
+                f'{where}{shown}: refused, shards are named by letters, digits and _-.,/+=% only; an address begins '
+                f'with https://, ftps://, sftp://, scp://, gs://, ais:// or file:// and has no user name, password or '
+                f'query (not pipe:, which is run in a shell; not hf://, which shows the token of the Hub)')
+        count += math.prod(
+            group.count(',') + 1 if ',' in group else abs(int(group.split('..')[0]) - int(group.split('..')[1])) + 1
+            for group in parts[1::2])
+    if count > MAX_SHARDS:
+        raise UsageError(f'{where} {text}: these are {count} shards, more than {MAX_SHARDS}')

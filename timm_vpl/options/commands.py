@@ -1,0 +1,147 @@
+"""The options of the smaller commands, a class each."""
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..core.names import SIDES
+from ..core.option import Count, Number, Positive, Whole, option
+from ..errors import UsageError
+from .checks import check_dataset, check_model_name
+from .parser import OptionParser
+from .sections import INTERPOLATIONS, Source
+from .train import name_data_dir
+
+
+@dataclass(frozen=True)
+class Export:
+    """Options."""
+    source: str = option(
+        '', "checkpoint, or folder of a run: each branch's best epoch", metavar='CHECKPOINT_OR_RUN_DIR',
+        positional=True)
+    branch: str = option('both', 'branch to export', choices=(*SIDES, 'both'))
+    ema: bool | None = option(
+        None, 'averaged weights (--no-ema: the raw ones)', shown='averaged where they were evaluated')
+    out: str | None = option(
+        None, 'folder of the exported folders', shown='export, in the folder of the run', metavar='DIR')
+    name_a: str | None = option(None, 'name of branch a', shown='the method and the architecture', metavar='NAME')
+    name_b: str | None = option(None, 'name of branch b', shown='likewise', metavar='NAME')
+    overwrite: bool = option(False, 'replace exports that exist, edited ones too')
+    license: str = option('unknown', "licence of the weights, by the Hub's identifier", metavar='ID')
+    onnx: bool = option(False, 'write model.onnx too, compared with torch (extra: onnx)')
+    push_to: str | None = option(
+        None, 'upload each branch to this organisation or user of the Hugging Face Hub, a repository each',
+        metavar='ORG')
+    private: bool = option(False, 'create private repositories')
+
+
+@dataclass(frozen=True)
+class Validate(Source):
+    """Dataset parameters."""
+    model: str = option(
+        '', 'folder of a run or checkpoint (both branches, raw and averaged), exported folder, hf-hub:ID or timm name',
+        metavar='MODEL', positional=True)
+    val_split: str = option('validation', 'split to validate on', '--split', metavar='NAME')
+    val_num_samples: Count | None = option(None, 'images, where the data set does not tell', '--num-samples')
+    real_labels: str | None = option(
+        None, "score ImageNet's validation images by their ReaL labels too (timm's, or those of a JSON file)",
+        const='', metavar='FILE')
+    imagenet_v2: bool = option(False, 'the folders are the class numbers 0 to 999, as ImageNet-V2 has them')
+    file_list: str | None = option(
+        None, 'validate only on the files that this file names, one a line', metavar='FILE')
+    per_class: str | None = option(
+        None, "each class's accuracy too: the mean and the lowest on screen, all in a CSV file if one is named",
+        const='', metavar='FILE')
+    check_data: str | None = option(
+        None, 'name the images that lie in the training split too, by the content of their files; of another name than '
+        "'train' if one is given", const='train', metavar='SPLIT')
+    in_chans: Count | None = option(None, 'channels of the images', shown="the model's")
+    img_size: Count | None = option(None, 'height and width of the images', shown="the model's")
+    input_size: tuple[Count, Count, Count] | None = option(
+        None, 'channels, height, width of the images', shown="the model's")
+    crop_pct: Positive | None = option(None, 'centre crop', shown="the model's")
+    mean: tuple[Number, ...] | None = option(None, 'mean of the pixels', shown="the model's")
+    std: tuple[Positive, ...] | None = option(None, 'deviation of the pixels', shown="the model's")
+    interpolation: str = option(
+        '', 'interpolation', shown="the model's", choices=('', *INTERPOLATIONS), metavar='NAME')
+    batch_size: Count = option(256, 'images a step, of each process', '-b')
+    channels_last: bool = option(False, 'use the channels-last memory layout')
+    results_file: str | None = option(
+        None, 'CSV or JSON file for the results', shown='validation.csv, in the folder of a run', metavar='FILE')
+    device: str | None = option(None, 'device', shown='cuda, then mps, then cpu', metavar='DEVICE')
+    amp: bool = option(False, 'run in mixed precision')
+    amp_dtype: str = option('float16', 'the lower precision', choices=('float16', 'bfloat16'))
+    workers: Whole = option(4, 'processes that load data', '-j')
+    pin_mem: bool = option(False, 'pin the memory of the loader')
+    local_rank: Whole = option(0, '', '--local_rank')
+
+
+@dataclass(frozen=True)
+class Report:
+    """Options."""
+    run_dirs: tuple[str, ...] = option((), 'folder of a run', metavar='RUN_DIR', positional=True)
+    format: str = option('md', 'format of the table', choices=('md', 'json'))
+
+
+@dataclass(frozen=True)
+class Study:
+    """Options."""
+    plan: str = option(
+        '', 'base recipe, seeds and rows (a name and options each)', metavar='PLAN.yaml', positional=True)
+    data_dir: str | None = option(None, "folder of images; the plan's `data` names a folder in it", metavar='DIR')
+    output: str | None = option(None, 'folder of all runs', shown='./output/study/PLAN', metavar='PATH')
+    jobs: Count = option(1, 'runs at a time')
+    limit_minutes: Positive | None = option(None, 'start no run that would not end in this time')
+    print_commands: bool = option(
+        False, 'print the commands of the runs that are left, one a line, and run none')
+    dry_run: bool = option(False, 'print what the runs that are left would take, after an epoch of each row')
+
+
+# Of each command: the class of its options, and what it does.
+COMMANDS: dict[str, tuple[type, str]] = {
+    'validate': (Validate, 'Validate trained models: loss, top-1 and top-5 accuracy.'),
+    'export': (
+        Export, 'Write each branch of a trained pair as a folder that timm loads without this package.'),
+    'report': (Report, 'Compare finished runs: accuracy over seeds, cost, speed of convergence.'),
+    'study': (Study, 'Train each row of a plan with each seed, compare them, and say which is best.'),
+}
+
+
+def command_parser(name: str, prog: str = '') -> OptionParser:
+    """Return the parser of a command."""
+    section, description = COMMANDS[name]
+    return OptionParser([section], prog=prog or f'timm-vpl {name}', description=description)
+
+
+def parse_command(name: str, argv: Sequence[str], prog: str = '') -> Any:
+    """Return the options of a command, checked as far as that needs no data: an instance of its class.
+
+    Raises:
+        UsageError: The input is wrong.
+    """
+    section = COMMANDS[name][0]
+    given = name_data_dir(command_parser(name, prog).parse(argv))
+    options = section(**{field.name: given[field.name] for field in fields(section) if field.name in given})
+    if section is Validate:
+        _check_validate(options)
+    return options
+
+
+def _check_validate(options: Validate) -> None:
+    if not os.path.exists(options.model):
+        if os.path.dirname(options.model) and ':' not in options.model:
+            raise UsageError(f'MODEL {options.model}: no such file or folder (on the Hub: hf-hub:{options.model})')
+        check_model_name('MODEL', options.model)
+    check_dataset(options, ('val_split', 'check_data'))
+    if options.imagenet_v2:
+        for flag, given in (('--class-map', options.class_map), ('--real-labels', options.real_labels is not None)):
+            if given:
+                raise UsageError(f'--imagenet-v2: says what the labels are, it can not go with {flag}')
+    for flag, path in (('--real-labels', options.real_labels), ('--file-list', options.file_list)):
+        if path and not os.path.isfile(path):
+            raise UsageError(f'{flag} {path}: no such file')
+    if options.results_file:
+        if os.path.splitext(options.results_file)[1].lower() not in ('.csv', '.json'):
+            raise UsageError(f'--results-file {options.results_file}: ends neither in .csv nor in .json')
+        if not os.path.isdir(os.path.dirname(options.results_file) or '.'):
+            raise UsageError(f'--results-file {options.results_file}: no such folder')

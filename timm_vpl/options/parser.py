@@ -1,0 +1,238 @@
+"""From rows to a command line: a parser that returns what was given, so that a recipe can be laid under it."""
+import argparse
+import ast
+import dataclasses
+import re
+import types
+import typing
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from ..core.names import SIDES
+from ..core.option import SAME, Row
+from ..errors import UsageError
+
+
+def literal(text: str) -> Any:
+    """Return the Python value that `text` spells, or `text` itself if it spells none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of the compiler, on text that is not meant as Python
+            return ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+class KeyValues(argparse.Action):
+    """Collect `key=value` pairs in a dict, as `timm.utils.ParseKwargs` does (which is slow to import).
+
+    Several pairs may also come as one quoted argument: `--model-kwargs 'a=1 b=x'`.
+    """
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        pairs = {}
+        for text in values:
+            spelled = text.partition('=')[2]
+            is_one_value = literal(spelled) is not spelled
+            for pair in [text] if is_one_value else re.split(r'(?<!\s)\s+(?=[^\W\d]\w*=)', text.strip()):
+                key, equals, value = pair.partition('=')
+                if not equals or not key.isidentifier():
+                    raise argparse.ArgumentError(self, f'{pair!r} is not of the form key=value')
+                pairs[key] = literal(value)
+        setattr(namespace, self.dest, pairs)
+
+
+class Sequenced(argparse.Action):
+    """Collect values in a tuple."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(values))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An option as the command line has it: that of a section, or of one branch, or the form that sets both.
+
+    Attributes:
+        dest: Its name in a recipe.
+        row: What is known of it.
+        default: Its default; None of a form that sets both.
+        type: Annotation of its field.
+        section: The class that it is a field of.
+        side: The branch that it is of; 'both' of a form that sets both.
+    """
+    dest: str
+    row: Row
+    default: Any
+    type: Any
+    section: type
+    side: str | None = None
+
+    @property
+    def flag(self) -> str:
+        """Its spelling on the command line."""
+        return flag_of(self.dest)
+
+    @property
+    def resume(self) -> str:
+        """Whether a run that goes on may have another value: 'fixed', 'free' or 'warned'."""
+        return self.row.resume or ('free' if self.row.how else 'warned')
+
+    @property
+    def in_card(self) -> bool:
+        """Whether a public card may show it."""
+        return not self.row.how if self.row.card is None else self.row.card
+
+    @property
+    def shown(self) -> str:
+        """How its default reads."""
+        if self.row.default_b is not SAME:
+            return f'{show(field_default(self.section, self.dest))} for a, {show(self.row.default_b)} for b'
+        return self.row.shown or show(field_default(self.section, self.dest) if self.side == 'both' else self.default)
+
+
+def flag_of(dest: str) -> str:
+    """Return the spelling of an option on the command line."""
+    return '--' + dest.replace('_', '-')
+
+
+def show(value: Any) -> str:
+    """Return a value as a message names it."""
+    if value is None or value in ('', [], (), {}):
+        return 'none'
+    if isinstance(value, bool):
+        return 'on' if value else 'off'
+    if isinstance(value, (list, tuple)):
+        return ' '.join(map(show, value))
+    return f'{value:g}' if isinstance(value, float) else str(value)
+
+
+def field_default(section: type, name: str) -> Any:
+    """Return the default of a field."""
+    field = section.__dataclass_fields__[name]
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def entries_of(section: type, per_branch: bool = False) -> dict[str, Entry]:
+    """Return the options of a section by dest; of one of each branch the form that sets both, then those of each."""
+    entries = {}
+    for name, annotation in typing.get_type_hints(section, include_extras=True).items():
+        row = section.__dataclass_fields__[name].metadata['row']
+        default = field_default(section, name)
+        if not per_branch:
+            entries[name] = Entry(name, row, default, annotation, section)
+            continue
+        if not row.own_only:
+            entries[name] = Entry(name, row, None, annotation, section, 'both')
+        for side in SIDES:
+            own = row.default_b if side == 'b' and row.default_b is not SAME else default
+            entries[f'{name}_{side}'] = Entry(f'{name}_{side}', row, own, annotation, section, side)
+    return entries
+
+
+def _values(annotation: Any) -> tuple[Any, Any]:
+    """Return (type, nargs) of an annotation for argparse."""
+    inner = [each for each in typing.get_args(annotation) if each is not type(None)]
+    if typing.get_origin(annotation) is typing.Annotated:
+        return annotation.__metadata__[0], None
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return _values(inner[0])
+    if typing.get_origin(annotation) is tuple:
+        return _values(inner[0])[0], '+' if inner[-1] is Ellipsis else len(inner)
+    return (str, '*') if typing.get_origin(annotation) is dict else (annotation, None)
+
+
+class OptionParser(argparse.ArgumentParser):
+    """A parser of the options of some sections. It fills in no defaults: what it returns is what was given.
+
+    Args:
+        sections: The classes of the sections, True beside one of each branch.
+        **kwargs: Further arguments of ArgumentParser.
+
+    Attributes:
+        entries: The options by dest.
+    """
+
+    def __init__(self, sections: Sequence[type | tuple[type, bool]], **kwargs):
+        super().__init__(allow_abbrev=False, exit_on_error=False, **kwargs)
+        self.entries: dict[str, Entry] = {}
+        groups: dict[str, Any] = {}
+        for section, per_branch in (each if isinstance(each, tuple) else (each, False) for each in sections):
+            title = section.__doc__.strip().rstrip('.')
+            if title not in groups:
+                groups[title] = self.add_argument_group(title)
+            for entry in entries_of(section, per_branch).values():
+                if entry.dest not in self.entries:  # methods share some
+                    self.entries[entry.dest] = entry
+                    self._add(groups[title], entry)
+
+    def _add(self, group, entry: Entry) -> None:
+        row = entry.row
+        kwargs: dict[str, Any] = {'default': argparse.SUPPRESS}
+        type_, nargs = _values(entry.type)
+        if type_ is bool:
+            kwargs['action'] = 'store_true' if entry.dest.startswith('no_') else argparse.BooleanOptionalAction
+        else:
+            kwargs.update(type=type_, choices=row.choices, metavar=row.metavar or getattr(type_, 'metavar', None))
+            if nargs is not None:
+                kwargs.update(nargs=nargs, action=KeyValues if nargs == '*' else Sequenced)
+            if row.const is not None:
+                kwargs.update(nargs='?', const=row.const)
+        names = [entry.dest]
+        if not row.positional:
+            names = [*row.flags, entry.flag] if entry.side in (None, 'both') else [entry.flag]
+            kwargs['dest'] = entry.dest
+        elif isinstance(entry.type, types.UnionType):
+            kwargs['nargs'] = '?'
+        action = group.add_argument(*names, **kwargs)
+        # Set here because BooleanOptionalAction adds its own idea of the default in some Python versions.
+        action.help = self._help(entry)
+
+    @staticmethod
+    def _help(entry: Entry) -> str:
+        row = entry.row
+        if not row.help or (entry.side in SIDES and not row.own_only):
+            return argparse.SUPPRESS
+        if row.positional:
+            return row.help
+        timm = '' if row.timm is SAME else f'; timm: {show(row.timm)}'
+        return f'{row.help} (default: {entry.shown}{timm})'.replace('%', '%%')
+
+    def error(self, message):
+        raise UsageError(message)
+
+    def action(self, dest: str) -> argparse.Action:
+        """Return the action of an option."""
+        return next(action for action in self._actions if action.dest == dest)
+
+    def parse(self, tokens: Sequence[str], where: str = '') -> dict[str, Any]:
+        """Return the values that `tokens` give, by dest. Errors begin with `where`, or else with the flag."""
+        try:
+            given, unknown = self.parse_known_args(tokens)
+        except argparse.ArgumentError as error:
+            message = re.sub('^ignored explicit argument (.*)$', r'takes no value, not \1', error.message)
+            raise UsageError(f'{where or error.argument_name}: {message}') from None
+        for token in unknown:
+            if token.startswith('-') and token != '-':
+                flag = token.partition('=')[0]
+                near = did_you_mean(flag, self._option_string_actions)
+                raise UsageError(f'unknown option {flag}{near} (see --help)')
+        if unknown:
+            raise UsageError(f'unexpected argument {unknown[0]!r} (see --help)')
+        return vars(given)
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return ', did you mean X or Y?' of the nearest names, or nothing if none is near."""
+    def plain(text):
+        return text.lstrip('-').replace('_', '-')
+
+    by_plain = {plain(other): other for other in sorted(names)}
+    found = [plain(name)] if plain(name) in by_plain else get_close_matches(plain(name), by_plain)
+    near = [by_plain[text] for text in found]
+    if not near:
+        return ''
+    return ', did you mean ' + ' or '.join([', '.join(near[:-1]), near[-1]] if near[1:] else near) + '?'

@@ -1,0 +1,201 @@
+"""Recipes: YAML files of options, read as what they would be on the command line."""
+import argparse
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ..core.names import SIDES
+from ..errors import UsageError
+from .parser import KeyValues, OptionParser, did_you_mean, flag_of, literal
+from .refused import check_not_refused
+
+# A recipe is a page of options: what is far larger is none, and could keep the reader busy for long.
+MAX_RECIPE_BYTES = 100_000
+MAX_RECIPE_VALUES = 10_000  # with aliases written out
+MAX_RECIPE_DEPTH = 20
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return a file of options with the values that YAML gives them, for what is not given to the parser.
+
+    Raises:
+        UsageError: It would not do as a recipe.
+    """
+    import yaml
+    read_recipe(path)  # its size and its tags
+    try:
+        return yaml.safe_load(path.read_bytes())
+    except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError):
+        raise UsageError(f'{path}: a value is not of the kind that its tag says') from None
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return what a recipe file holds: text as written, bools, None, and lists and dicts of these.
+
+    Only the nodes that PyYAML's safe loader composes are read, and no object is made of them: what a value means is
+    left to the parser, as on the command line.
+    """
+    import yaml
+    try:
+        if not path.is_file():
+            raise UsageError(f'{path} is not a file')
+        with path.open('rb') as file:
+            data = file.read(MAX_RECIPE_BYTES + 1)
+        if len(data) > MAX_RECIPE_BYTES:
+            raise UsageError(f'{path} is too large for a recipe, it has more than {MAX_RECIPE_BYTES} bytes')
+        root = yaml.compose(data.decode('utf-8'), Loader=yaml.SafeLoader)
+        if root is None:
+            raise UsageError(f'{path} is empty')
+        if not isinstance(root, yaml.MappingNode):
+            raise UsageError(f'{path} is not a mapping of options to values (epochs: 100)')
+        return _node_value(root, path, itertools.count())
+    except OSError as error:
+        raise UsageError(f'{path} can not be read: {error.strerror}') from None
+    except UnicodeDecodeError:
+        raise UsageError(f'{path} is not a text file in UTF-8') from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, 'problem_mark', None)
+        line = f', line {mark.line + 1}' if mark else ''
+        raise UsageError(f"{path}{line} is not YAML: {getattr(error, 'problem', None) or error}") from None
+    except RecursionError:
+        raise UsageError(f'{path} is nested too deeply') from None
+    except (OverflowError, ValueError) as error:  # of PyYAML, for a character or a version that can't be
+        raise UsageError(f'{path} is not YAML: {error}') from None
+
+
+_NODES = {'seq': 'sequence', 'map': 'mapping'}
+
+
+def _node_value(node, path: Path, counter: Iterator[int], depth: int = 0) -> Any:
+    where = f'{path}, line {node.start_mark.line + 1}'
+    if depth > MAX_RECIPE_DEPTH:
+        raise UsageError(f'{path} is nested too deeply')
+    if next(counter) > MAX_RECIPE_VALUES:
+        raise UsageError(f'{path} is too large for a recipe, it has more than {MAX_RECIPE_VALUES} values')
+    kind = node.tag.replace('tag:yaml.org,2002:', '')
+    known = kind in ('null', 'bool', 'int', 'float', 'str', 'timestamp', 'value', 'merge', 'seq', 'map')
+    if not known or node.id != _NODES.get(kind, 'scalar'):
+        raise UsageError(f'{where}: the tag {node.tag} is not allowed{" here" if known else ""}')
+    if kind == 'seq':
+        return [_node_value(item, path, counter, depth + 1) for item in node.value]
+    if kind == 'map':
+        values = {}
+        for key_node, value_node in node.value:
+            key = _node_value(key_node, path, counter, depth + 1)
+            if not isinstance(key, str):
+                raise UsageError(f'{where}: {key!r} is not the name of an option')
+            if key in values:
+                raise UsageError(f'{path}, line {key_node.start_mark.line + 1}: {key} is given twice')
+            values[key] = _node_value(value_node, path, counter, depth + 1)
+        return values
+    if any(c == '\0' or '\ud800' <= c <= '\udfff' for c in node.value):
+        raise UsageError(f'{where}: {node.value!r} is not text')
+    if kind == 'null':
+        return None
+    return node.value.lower() in ('true', 'yes', 'on') if kind == 'bool' else node.value
+
+
+def _spell(value: Any) -> str:
+    """Return the Python expression of a value of `model_kwargs` in a recipe."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_spell, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key!r}: {_spell(item)}' for key, item in value.items())}}}"
+    return repr(literal(value) if isinstance(value, str) else value)
+
+
+def option_tokens(action: argparse.Action, value: Any) -> list[str]:
+    """Return the command line that says what a recipe says of one option."""
+    flag = next((name for name in action.option_strings if name.startswith('--')), None)
+    if action.nargs == 0 or (action.nargs == '?' and flag and isinstance(value, bool)):
+        if not isinstance(value, bool):
+            raise UsageError(f'{value!r} is not true or false')
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return [flag if value else f'--no-{flag[2:]}']
+        return [flag] if value else []
+    if isinstance(action, KeyValues) and isinstance(value, dict):
+        return [flag, *(f'{key}={_spell(item)}' for key, item in value.items())]
+    many = action.nargs not in (None, '?')
+    values = value if isinstance(value, list) and many else [value]
+    for item in values:
+        # Text that looks like an option would be taken for one.
+        if not isinstance(item, str) or (many and re.match(r'-[^\d.]', item)):
+            wanted = 'a list of values' if many else 'one value'
+            raise UsageError(f'{_spell(item)} is not {wanted} (text that YAML takes for something else needs quotes)')
+    if isinstance(action.nargs, int) and len(values) != action.nargs:
+        raise UsageError(f'{_spell(values)} is not a list of {action.nargs} values')
+    if many:
+        return [flag, *values] if values else []
+    return [f'{flag}={values[0]}'] if flag else ['--', values[0]]
+
+
+def _recipes() -> dict[str, Path]:
+    """Return the recipes that the package carries, by name: in the package (wheel) or beside it (clone)."""
+    package = Path(__file__).resolve().parents[1]
+    folder = package / 'hparams' if (package / 'hparams').is_dir() else package.parent / 'hparams'
+    return {path.stem: path for path in sorted(folder.glob('*.yaml'))}
+
+
+def recipe_path(name: str) -> Path:
+    """Return the file that `--config NAME` means: a path, or the name of a recipe that the package carries.
+
+    Raises:
+        UsageError: Neither a file nor a recipe.
+    """
+    if os.path.isfile(name):
+        return Path(name)
+    recipes = _recipes()
+    stem = os.path.basename(name)
+    stem = stem[:-len('.yaml')] if stem.endswith('.yaml') else stem
+    if os.path.basename(name) == name and stem in recipes:
+        return recipes[stem]
+    kind = 'a folder' if os.path.isdir(name) else 'neither a file nor the name of a recipe'
+    near = [stem] if stem in recipes else get_close_matches(stem, recipes, n=3, cutoff=0.4) or sorted(recipes)[:5]
+    raise UsageError(f"--config {name} is {kind}; recipes: {', '.join(near) or 'none'}")
+
+
+def load_recipe(parser: OptionParser, path: Path) -> dict[str, Any]:
+    """Return the options that a recipe file gives, by dest."""
+    given: dict[str, Any] = {}
+    for key, value in read_recipe(path).items():
+        dest = key.replace('-', '_')
+        where = f'{path}: {key}'
+        entry = parser.entries.get(dest)
+        value = entry.row.null if value is None and entry else value
+        if value is None:
+            continue
+        check_not_refused(flag_of(key), where)
+        if dest == 'config':
+            raise UsageError(f'{where}: a recipe can not name another recipe')
+        if entry is None:
+            raise UsageError(f'{where} is not an option{did_you_mean(key, parser.entries)}')
+        if dest in given:
+            raise UsageError(f'{where} is given twice')
+        try:
+            tokens = option_tokens(parser.action(dest), value)
+        except UsageError as error:
+            raise UsageError(f'{where}: {error}') from None
+        given.update(parser.parse(tokens, where))
+    return given
+
+
+# Further arguments of a model that say which files timm reads and writes, from which addresses.
+_FILES_OF_A_MODEL = ('cache_dir', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay')
+
+
+def check_foreign(path: Path, given: dict[str, Any]) -> None:
+    """Raise UsageError where a recipe, which may be somebody else's, decides what only the command line may."""
+    if given.get('dataset_trust_remote_code'):
+        raise UsageError(f'{path}: dataset_trust_remote_code: a recipe can not allow a data set to run code, only '
+                         f'--dataset-trust-remote-code on the command line can')
+    output = given.get('output', '')
+    if os.path.isabs(output) or '..' in Path(output).parts:
+        raise UsageError(f'{path}: output: {output} is not below the current folder; give --output on the command line')
+    for dest in ('model_kwargs', *(f'model_kwargs_{side}' for side in SIDES)):
+        for key in _FILES_OF_A_MODEL:
+            if key in given.get(dest, {}):
+                raise UsageError(f'{path}: {dest}: {key} names files, only the command line can give it')

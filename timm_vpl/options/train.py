@@ -1,0 +1,306 @@
+"""The options of a training run: from the command line and its recipe to sections that are checked.
+
+`parse_args` parses the command line, then the recipe that it names, lets the command line win, resolves the options of
+each branch, and checks. Nothing heavy is imported, so that `--help` and a mistake answer at once.
+"""
+import copy
+import logging
+import os
+import shlex
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from types import SimpleNamespace
+from typing import Any
+
+from ..core.methods import METHODS
+from ..core.names import SIDES
+from ..core.option import Idle
+from ..errors import UsageError
+from ..text import one_line
+from .checks import check
+from .parser import Entry, OptionParser, flag_of, show
+from .recipes import check_foreign, load_recipe, option_tokens, recipe_path
+from .refused import check_not_refused
+from .sections import (
+    EMA,
+    Augmentation,
+    BatchNorm,
+    Branch,
+    Data,
+    Device,
+    Input,
+    Loader,
+    MethodChoice,
+    Optimizer,
+    Run,
+    Schedule,
+)
+
+_logger = logging.getLogger('timm_vpl')
+_PLAIN = {
+    'data': Data, 'input': Input, 'loader': Loader, 'device': Device, 'optimizer': Optimizer, 'schedule': Schedule,
+    'augmentation': Augmentation, 'batch_norm': BatchNorm, 'ema': EMA, 'run': Run}
+
+
+@dataclass(frozen=True)
+class Options:
+    """All options of a run, by section.
+
+    Attributes:
+        method: Name of the method.
+        own: Options of the method: an instance of its `options`.
+        branches: Options of each branch that there is, by side.
+        data: Where the images are; the further sections likewise.
+        command: What the command line was: (program, options that it gave).
+    """
+    method: str
+    own: Any
+    branches: dict[str, Branch]
+    data: Data
+    input: Input
+    loader: Loader
+    device: Device
+    optimizer: Optimizer
+    schedule: Schedule
+    augmentation: Augmentation
+    batch_norm: BatchNorm
+    ema: EMA
+    run: Run
+    command: tuple[str, dict[str, Any]] = ('', {})
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The branches that there are."""
+        return tuple(self.branches)
+
+    def flat(self) -> dict[str, Any]:
+        """Return all options by dest."""
+        values = {'method': self.method, **asdict(self.own)}
+        for side, branch in self.branches.items():
+            values.update((f'{name}_{side}', value) for name, value in vars(branch).items())
+        for name in _PLAIN:
+            values.update(vars(getattr(self, name)))
+        return values
+
+
+def make_options(values: Mapping[str, Any], command: tuple[str, dict[str, Any]] = ('', {})) -> Options:
+    """Return the options that hold: what is given by dest, for a branch else what is given for both, else the default.
+
+    Args:
+        values: What is given.
+        command: What the command line was.
+    """
+    def make(section):
+        return section(**{field.name: values[field.name] for field in fields(section) if field.name in values})
+
+    branches = {}
+    for side in SIDES:
+        entries = {entry.dest[:-2]: entry for entry in branch_entries(side)}
+        branches[side] = Branch(**{
+            name: copy.copy(values.get(f'{name}_{side}', values.get(name, entry.default)))
+            for name, entry in entries.items()})
+    method = values.get('method', MethodChoice().method)
+    return Options(
+        method=method,
+        own=make(METHODS[method].options),
+        branches={side: branch for side, branch in branches.items() if branch.model},
+        **{name: make(section) for name, section in _PLAIN.items()},
+        command=command,
+    )
+
+
+def branch_entries(side: str) -> list[Entry]:
+    """Return the options of a branch; those that set both for 'both'."""
+    return [entry for entry in build_parser().entries.values() if entry.side == side]
+
+
+def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
+    """Return the parser of all options, those of the methods among them."""
+    key = prog, *METHODS
+    if key not in _parsers:
+        _parsers[key] = OptionParser(
+            [MethodChoice, *dict.fromkeys(method.options for method in METHODS.values()), Data, (Branch, True),
+             Input, Loader, Device, Optimizer, Schedule, Augmentation, BatchNorm, EMA, Run],
+            prog=prog,
+            usage='%(prog)s [DIR] [-c FILE] --model-a MODEL --model-b MODEL [options]',
+            description='Train a CNN (branch a) and a vision transformer (branch b) together: Vision Pair Learning.',
+        )
+    return _parsers[key]
+
+
+_parsers: dict[tuple, OptionParser] = {}
+
+
+def method_options() -> dict[str, set[str]]:
+    """Return the names of the options that each method reads."""
+    return {name: {field.name for field in fields(method.options)} for name, method in METHODS.items()}
+
+
+def parse_args(argv: Sequence[str] | None = None, prog: str = 'train_vpl.py') -> Options:
+    """Return the options of a run, checked (`read_args`).
+
+    Raises:
+        SystemExit: With status 2 after one line on stderr (a machine, not a process), where the input is wrong; with 0
+            after `--help`.
+    """
+    try:
+        options, given = read_args(sys.argv[1:] if argv is None else argv, prog)
+        if speaks():
+            warn_without_effect(options, given)
+        return options
+    except UsageError as error:
+        if speaks():
+            print(f'{prog}: error: {one_line(error)}', file=sys.stderr)
+        else:
+            time.sleep(2)  # torchrun ends all processes when the first ends; let the one that speaks be it
+        raise SystemExit(error.exit_status) from None
+
+
+def read_args(argv: Sequence[str], prog: str = 'train_vpl.py') -> tuple[Options, dict[str, Any]]:
+    """Return the options of a run, and what the command line and its recipe gave.
+
+    Raises:
+        UsageError: The input is wrong.
+    """
+    parser = build_parser(prog)
+    argv = list(argv)
+    for token in argv[:argv.index('--')] if '--' in argv else argv:
+        check_not_refused(token.partition('=')[0])
+    command_line = name_data_dir(parser.parse(argv))
+    given_here = dict(command_line)
+    config = command_line.get('config')
+    recipe = name_data_dir(load_recipe(parser, recipe_path(config))) if config else {}
+    for dest in [entry.dest for entry in branch_entries('both') if entry.dest in command_line]:
+        for side in SIDES:  # wins over a branch's own value in the recipe, too
+            recipe.pop(f'{dest}_{side}', None)
+    folder = command_line.get('resume', recipe.get('resume', ''))
+    if os.path.isdir(folder):
+        _continue_in(folder, command_line)
+    if config:
+        check_foreign(recipe_path(config), {
+            dest: value for dest, value in recipe.items() if dest not in command_line})
+    given = {**recipe, **command_line}
+    options = make_options(given, (prog, given_here))
+    check(options, given)
+    return options, given
+
+
+def _continue_in(folder: str, command_line: dict[str, Any]) -> None:
+    """Make a run go on in a folder, whatever its recipe calls it."""
+    for dest, place in zip(('output', 'experiment'), os.path.split(os.path.realpath(folder)), strict=True):
+        named = command_line.get(dest, place)
+        if (os.path.realpath(named) if dest == 'output' else named) != place:
+            raise UsageError(f'--resume {folder}: goes on in that folder, {flag_of(dest)} {named} is another')
+        command_line[dest] = place
+
+
+def resume_command(options: Options, folder: str) -> str:
+    """Return the command that goes on with a run in its folder: what was given, but for where it starts."""
+    prog, given = options.command
+    parser = build_parser()
+    tokens = [
+        token for dest, value in given.items()
+        if dest not in ('resume', 'no_resume_opt', 'start_epoch', 'output', 'experiment')
+        for token in option_tokens(parser.action(dest), _as_text(value))]
+    python = ['python'] if prog.endswith('.py') else []
+    return shlex.join([*python, *prog.split(), *tokens, '--resume', folder])
+
+
+def _as_text(value: Any) -> Any:
+    """Return a value as a recipe would hold it."""
+    if isinstance(value, (list, tuple)):
+        return [str(item) for item in value]
+    return value if isinstance(value, (bool, dict)) else '' if value is None else str(value)
+
+
+def speaks() -> bool:
+    """Return whether this is the first process on its machine: files may be missing on one machine only."""
+    return os.environ.get('LOCAL_RANK', '0') == '0'
+
+
+def name_data_dir(given: dict[str, Any]) -> dict[str, Any]:
+    """Move the positional argument DIR to `data_dir`."""
+    data = given.pop('data', None)
+    if data is None:
+        return given
+    if given.get('data_dir', data) != data:
+        raise UsageError(f"DIR {data} and --data-dir {given['data_dir']} differ, one is enough")
+    return {**given, 'data_dir': data}
+
+
+def recipe_values(options: Options) -> dict[str, Any]:
+    """Return the options of a run as a flat dict that, dumped as YAML, is a recipe of the same run (`args.yaml`)."""
+    entries = build_parser().entries
+    return {
+        dest: list(value) if isinstance(value, tuple) else value for dest, value in options.flat().items()
+        if entries[dest].row.recipe and value is not None}
+
+
+def changed_options(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return what changes between two starts of a run: lines that refuse to go on, and lines that warn.
+
+    Args:
+        then: `recipe_values` of the first start.
+        now: `recipe_values` of this one.
+    """
+    lines: tuple[list[str], list[str]] = [], []
+    sides = [side for side in SIDES if now.get(f'model_{side}')]
+    for dest, entry in build_parser().entries.items():
+        if not entry.row.recipe or entry.resume == 'free' or entry.side not in (None, *sides):
+            continue
+        # What is left out had its default; 0, '' and off are values.
+        before, after = (
+            list(value) if isinstance(value := values.get(dest, entry.default), tuple) else value
+            for values in (then, now))
+        if before == after or (dest == 'num_classes' and None in (before, after)):  # taken from the data
+            continue
+        spell = show if show(before) != show(after) else repr
+        lines[entry.resume == 'warned'].append(f'{entry.flag} {spell(before)} before, now {spell(after)}')
+    return lines
+
+
+def idle_options(options: Options) -> dict[Idle, list[str]]:
+    """Return the options that have no effect beside the others, whatever their value, by the reason."""
+    view = SimpleNamespace(**{
+        **options.flat(), 'sides': options.sides, 'branch': options.branches.__getitem__,
+        'augmentation': options.augmentation})
+    idle: dict[Idle, list[str]] = {}
+    for dest, entry in build_parser().entries.items():
+        if entry.side is None:
+            places = [view] if hasattr(view, dest) else []
+        else:
+            places = [branch for side, branch in options.branches.items() if entry.side in (side, 'both')]
+        for reason in entry.row.idle if places else ():
+            if all(map(reason.applies, places)):
+                idle.setdefault(reason, []).append(dest)
+    return idle
+
+
+def warn_without_effect(options: Options, given: Mapping[str, Any]) -> None:
+    """Log a line for each reason why options that were given, with another value than the default, have no effect."""
+    entries = build_parser().entries
+    left = [dest for dest, value in given.items() if dest in entries and value != entries[dest].default]
+    known = options.flat()
+    unread = [dest for dest in left if dest not in known and entries[dest].side is None]
+    reasons = [(unread, f'--method {options.method} does not read it')]
+    reasons += [(dests, reason.reason) for reason, dests in idle_options(options).items()]
+    reasons += [
+        ([dest for dest in left if entries[dest].side == side], f'there is no --model-{side}')
+        for side in SIDES if side not in options.sides]
+    for dests, reason in reasons:
+        named = [dest for dest in left if dest in dests]
+        if named:
+            _logger.warning(f"{', '.join(map(flag_of, named))}: no effect, {reason}")
+            left = [dest for dest in left if dest not in named]
+
+
+def namespace(options: Options) -> Namespace:
+    """Return the options as one flat namespace."""
+    values = {f'{name}_{side}': value for side in SIDES for name, value in vars(Branch()).items()}
+    return Namespace(**{
+        **dict.fromkeys(entry.dest for entry in branch_entries('both')), **values, **options.flat(),
+        'zero': False, 'patience_epochs': 10, 'sides': options.sides, 'prefetcher': True, 'options': options,
+        'resume_auto': options.run.resume == 'auto' or os.path.isdir(options.run.resume)})
