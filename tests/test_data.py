@@ -13,11 +13,18 @@ import yaml
 from PIL import Image
 from timm.data import create_transform
 from timm.utils.misc import natural_key
+from timm_vpl.data.data.data import (
+    DigitsReader,
+    SeededSampler,
+    _guard_posterize,
+    class_names,
+    create_split,
+    create_train_loader,
+)
+from timm_vpl.options.options.options import parse_args
 
 from timm_vpl.cli import train
-from timm_vpl.data.data import DigitsReader, SeededSampler, _guard_posterize, class_names, create_split
 from timm_vpl.engine.checkpoint import read_checkpoint
-from timm_vpl.options.options import parse_args
 
 MODELS = ['--model-a', 'test_resnet', '--model-b', 'test_vit', '--img-size', '32', '--device', 'cpu', '-j', '0']
 
@@ -184,6 +191,17 @@ def test_class_order_does_not_hang_on_the_hash_seed(tied, seed):
         [sys.executable, '-c', f'{code}({str(tied)!r})'], env={**os.environ, 'PYTHONHASHSEED': str(seed)}, check=True,
         capture_output=True, text=True)
     check_classes(result.stdout)
+
+
+def test_mixup_ends_with_its_epoch(folder):
+    args = parse_args([*MODELS, str(folder), '-b', '8', '--mixup', '0.8', '--smoothing', '0', '--mixup-off-epoch', '1'])
+    args.num_classes, args.rank, args.world_size = 4, 0, 1
+    config = {'input_size': (3, 32, 32), 'interpolation': 'bilinear', 'mean': (0.5,) * 3, 'std': (0.5,) * 3}
+    dataset = create_split(args, 'train', is_training=True)
+    loader = create_train_loader(args, dataset, config, torch.device('cpu'))
+    hard = {epoch: [bool((target.max(dim=1).values == 1).all()) for _, _, target, _ in loader.epoch(epoch)]
+            for epoch in (0, 1)}
+    assert not all(hard[0]) and len(hard[1]) == 5 and all(hard[1])
 
 
 def test_images_are_in_timms_order(folder):

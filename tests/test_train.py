@@ -163,6 +163,23 @@ def test_options_train(digits_folder, tmp_path, options):
     assert float(rows(folder)[1]['train_loss']) > 0
 
 
+def test_accumulated_batches_are_one_large_batch(digits_folder, tmp_path):
+    # The images of an epoch that fill no whole update are one of their own, and each counts as much as any other.
+    quiet = ['--opt', 'sgd', '--lr', '0.05', '--no-aug', '--contrastive-weight', '0', '--x', '0', '--epochs', '1']
+    models = ['--model-a', 'test_convnext', '--model-b', 'test_vit']
+    large = run(digits_folder, tmp_path, *quiet, '-b', '32', name='large', models=models)
+    small = run(digits_folder, tmp_path, *quiet, '-b', '16', '--grad-accum-steps', '3', name='small', models=models)
+    assert float(rows(small)[0]['train_loss']) == pytest.approx(float(rows(large)[0]['train_loss']), rel=1e-5)
+    state, other = last(small)['state_dict'], last(large)['state_dict']
+    for key in state:
+        torch.testing.assert_close(state[key], other[key], rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_a_schedule_by_updates(digits_folder, tmp_path):
+    table = rows(run(digits_folder, tmp_path, '--sched-on-updates'))
+    assert [float(row['lr_a']) for row in table] == pytest.approx([0.001, 0.0005])  # half of a cosine
+
+
 def test_class_pairs_other_than_cnn_and_vit(digits_folder, tmp_path, caplog):
     run(digits_folder, tmp_path, '--epochs', '1', models=['--model-a', 'test_vit', '--model-b', 'test_resnet'])
     assert 'roles are swapped' in caplog.text

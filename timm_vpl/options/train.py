@@ -299,8 +299,8 @@ def warn_without_effect(options: Options, given: Mapping[str, Any]) -> None:
 
 def namespace(options: Options) -> Namespace:
     """Return the options as one flat namespace."""
-    values = {f'{name}_{side}': value for side in SIDES for name, value in vars(Branch()).items()}
+    values = {dest: entry.default for dest, entry in build_parser().entries.items()}
     return Namespace(**{
-        **dict.fromkeys(entry.dest for entry in branch_entries('both')), **values, **options.flat(),
+        **values, **options.flat(),
         'zero': False, 'patience_epochs': 10, 'sides': options.sides, 'prefetcher': True, 'options': options,
         'resume_auto': options.run.resume == 'auto' or os.path.isdir(options.run.resume)})
