@@ -21,7 +21,9 @@ from PIL import Image
 from processes import load_results, run_ranks, run_script
 from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
-from timm_vpl.data.data.data import (
+from torch.utils.data import DataLoader, IterableDataset
+
+from timm_vpl.data.data import (
     MAX_WARNINGS,
     DigitsReader,
     ReadableImages,
@@ -39,12 +41,10 @@ from timm_vpl.data.data.data import (
     skipped_images,
     split_card,
 )
-from timm_vpl.options.options.options import parse_args
-from torch.utils.data import DataLoader, IterableDataset
-
 from timm_vpl.engine.device import init_device
 from timm_vpl.engine.evaluate import evaluate
 from timm_vpl.errors import RunError, UsageError
+from timm_vpl.options.options import parse_args
 
 CPU = torch.device('cpu')
 MODELS = ['--model-a', 'test_resnet', '--model-b', 'test_vit', '--img-size', '32', '--device', 'cpu', '-b', '8']

@@ -13,7 +13,9 @@ import yaml
 from PIL import Image
 from timm.data import create_transform
 from timm.utils.misc import natural_key
-from timm_vpl.data.data.data import (
+
+from timm_vpl.cli import train
+from timm_vpl.data.data import (
     DigitsReader,
     SeededSampler,
     _guard_posterize,
@@ -21,10 +23,8 @@ from timm_vpl.data.data.data import (
     create_split,
     create_train_loader,
 )
-from timm_vpl.options.options.options import parse_args
-
-from timm_vpl.cli import train
 from timm_vpl.engine.checkpoint import read_checkpoint
+from timm_vpl.options.options import parse_args
 
 MODELS = ['--model-a', 'test_resnet', '--model-b', 'test_vit', '--img-size', '32', '--device', 'cpu', '-j', '0']
 

@@ -10,7 +10,6 @@ import torch
 from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
-from timm_vpl.options.options.options import parse_args
 
 from timm_vpl import PairWrapper
 from timm_vpl.cli import train
@@ -24,6 +23,7 @@ from timm_vpl.engine.build import (
 )
 from timm_vpl.engine.checkpoint import read_checkpoint
 from timm_vpl.engine.device import init_device
+from timm_vpl.options.options import parse_args
 
 SIZE = 32
 NUM_CLASSES = 4

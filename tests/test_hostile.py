@@ -23,11 +23,11 @@ from hub import Hub
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
-from timm_vpl.data.data.data import DigitsReader
-from timm_vpl.options.options.options import parse_args, recipe_values
 
 from timm_vpl.cli import main
+from timm_vpl.data.data import DigitsReader
 from timm_vpl.engine.trained import branch_config, load_branches
+from timm_vpl.options.options import parse_args, recipe_values
 from timm_vpl.text import code, code_block, markdown
 from timm_vpl.tools.card import model_card
 from timm_vpl.tools.report import report

@@ -25,7 +25,6 @@ from timm.layers import DropPath
 from timm.models import save_for_hf
 from timm.optim import Lamb, create_optimizer_v2, list_optimizers
 from timm.task import LogitDistillationTask, TokenDistillationTask
-from timm_vpl.options.options.options import parse_args
 from torch.utils.data import DataLoader
 
 from timm_vpl import PairTask, PairWrapper
@@ -37,6 +36,7 @@ from timm_vpl.core.teacher import Teacher
 from timm_vpl.engine.build import create_criterion, create_teacher
 from timm_vpl.engine.device import init_device
 from timm_vpl.engine.train import create_run, epoch_terms, train_one_epoch, update
+from timm_vpl.options.options import parse_args
 
 NUM_CLASSES = 4
 CPU = torch.device('cpu')

@@ -255,7 +255,7 @@ def test_runs_of_other_options_are_not_averaged(make):
 def test_how_a_run_was_done_makes_no_row(make):
     runs = [pair(make, 'plain')]
     for seed, (name, value) in enumerate({
-            'recovery_minutes': 5.0, 'recovery_interval': 7, 'hang_timeout': 9.0, 'deterministic': True, 'on_nonfinite': 'skip',
+            'recovery_minutes': 5.0, 'recovery_interval': 7, 'hang_timeout': 9.0, 'on_nonfinite': 'skip',
             'nonfinite_limit': 3, 'deterministic': True, 'val_interval': 2, 'device': 'cuda'}.items(), start=2):
         runs.append(pair(make, name, seed=seed, **{name: value}))
     assert [(r['framework'], r['n']) for r in records(*runs)] == [('VPL', len(runs))] * 2

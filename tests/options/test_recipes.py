@@ -13,12 +13,12 @@ import pytest
 import timm
 import torch
 from timm.data import dataset_factory
-from timm_vpl.options.options.options import build_parser, parse_args
-from timm_vpl.options.options.parsing import read_recipe
 
 from timm_vpl.cli import train
 from timm_vpl.core.methods import METHODS
 from timm_vpl.engine import build
+from timm_vpl.options.options import build_parser, parse_args
+from timm_vpl.options.parsing import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / 'hparams').glob('*.yaml'))
