@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from timm_vpl.data.data.identity import data_changes, data_identity
+from timm_vpl.data.identity import data_changes, data_identity
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 

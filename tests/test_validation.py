@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, ImageNetInfo, create_loader, resolve_model_data_config
 from timm.models import save_for_hf
-from timm_vpl.options.options.commands import parse_command
+from timm_vpl.options.commands import parse_command
 
 from timm_vpl.cli import main, train
 from timm_vpl.engine.evaluate import RealLabelsEvaluator, evaluate

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from timm_vpl.options.options.commands import COMMANDS, command_parser, parse_command
-from timm_vpl.options.options.refused import REFUSED
-from timm_vpl.options.options.train import build_parser, parse_args
+from timm_vpl.options.commands import COMMANDS, command_parser, parse_command
+from timm_vpl.options.refused import REFUSED
+from timm_vpl.options.train import build_parser, parse_args
 
 from timm_vpl import cli
 

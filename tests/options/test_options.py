@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from timm_vpl.options.options.checks import timm_model_names
-from timm_vpl.options.options.page import options_markdown
-from timm_vpl.options.options.parser import show
-from timm_vpl.options.options.recipes import recipe_path
-from timm_vpl.options.options.refused import REFUSED, check_not_refused
-from timm_vpl.options.options.train import build_parser, recipe_values
+from timm_vpl.options.checks import timm_model_names
+from timm_vpl.options.page import options_markdown
+from timm_vpl.options.parser import show
+from timm_vpl.options.recipes import recipe_path
+from timm_vpl.options.refused import REFUSED, check_not_refused
+from timm_vpl.options.train import build_parser, recipe_values
 
 from timm_vpl import ContrastiveLoss, VPLLoss
 from timm_vpl.core.names import DEFAULT_TAU
@@ -437,7 +437,7 @@ def test_every_changed_default_is_in_the_docs():
 def test_a_mistake_imports_nothing_heavy():
     script = (
         'import sys\n'
-        'from timm_vpl.options.options.train import parse_args\n'
+        'from timm_vpl.options.train import parse_args\n'
         'try:\n'
         "    parse_args(['--dataset', 'digits', '--model-a', 'resnet5O', '--model-b', 'x'])\n"
         'finally:\n'
