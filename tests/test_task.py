@@ -17,9 +17,8 @@ from timm.task import ClassificationTask, TrainingTask, load_task_ema_checkpoint
 from timm.utils import CheckpointSaver, adaptive_clip_grad
 
 from timm_vpl import PairOutput, PairTask, PairWrapper, StagedLoss, VPLLoss
-from timm_vpl.core.criterion import base_term
 from timm_vpl.core.seeding import BranchStreams
-from timm_vpl.core.stages import StageHook
+from timm_vpl.core.terms import base_term
 
 NUM_CLASSES = 4
 CPU = torch.device('cpu')
@@ -619,15 +618,16 @@ def test_loss_is_float32_under_autocast():
             for parameter in pair.parameters() if parameter.grad is not None)
 
 
-def messages(caplog, logger='timm_vpl.core.stages'):
-    return [record.getMessage() for record in caplog.records if record.name == logger]
+def messages(caplog, start='Epoch'):
+    return [record.getMessage() for record in caplog.records
+            if record.name == 'timm_vpl.core.task' and record.getMessage().startswith(start)]
 
 
 def test_each_change_of_stage_is_logged_once(caplog):
     caplog.set_level(logging.INFO)
     task = PairTask(make_pair(), make_criterion(), updates_per_epoch=2)
-    assert messages(caplog) == [] and len(messages(caplog, 'timm_vpl.core.task')) == 1
-    assert 'stage 1' in messages(caplog, 'timm_vpl.core.task')[0]
+    assert messages(caplog) == [] and len(messages(caplog, 'PairTask')) == 1
+    assert 'stage 1' in messages(caplog, 'PairTask')[0]
     logged = {}
     for step in range(1, 2 * EPOCHS + 3):
         task.update_ema(step=step)
@@ -639,25 +639,10 @@ def test_each_change_of_stage_is_logged_once(caplog):
     assert lines[4][0].startswith('Epoch 2: stage 3') and 'contrastive_loss' not in lines[4][0]
 
 
-def test_stage_hook():
-    class Recorder:
-        def __init__(self):
-            self.epochs = []
-
-        def describe(self):
-            return 'late' if self.epochs and self.epochs[-1] > 1 else 'early'
-
-        def set_epoch(self, epoch):
-            self.epochs.append(epoch)
-
-    criterion = Recorder()
-    hook = StageHook(criterion, 3)
-    for num_updates in range(1, 8):
-        hook.update(num_updates)
-    assert criterion.epochs == [0, 1, 2]
-    for wrong in (0, -1):
-        with pytest.raises(ValueError, match=f'updates_per_epoch is {wrong}'):
-            StageHook(criterion, wrong)
+@pytest.mark.parametrize('wrong', [0, -1])
+def test_updates_of_an_epoch(wrong):
+    with pytest.raises(ValueError, match=f'updates_per_epoch is {wrong}'):
+        PairTask(make_pair(), make_criterion(), updates_per_epoch=wrong)
 
 
 def test_quiet_task_logs_nothing(caplog):

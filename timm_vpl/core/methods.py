@@ -3,9 +3,14 @@
 The training loop knows none of them. Nothing heavy is imported here.
 """
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .names import SIDES
+
+if TYPE_CHECKING:
+    from .criterion import StagedLoss
+    from .terms import BaseLoss
 
 
 class Method(NamedTuple):
@@ -25,12 +30,12 @@ class Method(NamedTuple):
         distilled: Whether a branch trains a head of its own for what it is taught (DeiT's distillation token).
         uniform_drop_path: Whether every block of a network has the rate --drop-path.
         bce: Whether the labels' loss is binary cross-entropy.
-        citation: BibTeX of its paper.
+        key: Of its paper, in the package's citations; '' for none.
     """
     description: str
     models: tuple[int, ...]
-    criterion: Callable
-    passes: Callable[[Mapping[str, Any]], int]
+    criterion: 'Callable[[Any, int, BaseLoss | None], StagedLoss]'
+    passes: Callable[[Mapping[str, Any]], int] = lambda options: 2
     options: tuple[str, ...] = ()
     updates: Callable[[Mapping[str, Any]], int] = lambda options: 1
     projects: Callable[[Any], bool] = lambda args: True
@@ -38,23 +43,26 @@ class Method(NamedTuple):
     distilled: bool = False
     uniform_drop_path: bool = False
     bce: bool = False
-    citation: str = ''
+    key: str = ''
 
-    def has_teacher(self, args) -> bool:
+    def has_teacher(self, args: Any) -> bool:
         """Return whether these options come with a frozen teacher."""
         return self.teacher == 'always' or (self.teacher == 'alone' and len(args.sides) == 1)
 
+    @property
+    def citation(self) -> str:
+        """BibTeX of its paper, '' for none."""
+        entries = (Path(__file__).parents[1] / 'assets' / 'citations.bib').read_text(encoding='utf-8').split('\n\n')
+        return next((entry.strip() for entry in entries if self.key and f'{{{self.key},' in entry), '')
+
 
 CONTRASTIVE_OPTIONS = ('tau', 'similarity', 'same_class', 'gather')
+_VPL_OPTIONS = (
+    'x', 'y', 'rho', 'kl_to', 'kl_weight', 'contrastive_to', 'contrastive_weight', *CONTRASTIVE_OPTIONS)
 TEACHER_OPTIONS = ('teacher', 'teacher_branch')
 
 
-def partner_of(side: str) -> str:
-    """Return the other side."""
-    return SIDES[side == SIDES[0]]
-
-
-def distill_terms(args) -> tuple[str, ...]:
+def distill_terms(args: Any) -> tuple[str, ...]:
     """Return the pair terms of two-step distillation: those asked for, else what the student's side learns in VPL."""
     terms = args.distill_terms or {'a': 'kl', 'b': 'contrastive'}[args.sides[0]]
     return ('contrastive', 'kl') if terms == 'both' else (terms,)
@@ -63,78 +71,62 @@ def distill_terms(args) -> tuple[str, ...]:
 # Each imports the criterion when it is called, since that is slow.
 
 
-def _vpl(args, epochs, base_loss):
+def _vpl(args: Any, epochs: int, base_loss: 'BaseLoss | None') -> 'StagedLoss':
     from .criterion import VPLLoss
-    return VPLLoss(
-        epochs,
-        x=args.x,
-        y=args.y,
-        tau=args.tau,
-        rho=args.rho,
-        similarity=args.similarity,
-        contrastive_to=args.contrastive_to,
-        kl_to=args.kl_to,
-        contrastive_weight=args.contrastive_weight,
-        kl_weight=args.kl_weight,
-        same_class=args.same_class,
-        base_loss=base_loss,
-        gather=args.gather,
-    )
+    return VPLLoss(epochs, base_loss=base_loss, **{name: getattr(args, name) for name in _VPL_OPTIONS})
 
 
-def _solo(args, epochs, base_loss):
-    from .criterion import StagedLoss, base_term
-    return StagedLoss([base_term(side, base_loss) for side in args.sides])
+def _solo(args: Any, epochs: int, base_loss: 'BaseLoss | None') -> 'StagedLoss':
+    from . import criterion, terms
+    return criterion.StagedLoss([terms.base_term(side, base_loss) for side in args.sides])
 
 
-def _dml(args, epochs, base_loss):
-    from .criterion import StagedLoss, Term, base_term, kl_loss
+def _dml(args: Any, epochs: int, base_loss: 'BaseLoss | None') -> 'StagedLoss':
+    from . import criterion, terms
     if args.dml_joint:
-        return StagedLoss([
-            base_term('a', base_loss),
-            base_term('b', base_loss),
-            Term('kl_a_loss', kl_loss('both', args.rho), args.kl_weight / 2),
-            Term('kl_b_loss', kl_loss('both', args.rho, leader='a'), args.kl_weight / 2),
+        return criterion.StagedLoss([
+            terms.base_term('a', base_loss),
+            terms.base_term('b', base_loss),
+            terms.Term('kl_a_loss', terms.kl_loss('both', args.rho), args.kl_weight / 2),
+            terms.Term('kl_b_loss', terms.kl_loss('both', args.rho, leader='a'), args.kl_weight / 2),
         ])
-    return StagedLoss([
-        base_term('a', base_loss),
-        Term('kl_a_loss', kl_loss('a', args.rho), args.kl_weight),
-        base_term('b', base_loss)._replace(phase=1),
-        Term('kl_b_loss', kl_loss('b', args.rho), args.kl_weight, phase=1),
+    return criterion.StagedLoss([
+        terms.base_term('a', base_loss),
+        terms.Term('kl_a_loss', terms.kl_loss('a', args.rho), args.kl_weight),
+        terms.base_term('b', base_loss)._replace(phase=1),
+        terms.Term('kl_b_loss', terms.kl_loss('b', args.rho), args.kl_weight, phase=1),
     ], phases=SIDES)
 
 
-def _distill(args, epochs, base_loss):
-    from .criterion import ContrastiveLoss, StagedLoss, Term, base_term, kl_loss
+def _distill(args: Any, epochs: int, base_loss: 'BaseLoss | None') -> 'StagedLoss':
+    from . import criterion, terms
     [student] = args.sides
-    pair_terms = {
-        'contrastive': lambda: Term(
-            'contrastive_loss',
-            ContrastiveLoss(student, args.tau, args.similarity, args.same_class, args.gather),
-            args.contrastive_weight,
-        ),
-        'kl': lambda: Term('kl_loss', kl_loss(student, args.rho), args.kl_weight),
-    }
-    return StagedLoss([base_term(student, base_loss), *(pair_terms[name]() for name in distill_terms(args))])
+    wanted, learnt = distill_terms(args), [terms.base_term(student, base_loss)]
+    if 'contrastive' in wanted:
+        contrastive = terms.ContrastiveLoss(student, args.tau, args.similarity, args.same_class, args.gather)
+        learnt.append(terms.Term('contrastive_loss', contrastive, args.contrastive_weight))
+    if 'kl' in wanted:
+        learnt.append(terms.Term('kl_loss', terms.kl_loss(student, args.rho), args.kl_weight))
+    return criterion.StagedLoss(learnt)
 
 
-def _deit(args, epochs, base_loss):
-    from .criterion import StagedLoss, Term, base_term, token_loss
+def _deit(args: Any, epochs: int, base_loss: 'BaseLoss | None') -> 'StagedLoss':
+    from . import criterion, terms
     student, hard = args.student, args.distillation_type == 'hard'
     alpha = args.distillation_alpha if args.distillation_alpha is not None else 0.5 if hard else 0.1
     temperature = None if hard else args.distillation_tau
-    return StagedLoss([
-        *(base_term(side, base_loss) for side in args.sides if side != student),
-        base_term(student, base_loss)._replace(weight=1 - alpha),
-        Term(f'distill_{student}_loss', token_loss(student, temperature), alpha),
+    return criterion.StagedLoss([
+        *(terms.base_term(side, base_loss) for side in args.sides if side != student),
+        terms.base_term(student, base_loss)._replace(weight=1 - alpha),
+        terms.Term(f'distill_{student}_loss', terms.token_loss(student, temperature), alpha),
     ])
 
 
-def _cosub(args, epochs, base_loss):
-    from .criterion import StagedLoss, Term, base_term, submodel_loss
-    return StagedLoss([
-        *(base_term(side, base_loss)._replace(weight=0.25) for side in SIDES),
-        *(Term(f'cosub_{side}_loss', submodel_loss(side, args.bce_sum), 0.25) for side in SIDES),
+def _cosub(args: Any, epochs: int, base_loss: 'BaseLoss | None') -> 'StagedLoss':
+    from . import criterion, terms
+    return criterion.StagedLoss([
+        *(terms.base_term(side, base_loss)._replace(weight=0.25) for side in SIDES),
+        *(terms.Term(f'cosub_{side}_loss', terms.submodel_loss(side, args.bce_sum), 0.25) for side in SIDES),
     ], views=2)
 
 
@@ -143,15 +135,8 @@ METHODS: dict[str, Method] = {
         'Vision Pair Learning',
         models=(2,),
         criterion=_vpl,
-        passes=lambda options: 2,
-        options=('x', 'y', 'rho', 'kl_to', 'kl_weight', 'contrastive_to', 'contrastive_weight', 'affine_side',
-                 *CONTRASTIVE_OPTIONS),
-        citation='''@inproceedings{tong2022vpl,
-  title = {Vision Pair Learning: An Efficient Training Framework for Image Classification},
-  author = {Tong, Bei and Yu, Xiaoyuan},
-  booktitle = {AAAI Conference on Artificial Intelligence},
-  year = {2022}
-}''',
+        options=('affine_side', *_VPL_OPTIONS),
+        key='tong2022vpl',
     ),
     'solo': Method(
         'one model alone',
@@ -167,18 +152,12 @@ METHODS: dict[str, Method] = {
         options=('rho', 'kl_weight', 'dml_joint'),
         updates=lambda options: 1 if options.get('dml_joint') else 2,
         projects=lambda args: False,
-        citation='''@inproceedings{zhang2018dml,
-  title = {Deep Mutual Learning},
-  author = {Zhang, Ying and Xiang, Tao and Hospedales, Timothy M. and Lu, Huchuan},
-  booktitle = {IEEE Conference on Computer Vision and Pattern Recognition},
-  year = {2018}
-}''',
+        key='zhang2018dml',
     ),
     'distill': Method(
         'two-step distillation from a frozen teacher, with the terms of Vision Pair Learning',
         models=(1,),
         criterion=_distill,
-        passes=lambda options: 2,
         options=('distill_terms', 'rho', 'kl_weight', 'contrastive_weight', *CONTRASTIVE_OPTIONS, *TEACHER_OPTIONS),
         projects=lambda args: 'contrastive' in distill_terms(args),
         teacher='always',
@@ -187,34 +166,20 @@ METHODS: dict[str, Method] = {
         'distillation through a token, as DeiT',
         models=(1, 2),
         criterion=_deit,
-        passes=lambda options: 2,
         options=('distillation_type', 'distillation_alpha', 'distillation_tau', *TEACHER_OPTIONS),
         projects=lambda args: False,
         teacher='alone',
         distilled=True,
-        citation='''@inproceedings{touvron2021deit,
-  title = {Training data-efficient image transformers and distillation through attention},
-  author = {Touvron, Hugo and Cord, Matthieu and Douze, Matthijs and Massa, Francisco and Sablayrolles, Alexandre and
-            J{\\'e}gou, Herv{\\'e}},
-  booktitle = {International Conference on Machine Learning},
-  year = {2021}
-}''',
+        key='touvron2021deit',
     ),
     'cosub': Method(
         'cotraining of two submodels of one network',
         models=(1,),
         criterion=_cosub,
-        passes=lambda options: 2,
         options=('drop_path_skip',),
         uniform_drop_path=True,
         bce=True,
-        citation='''@article{touvron2022cosub,
-  title = {Co-training 2^L Submodels for Visual Recognition},
-  author = {Touvron, Hugo and Cord, Matthieu and Oquab, Maxime and Bojanowski, Piotr and Verbeek, Jakob and
-            J{\\'e}gou, Herv{\\'e}},
-  journal = {arXiv preprint arXiv:2212.04884},
-  year = {2022}
-}''',
+        key='touvron2022cosub',
     ),
 }
 

@@ -24,7 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.criterion import StagedLoss
-from ..core.methods import METHODS, partner_of
+from ..core.methods import METHODS
+from ..core.names import partner_of
 from ..core.pair import PairWrapper, classifiers_of
 from ..core.seeding import seed_all
 from ..core.stochastic_depth import set_uniform_drop_path
@@ -362,7 +363,7 @@ def learning_rates(args) -> dict[str, float]:
 
 
 def param_groups(args, pair: PairWrapper, lrs: dict[str, float]) -> list[dict[str, Any]]:
-    """Return the optimizer's groups, named by branch, each branch's as timm makes them for the model alone.
+    """Return the optimizer's groups, with their branch as 'side', each branch's as timm makes them for the model alone.
 
     The affine layer has the learning rate and weight decay of branch b, or of the only one.
     """
@@ -389,7 +390,8 @@ def param_groups(args, pair: PairWrapper, lrs: dict[str, float]) -> list[dict[st
             )
         if side == pair.sides[-1] and pair.affine is not None:
             branch_groups += param_groups_weight_decay(pair.affine, weight_decay=kwargs['weight_decay'])
-        groups += [{**group, 'lr': lrs[side], 'name': f'{side}.{i}'} for i, group in enumerate(branch_groups)]
+        groups += [
+            {**group, 'lr': lrs[side], 'side': side, 'name': f'{side}.{i}'} for i, group in enumerate(branch_groups)]
     return groups
 
 
