@@ -53,7 +53,7 @@ def _run_rank(folder, rank, world, scenario):
 
 def run_script(script: str, folder: Path) -> str:
     """Run a test file as a script with `folder` as its argument, and return how it ended and what it printed."""
-    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get('PYTHONPATH', '')]
+    paths = [*map(str, Path(__file__).resolve().parents[:2]), os.environ.get('PYTHONPATH', '')]
     environ = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(filter(None, paths))}
     log = folder / 'log.txt'
     with open(log, 'wb') as stream:

@@ -6,12 +6,12 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from timm_vpl.data.identity import data_changes, data_identity
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
 from timm_vpl import PairTask, PairWrapper, StagedLoss, Teacher, VPLLoss, base_term
 from timm_vpl.data.data import class_names, create_split
+from timm_vpl.data.identity import data_changes, data_identity
 from timm_vpl.engine.build import training_flops
 from timm_vpl.engine.environment import environment
 from timm_vpl.options.options import parse_args

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, ImageNetInfo, create_loader, resolve_model_data_config
 from timm.models import save_for_hf
-from timm_vpl.options.commands import parse_command
 
 from timm_vpl.cli import main, train
 from timm_vpl.engine.evaluate import RealLabelsEvaluator, evaluate
 from timm_vpl.engine.trained import TrainedModel, load_branches
+from timm_vpl.options.commands import parse_command
 from timm_vpl.tools.validation import COLUMNS, _create_pass, load_all, real_label_sets
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,11 +9,11 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from timm_vpl import cli
 from timm_vpl.options.commands import COMMANDS, command_parser, parse_command
 from timm_vpl.options.refused import REFUSED
 from timm_vpl.options.train import build_parser, parse_args
-
-from timm_vpl import cli
 
 PARSERS = {'train': build_parser(), **{name: command_parser(name) for name in COMMANDS}}
 FLAGS = {name: sorted(parser._option_string_actions) for name, parser in PARSERS.items()}

@@ -8,18 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from timm_vpl.options.checks import timm_model_names
-from timm_vpl.options.page import options_markdown
-from timm_vpl.options.parser import show
-from timm_vpl.options.recipes import recipe_path
-from timm_vpl.options.refused import REFUSED, check_not_refused
-from timm_vpl.options.train import build_parser, recipe_values
 
 from timm_vpl import ContrastiveLoss, VPLLoss
 from timm_vpl.core.names import DEFAULT_TAU
 from timm_vpl.core.option import SAME
 from timm_vpl.errors import RunError, UsageError
+from timm_vpl.options.checks import timm_model_names
 from timm_vpl.options.options import recipes, train
+from timm_vpl.options.page import options_markdown
+from timm_vpl.options.parser import show
+from timm_vpl.options.recipes import recipe_path
+from timm_vpl.options.refused import REFUSED, check_not_refused
+from timm_vpl.options.train import build_parser, recipe_values
 
 ROOT = Path(__file__).parents[2]
 PAIR = ['--model-a', 'resnet18', '--model-b', 'vit_tiny_patch16_224']

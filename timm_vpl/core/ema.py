@@ -1,7 +1,11 @@
 """timm's moving average of the weights, without a walk through both models' state dicts at each update."""
+from typing import Any
+
 import torch
 import torch.nn as nn
 from timm.utils import ModelEmaV3
+
+from ..compat import children_of, lerp_, tensor_places
 
 
 class Ema(ModelEmaV3):
@@ -14,10 +18,10 @@ class Ema(ModelEmaV3):
         RuntimeError: At an update, the model has other tensors than its average.
     """
 
-    def __init__(self, model: nn.Module, *args, **kwargs):
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
         super().__init__(model, *args, **kwargs)
         # Of a model and its average: where each tensor lies in both; each module's children, now and when last seen.
-        self._places: tuple[nn.Module, list, list] | None = None
+        self._places: tuple[nn.Module, list[Any], list[Any]] | None = None
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
         """Interpolate parameters and buffers."""
@@ -34,25 +38,16 @@ class Ema(ModelEmaV3):
                 floats[1].append(value)
             else:
                 average.copy_(value)
-        self._foreach_lerp_(*floats, weight=1. - decay)
+        lerp_(self, *floats, weight=1. - decay)
 
-    def _find(self, model):
-        places = _places(self.module), _places(model)
+    def _find(self, model: nn.Module) -> tuple[nn.Module, list[Any], list[Any]]:
+        places = tensor_places(self.module), tensor_places(model)
         if [slots[name].shape for slots, name in places[0]] != [slots[name].shape for slots, name in places[1]]:
             raise RuntimeError(
                 'the model has other tensors than its moving average: a submodule of another shape was put in, '
                 'set up the average after that (setup_ema)')
-        children = [(each._modules, dict(each._modules)) for root in (self.module, model) for each in root.modules()]
-        return model, list(zip(*places, strict=True)), children
+        children = [children_of(each) for root in (self.module, model) for each in root.modules()]
+        return model, list(zip(*places, strict=True)), [(now, dict(now)) for now in children]
 
-    def __getstate__(self):
-        return {**super().__getstate__(), '_places': None}
-
-
-def _places(module: nn.Module) -> list[tuple[dict, str]]:
-    """Return where a module's parameters and persistent buffers are kept: the tensors themselves may be replaced."""
-    return [
-        (slots, name)
-        for each in module.modules()
-        for slots, passing in ((each._parameters, ()), (each._buffers, each._non_persistent_buffers_set))
-        for name, tensor in slots.items() if tensor is not None and name not in passing]
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), '_places': None}

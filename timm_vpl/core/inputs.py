@@ -16,6 +16,9 @@ class InputTransform(nn.Module):
         target: Data configuration that the model wants.
     """
 
+    scale: torch.Tensor
+    shift: torch.Tensor
+
     def __init__(self, source: dict[str, Any], target: dict[str, Any]):
         super().__init__()
         # Decided here once: a comparison on the device would make the host wait for it in each step.
@@ -28,7 +31,7 @@ class InputTransform(nn.Module):
         self.size = None if size == tuple(source['input_size'][-2:]) else size
         self.mode = 'bilinear' if target.get('interpolation') == 'bilinear' else 'bicubic'
 
-    def __bool__(self):
+    def __bool__(self) -> bool:
         """Return whether it does anything."""
         return self.renormalize or self.size is not None
 

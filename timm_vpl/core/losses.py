@@ -3,6 +3,8 @@
 All take float32 or float64 tensors. Stop-gradients are the caller's: a term moves what it is not given detached.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -42,7 +44,8 @@ def kl_divergence(logits: torch.Tensor, reference: torch.Tensor, rho: float = 1.
         rho: Temperature.
     """
     log_p, log_q = F.log_softmax(logits / rho, dim=-1), F.log_softmax(reference / rho, dim=-1)
-    return torch.linalg.vecdot(log_q.exp(), log_q - log_p).mean()  # a third faster than F.kl_div
+    divergences: torch.Tensor = torch.linalg.vecdot(log_q.exp(), log_q - log_p)  # a third faster than F.kl_div
+    return divergences.mean()
 
 
 def contrastive(
@@ -105,7 +108,7 @@ def contrastive(
             copies = copies & ~positive
         dropped = copies if dropped is None else dropped | copies
 
-    def direction(anchor, partner, own_branch):
+    def direction(anchor: torch.Tensor, partner: torch.Tensor, own_branch: torch.Tensor) -> torch.Tensor:
         anchor = anchor / tau
         scores = torch.cat([  # N x 2M, M rows of all processes
             anchor @ partner.T if dropped is None else (anchor @ partner.T).masked_fill(dropped, -torch.inf),
@@ -117,15 +120,16 @@ def contrastive(
         log_p = F.log_softmax(scores, dim=1).masked_fill(~chosen, 0.)
         return -(log_p.sum(dim=1) / chosen.sum(dim=1)).mean()
 
-    return share * (direction(embed_a, all_b, all_a) + direction(embed_b, all_a, all_b))
+    loss: torch.Tensor = share * (direction(embed_a, all_b, all_a) + direction(embed_b, all_a, all_b))
+    return loss
 
 
-def _normalize(embed):
+def _normalize(embed: torch.Tensor) -> torch.Tensor:
     norm = torch.linalg.vector_norm(embed, dim=-1, keepdim=True)
     return embed / torch.where(norm > _MIN_NORM, norm, torch.inf)
 
 
-def _gather(tensor):
+def _gather(tensor: torch.Tensor) -> torch.Tensor:
     """Concatenate the rows of all processes, without a gradient."""
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
@@ -140,7 +144,7 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, a, b, rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor, rows: int) -> tuple[torch.Tensor, ...]:
         first = dist.get_rank() * rows
         ctx.rows = slice(first, first + len(a))
         own = F.pad(torch.cat([a, b], dim=1), (0, 0, 0, rows + 1 - len(a)))
@@ -152,7 +156,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         wanted = [i for i in range(2) if ctx.needs_input_grad[i]]
         total = torch.cat([grads[i] for i in wanted], dim=1)
         dist.all_reduce(total)
@@ -168,17 +172,17 @@ class _InGraph(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, loss, *unused):
+    def forward(ctx: Any, loss: torch.Tensor, *unused: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(*unused)
         return loss.clone()  # not a view: loops divide a loss in place
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (grad, *(torch.zeros_like(tensor) for tensor in ctx.saved_tensors))
 
 
 def keep_in_graph(loss: torch.Tensor, *unused: torch.Tensor | None) -> torch.Tensor:
     """Return the loss with `unused` tensors in its graph, at a gradient of zeros."""
-    unused = [tensor for tensor in unused if tensor is not None and tensor.requires_grad]
-    return _InGraph.apply(loss, *unused) if unused else loss
+    kept = [tensor for tensor in unused if tensor is not None and tensor.requires_grad]
+    return _InGraph.apply(loss, *kept) if kept else loss

@@ -1,4 +1,5 @@
 """The options of the methods, a row each. Importing this costs nothing."""
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +13,14 @@ def _off(options: Any, term: str, span: str) -> bool:
     return getattr(options, f'{term}_weight') == 0 or getattr(options, span, None) == 100
 
 
-def distill_terms(options: Any) -> tuple[str, ...]:
+def distill_terms(own: Any, sides: Sequence[str]) -> tuple[str, ...]:
     """Return the pair terms of two-step distillation: those asked for, else what the student's side learns in VPL."""
-    terms = options.distill_terms or {'a': 'kl', 'b': 'contrastive'}[options.sides[0]]
+    terms = own.distill_terms or {'a': 'kl', 'b': 'contrastive'}[sides[0]]
     return ('contrastive', 'kl') if terms == 'both' else (terms,)
 
 
 def _left_out(options: Any, term: str) -> bool:
-    return hasattr(options, 'distill_terms') and term not in distill_terms(options)
+    return hasattr(options, 'distill_terms') and term not in distill_terms(options, options.sides)
 
 
 _NO_CONTRASTIVE = (

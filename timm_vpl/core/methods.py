@@ -2,9 +2,10 @@
 
 The training loop knows none of them. Nothing heavy is imported here.
 """
-from collections.abc import Callable
-from dataclasses import fields
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .method_options import (
     CosubOptions,
@@ -17,6 +18,27 @@ from .method_options import (
 )
 from .names import SIDES
 
+if TYPE_CHECKING:
+    from .criterion import StagedLoss
+    from .terms import BaseLoss
+
+
+class Setting(NamedTuple):
+    """What a method's criterion is made for.
+
+    Args:
+        sides: The branches that there are.
+        epochs: Epochs that the learning rate scheduler runs.
+        base_loss: base_loss(logits, target) of the labels, by default cross-entropy.
+        student: The branch that has a distillation token.
+        sum_classes: Whether binary cross-entropy is summed over the classes.
+    """
+    sides: Sequence[str]
+    epochs: int
+    base_loss: 'BaseLoss | None' = None
+    student: str | None = None
+    sum_classes: bool = False
+
 
 class Method(NamedTuple):
     """One way to train.
@@ -24,7 +46,7 @@ class Method(NamedTuple):
     Args:
         description: What it is, in a few words.
         models: How many models it trains.
-        criterion: `criterion(args, epochs, base_loss)` -> StagedLoss; its terms say who learns what, in which
+        criterion: `criterion(own, setting)` -> StagedLoss, `own` an instance of `options`; its terms say who learns what, in which
             optimizer phase, from one view of an image or two.
         passes: Forwards for an image in a training step, over all networks, by the options.
         options: Dataclass of the options of its own, a row each (`option`).
@@ -35,106 +57,94 @@ class Method(NamedTuple):
         distilled: Whether a branch trains a head of its own for what it is taught (DeiT's distillation token).
         uniform_drop_path: Whether every block of a network has the rate --drop-path.
         bce: Whether the labels' loss is binary cross-entropy.
-        citation: BibTeX of its paper.
+        key: Of its paper, in the package's citations; '' for none.
     """
     description: str
     models: tuple[int, ...]
-    criterion: Callable
-    passes: Callable[[Any], int]
+    criterion: 'Callable[[Any, Setting], StagedLoss]'
+    passes: Callable[[Any], int] = lambda own: 2
     options: type = NoOptions
-    updates: Callable[[Any], int] = lambda options: 1
-    projects: Callable[[Any], bool] = lambda args: True
+    updates: Callable[[Any], int] = lambda own: 1
+    projects: Callable[[Any, Sequence[str]], bool] = lambda own, sides: True
     teacher: str = 'never'
     distilled: bool = False
     uniform_drop_path: bool = False
     bce: bool = False
-    citation: str = ''
+    key: str = ''
 
-    def has_teacher(self, args) -> bool:
-        """Return whether these options come with a frozen teacher."""
-        return self.teacher == 'always' or (self.teacher == 'alone' and len(args.sides) == 1)
+    def has_teacher(self, sides: Sequence[str]) -> bool:
+        """Return whether a frozen teacher comes with these branches."""
+        return self.teacher == 'always' or (self.teacher == 'alone' and len(sides) == 1)
 
-
-def partner_of(side: str) -> str:
-    """Return the other side."""
-    return SIDES[side == SIDES[0]]
+    @property
+    def citation(self) -> str:
+        """BibTeX of its paper, '' for none."""
+        entries = (Path(__file__).parents[1] / 'assets' / 'citations.bib').read_text(encoding='utf-8').split('\n\n')
+        return next((entry.strip() for entry in entries if self.key and f'{{{self.key},' in entry), '')
 
 
 # Each imports the criterion when it is called, since that is slow.
 
 
-def _vpl(args, epochs, base_loss):
+def _vpl(own: VPLOptions, setting: Setting) -> 'StagedLoss':
     from .criterion import VPLLoss
-    return VPLLoss(
-        epochs,
-        x=args.x,
-        y=args.y,
-        tau=args.tau,
-        rho=args.rho,
-        similarity=args.similarity,
-        contrastive_to=args.contrastive_to,
-        kl_to=args.kl_to,
-        contrastive_weight=args.contrastive_weight,
-        kl_weight=args.kl_weight,
-        same_class=args.same_class,
-        base_loss=base_loss,
-        gather=args.gather,
-    )
+    values = asdict(own)
+    values.pop('affine_side')
+    return VPLLoss(setting.epochs, base_loss=setting.base_loss, **values)
 
 
-def _solo(args, epochs, base_loss):
-    from .criterion import StagedLoss, base_term
-    return StagedLoss([base_term(side, base_loss) for side in args.sides])
+def _solo(own: NoOptions, setting: Setting) -> 'StagedLoss':
+    from . import criterion, terms
+    return criterion.StagedLoss([terms.base_term(side, setting.base_loss) for side in setting.sides])
 
 
-def _dml(args, epochs, base_loss):
-    from .criterion import StagedLoss, Term, base_term, kl_loss
-    if args.dml_joint:
-        return StagedLoss([
-            base_term('a', base_loss),
-            base_term('b', base_loss),
-            Term('kl_a_loss', kl_loss('both', args.rho), args.kl_weight / 2),
-            Term('kl_b_loss', kl_loss('both', args.rho, leader='a'), args.kl_weight / 2),
+def _dml(own: DMLOptions, setting: Setting) -> 'StagedLoss':
+    from . import criterion, terms
+    base_a, base_b = (terms.base_term(side, setting.base_loss) for side in SIDES)
+    if own.dml_joint:
+        return criterion.StagedLoss([
+            base_a,
+            base_b,
+            terms.Term('kl_a_loss', terms.kl_loss('both', own.rho), own.kl_weight / 2),
+            terms.Term('kl_b_loss', terms.kl_loss('both', own.rho, leader='a'), own.kl_weight / 2),
         ])
-    return StagedLoss([
-        base_term('a', base_loss),
-        Term('kl_a_loss', kl_loss('a', args.rho), args.kl_weight),
-        base_term('b', base_loss)._replace(phase=1),
-        Term('kl_b_loss', kl_loss('b', args.rho), args.kl_weight, phase=1),
+    return criterion.StagedLoss([
+        base_a,
+        terms.Term('kl_a_loss', terms.kl_loss('a', own.rho), own.kl_weight),
+        base_b._replace(phase=1),
+        terms.Term('kl_b_loss', terms.kl_loss('b', own.rho), own.kl_weight, phase=1),
     ], phases=SIDES)
 
 
-def _distill(args, epochs, base_loss):
-    from .criterion import ContrastiveLoss, StagedLoss, Term, base_term, kl_loss
-    [student] = args.sides
-    pair_terms = {
-        'contrastive': lambda: Term(
-            'contrastive_loss',
-            ContrastiveLoss(student, args.tau, args.similarity, args.same_class, args.gather),
-            args.contrastive_weight,
-        ),
-        'kl': lambda: Term('kl_loss', kl_loss(student, args.rho), args.kl_weight),
-    }
-    return StagedLoss([base_term(student, base_loss), *(pair_terms[name]() for name in distill_terms(args))])
+def _distill(own: DistillOptions, setting: Setting) -> 'StagedLoss':
+    from . import criterion, terms
+    [student] = setting.sides
+    wanted, learnt = distill_terms(own, setting.sides), [terms.base_term(student, setting.base_loss)]
+    if 'contrastive' in wanted:
+        contrastive = terms.ContrastiveLoss(student, own.tau, own.similarity, own.same_class, own.gather)
+        learnt.append(terms.Term('contrastive_loss', contrastive, own.contrastive_weight))
+    if 'kl' in wanted:
+        learnt.append(terms.Term('kl_loss', terms.kl_loss(student, own.rho), own.kl_weight))
+    return criterion.StagedLoss(learnt)
 
 
-def _deit(args, epochs, base_loss):
-    from .criterion import StagedLoss, Term, base_term, token_loss
-    student, hard = args.student, args.distillation_type == 'hard'
-    alpha = args.distillation_alpha if args.distillation_alpha is not None else 0.5 if hard else 0.1
-    temperature = None if hard else args.distillation_tau
-    return StagedLoss([
-        *(base_term(side, base_loss) for side in args.sides if side != student),
-        base_term(student, base_loss)._replace(weight=1 - alpha),
-        Term(f'distill_{student}_loss', token_loss(student, temperature), alpha),
+def _deit(own: DeiTOptions, setting: Setting) -> 'StagedLoss':
+    from . import criterion, terms
+    student, hard = setting.student or setting.sides[-1], own.distillation_type == 'hard'
+    alpha = own.distillation_alpha if own.distillation_alpha is not None else 0.5 if hard else 0.1
+    temperature = None if hard else own.distillation_tau
+    return criterion.StagedLoss([
+        *(terms.base_term(side, setting.base_loss) for side in setting.sides if side != student),
+        terms.base_term(student, setting.base_loss)._replace(weight=1 - alpha),
+        terms.Term(f'distill_{student}_loss', terms.token_loss(student, temperature), alpha),
     ])
 
 
-def _cosub(args, epochs, base_loss):
-    from .criterion import StagedLoss, Term, base_term, submodel_loss
-    return StagedLoss([
-        *(base_term(side, base_loss)._replace(weight=0.25) for side in SIDES),
-        *(Term(f'cosub_{side}_loss', submodel_loss(side, args.bce_sum), 0.25) for side in SIDES),
+def _cosub(own: CosubOptions, setting: Setting) -> 'StagedLoss':
+    from . import criterion, terms
+    return criterion.StagedLoss([
+        *(terms.base_term(side, setting.base_loss)._replace(weight=0.25) for side in SIDES),
+        *(terms.Term(f'cosub_{side}_loss', terms.submodel_loss(side, setting.sum_classes), 0.25) for side in SIDES),
     ], views=2)
 
 
@@ -143,78 +153,50 @@ METHODS: dict[str, Method] = {
         'Vision Pair Learning',
         models=(2,),
         criterion=_vpl,
-        passes=lambda options: 2,
         options=VPLOptions,
-        citation='''@inproceedings{tong2022vpl,
-  title = {Vision Pair Learning: An Efficient Training Framework for Image Classification},
-  author = {Tong, Bei and Yu, Xiaoyuan},
-  booktitle = {AAAI Conference on Artificial Intelligence},
-  year = {2022}
-}''',
+        key='tong2022vpl',
     ),
     'solo': Method(
         'one model alone',
         models=(1,),
         criterion=_solo,
-        passes=lambda options: 1,
+        passes=lambda own: 1,
     ),
     'dml': Method(
         'deep mutual learning',
         models=(2,),
         criterion=_dml,
-        passes=lambda options: 2 if options.dml_joint else 3,
+        passes=lambda own: 2 if own.dml_joint else 3,
         options=DMLOptions,
-        updates=lambda options: 1 if options.dml_joint else 2,
-        projects=lambda args: False,
-        citation='''@inproceedings{zhang2018dml,
-  title = {Deep Mutual Learning},
-  author = {Zhang, Ying and Xiang, Tao and Hospedales, Timothy M. and Lu, Huchuan},
-  booktitle = {IEEE Conference on Computer Vision and Pattern Recognition},
-  year = {2018}
-}''',
+        updates=lambda own: 1 if own.dml_joint else 2,
+        projects=lambda own, sides: False,
+        key='zhang2018dml',
     ),
     'distill': Method(
         'two-step distillation from a frozen teacher, with the terms of Vision Pair Learning',
         models=(1,),
         criterion=_distill,
-        passes=lambda options: 2,
         options=DistillOptions,
-        projects=lambda args: 'contrastive' in distill_terms(args),
+        projects=lambda own, sides: 'contrastive' in distill_terms(own, sides),
         teacher='always',
     ),
     'deit': Method(
         'distillation through a token, as DeiT',
         models=(1, 2),
         criterion=_deit,
-        passes=lambda options: 2,
         options=DeiTOptions,
-        projects=lambda args: False,
+        projects=lambda own, sides: False,
         teacher='alone',
         distilled=True,
-        citation='''@inproceedings{touvron2021deit,
-  title = {Training data-efficient image transformers and distillation through attention},
-  author = {Touvron, Hugo and Cord, Matthieu and Douze, Matthijs and Massa, Francisco and Sablayrolles, Alexandre and
-            J{\\'e}gou, Herv{\\'e}},
-  booktitle = {International Conference on Machine Learning},
-  year = {2021}
-}''',
+        key='touvron2021deit',
     ),
     'cosub': Method(
         'cotraining of two submodels of one network',
         models=(1,),
         criterion=_cosub,
-        passes=lambda options: 2,
         options=CosubOptions,
         uniform_drop_path=True,
         bce=True,
-        citation='''@article{touvron2022cosub,
-  title = {Co-training 2^L Submodels for Visual Recognition},
-  author = {Touvron, Hugo and Cord, Matthieu and Oquab, Maxime and Bojanowski, Piotr and Verbeek, Jakob and
-            J{\\'e}gou, Herv{\\'e}},
-  journal = {arXiv preprint arXiv:2212.04884},
-  year = {2022}
-}''',
+        key='touvron2022cosub',
     ),
 }
-
-METHOD_OPTIONS = sorted({field.name for method in METHODS.values() for field in fields(method.options)})

@@ -1,15 +1,19 @@
 """Two networks as one module: each runs once on the same images and gives its logits and its embedding."""
-import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn as nn
 from timm.models import group_parameters
 from timm.optim import auto_group_layers
 
+from ..compat import compile_apart
 from .inputs import InputTransform
-from .names import SIDES
+from .names import SIDES, partner_of
+
+Model: TypeAlias = Any  # an nn.Module with the methods of timm's models, which nn.Module's type does not know
+Images: TypeAlias = torch.Tensor | dict[str, torch.Tensor]  # (N, C, H, W); or by side, one batch prepared for each
+BranchOutput: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 class PairOutput(NamedTuple):
@@ -32,11 +36,11 @@ class PairOutput(NamedTuple):
 class Tap:
     """Keeps what reaches a model's last layers while it is on. It does not hold the model, so both can be copied."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.on = False
         self.inputs: list[torch.Tensor] = []
 
-    def take(self, module, args):
+    def take(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """Keep the input of a layer, as its forward pre-hook."""
         if self.on:
             self.inputs.append(args[0])
@@ -54,12 +58,11 @@ class Branch(nn.Module):
         ValueError: The model has no classifier whose input could be the embedding.
     """
 
-    def __init__(self, model: nn.Module, side: str):
+    def __init__(self, model: Model, side: str):
         super().__init__()
         self.model = model
         self.side = side
-        self.memory_format = None  # set to torch.channels_last to convert this branch's input
-        self._compiled = None
+        self.memory_format: torch.memory_format | None = None  # torch.channels_last converts this branch's input
         self._tap = Tap()
         self.tap_classifier()
 
@@ -82,8 +85,9 @@ class Branch(nn.Module):
     @property
     def embed_dim(self) -> int:
         """Width of the embedding."""
-        widths = [getattr(layer, 'in_features', None) or getattr(layer, 'in_channels', None) for layer in self.layers]
-        width = sum(widths) if None not in widths else getattr(self.model, 'head_hidden_size', None)
+        widths: list[Any] = [
+            getattr(layer, 'in_features', None) or getattr(layer, 'in_channels', None) for layer in self.layers]
+        width: int | None = sum(widths) if all(widths) else getattr(self.model, 'head_hidden_size', None)
         if width is None:
             raise ValueError(
                 f'model_{self.side} ({type(self.model).__name__}): the width of its embedding is not known, its '
@@ -95,18 +99,7 @@ class Branch(nn.Module):
         """Width of the embedding and number of classes: what a partner has to fit."""
         return self.embed_dim, getattr(self.model, 'num_classes', None)
 
-    def _forward(self, input):
-        if self.memory_format is not None:
-            input = input.contiguous(memory_format=self.memory_format)
-        self._tap.on = True
-        try:
-            output = self.model(input)
-        finally:
-            taps, self._tap.inputs, self._tap.on = self._tap.inputs, [], False
-        logits, dist_logits = output if isinstance(output, (tuple, list)) else (output, None)
-        return logits, self._embedding(taps), dist_logits
-
-    def _embedding(self, taps):
+    def _embedding(self, taps: list[torch.Tensor]) -> torch.Tensor:
         if len(taps) != len(self.layers):
             raise ValueError(
                 f'model_{self.side} ({type(self.model).__name__}): of its {len(self.layers)} last layer(s) {len(taps)} '
@@ -114,7 +107,7 @@ class Branch(nn.Module):
         embeds = [self._flat(tap) for tap in taps]
         return embeds[0] if len(embeds) == 1 else torch.cat(embeds, dim=1)
 
-    def _flat(self, tap):
+    def _flat(self, tap: torch.Tensor) -> torch.Tensor:
         """Return the input of a last layer as (N, d)."""
         if tap.ndim == 4 and tap.shape[-2:] == (1, 1):
             return tap.flatten(1)  # a convolution of pooled features
@@ -126,19 +119,20 @@ class Branch(nn.Module):
                 f'{tuple(tap.shape)}, an embedding is (N, d); use a model that pools before it classifies')
         return tap
 
-    def forward(self, input):
-        return (self._forward if self._compiled is None else self._compiled)(input)
+    def forward(self, input: torch.Tensor) -> BranchOutput:
+        if self.memory_format is not None:
+            input = input.contiguous(memory_format=self.memory_format)
+        self._tap.on = True
+        try:
+            output = self.model(input)
+        finally:
+            taps, self._tap.inputs, self._tap.on = self._tap.inputs, [], False
+        logits, dist_logits = output if isinstance(output, (tuple, list)) else (output, None)
+        return logits, self._embedding(taps), dist_logits
 
-    def compile(self, **kwargs) -> None:
-        """Compile this branch with torch.compile(**kwargs); a deep copy starts uncompiled."""
-        # Dynamo limits its cache entries per code object. A code object of its own for each branch keeps two branches
-        # with several shapes and modes each below that limit.
-        function = type(self)._forward
-        own = types.FunctionType(function.__code__.replace(co_name=f'forward_{self.side}'), function.__globals__)
-        self._compiled = torch.compile(types.MethodType(own, self), **kwargs)
-
-    def __getstate__(self):
-        return {**super().__getstate__(), '_compiled': None}
+    def compile(self, **kwargs: Any) -> None:
+        """Compile this branch with torch.compile(**kwargs); a copy starts uncompiled."""
+        compile_apart(self, f'forward_{self.side}', **kwargs)
 
 
 class PairWrapper(nn.Module):
@@ -162,8 +156,8 @@ class PairWrapper(nn.Module):
 
     def __init__(
             self,
-            model_a: nn.Module | None,
-            model_b: nn.Module | None,
+            model_a: Model | None,
+            model_b: Model | None,
             affine_side: str = 'b',
             partner_dim: int | None = None,
             affine: bool = True,
@@ -176,7 +170,7 @@ class PairWrapper(nn.Module):
         self.model_a = model_a
         self.model_b = model_b
         self.affine_side = affine_side
-        self.affine = None
+        self.affine: nn.Linear | None = None
         self._resting: list[nn.Module] = []  # frozen layers with running statistics
         self.inputs = nn.ModuleDict()  # InputTransform of each side whose images the loader prepares for the other
         # Not submodules: the state_dict holds model_a, model_b and the affine layer, each once.
@@ -186,11 +180,11 @@ class PairWrapper(nn.Module):
             classes = [getattr(model, 'num_classes', None) for model in (model_a, model_b)]
             if classes[0] != classes[1]:
                 raise ValueError(f'the branches classify {classes[0]} (a) and {classes[1]} (b) classes, expected equal')
-            partner_dim = self.parts['a' if affine_side == 'b' else 'b'].embed_dim
+            partner_dim = self._branches[partner_of(affine_side)].embed_dim
         elif partner_dim is not None:
             [self.affine_side] = self.sides
-        if affine and partner_dim is not None and self.parts[self.affine_side].embed_dim != partner_dim:
-            self.affine = nn.Linear(self.parts[self.affine_side].embed_dim, partner_dim)
+        if affine and partner_dim is not None and self._branches[self.affine_side].embed_dim != partner_dim:
+            self.affine = nn.Linear(self._branches[self.affine_side].embed_dim, partner_dim)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ('model_a', 'model_b') and '_branches' in self.__dict__:
@@ -207,18 +201,18 @@ class PairWrapper(nn.Module):
         super().__setattr__(name, value)
 
     @property
-    def parts(self) -> dict[str, nn.Module]:
+    def parts(self) -> dict[str, Any]:
         """What runs, by name: the branches and the affine layer."""
-        return self._branches if self.affine is None else {**self._branches, 'affine': self.affine}
+        return {**self._branches, **({} if self.affine is None else {'affine': self.affine})}
 
     @property
-    def sides(self):
+    def sides(self) -> tuple[str, ...]:
         """The branches that are present, ('a', 'b') or one of them."""
         return tuple(side for side in SIDES if side in self._branches)
 
-    def branch(self, side: str) -> nn.Module:
+    def branch(self, side: str) -> Model:
         """Return the model of a side."""
-        return self.parts[side].model
+        return self._branches[side].model
 
     def freeze(self, side: str, depth: int) -> None:
         """Freeze a branch's first layers, with the running statistics of their BatchNorm.
@@ -265,21 +259,24 @@ class PairWrapper(nn.Module):
         self.inputs = nn.ModuleDict({
             side: transform for side in self.sides if (transform := InputTransform(source, targets[side]))})
 
-    def images(self, side: str, input: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
+    def images(self, side: str, input: Images) -> torch.Tensor:
         """Return a branch's images: from those that the loader gives for all, or its own of those by side."""
         if isinstance(input, dict):
             return input[side]
-        return self.inputs[side](input) if side in self.inputs else input
+        if side not in self.inputs:
+            return input
+        prepared: torch.Tensor = self.inputs[side](input)
+        return prepared
 
-    def run(self, name: str, input: torch.Tensor):
+    def run(self, name: str, input: torch.Tensor) -> Any:
         """Run one part ('a', 'b' or 'affine') on its input."""
         return self.parts[name](input)
 
     def forward(
             self,
-            input: torch.Tensor | dict[str, torch.Tensor],
+            input: Images,
             project: bool = True,
-            run: Callable | None = None,
+            run: Callable[[str, torch.Tensor], Any] | None = None,
     ) -> PairOutput:
         """Run both branches on the same images.
 
@@ -289,7 +286,7 @@ class PairWrapper(nn.Module):
             run: Replaces `self.run`, for instance to run each part in its DistributedDataParallel.
         """
         run = run or self.run
-        fields = {'logits_a': None, 'logits_b': None}
+        fields: dict[str, Any] = {'logits_a': None, 'logits_b': None}
         for side in self.sides:
             fields[f'logits_{side}'], fields[f'embed_{side}'], fields[f'dist_logits_{side}'] = run(
                 side, self.images(side, input))
@@ -302,7 +299,12 @@ class PairWrapper(nn.Module):
                 fields[f'embed_{side}'], fields[f'stopped_{side}'] = both.chunk(2)
         return PairOutput(**fields)
 
-    def extra_repr(self):
+    def compile(self, **kwargs: Any) -> None:
+        """Compile each branch with torch.compile(**kwargs)."""
+        for side in self.sides:
+            self._branches[side].compile(**kwargs)
+
+    def extra_repr(self) -> str:
         return '' if self.affine is None else f'affine_side={self.affine_side!r}'
 
     # What timm's tools ask of a model. Each answer gives every parameter what it would get in its branch alone.
@@ -313,28 +315,28 @@ class PairWrapper(nn.Module):
         return getattr(self.branch(self.sides[0]), 'num_classes', None)
 
     @property
-    def pretrained_cfg(self) -> dict:
+    def pretrained_cfg(self) -> dict[str, Any]:
         """Data configuration of the first branch, for timm.data.resolve_data_config."""
         return getattr(self.branch(self.sides[0]), 'pretrained_cfg', {})
 
     default_cfg = pretrained_cfg
 
-    def get_classifier(self):
+    def get_classifier(self) -> tuple[Any, ...]:
         """Return the branches' classifiers."""
         return tuple(self.branch(side).get_classifier() for side in self.sides)
 
-    def reset_classifier(self, num_classes: int, *args, **kwargs) -> None:
+    def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
         """Replace the classifier of each branch."""
         for side in self.sides:
             self.branch(side).reset_classifier(num_classes, *args, **kwargs)
-            self.parts[side].tap_classifier()
+            self._branches[side].tap_classifier()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Switch gradient checkpointing in both branches."""
         for side in self.sides:
             self.branch(side).set_grad_checkpointing(enable)
 
-    def no_weight_decay(self) -> set:
+    def no_weight_decay(self) -> set[str]:
         """Return the names (or patterns) of the parameters that the branches exempt from weight decay."""
         return {
             f'model_{side}.{name}'
@@ -357,7 +359,7 @@ class PairWrapper(nn.Module):
         return lambda name: numbers.get(name, last)
 
 
-def classifiers_of(model: nn.Module, name: str = 'the model') -> list[nn.Module]:
+def classifiers_of(model: Model, name: str = 'the model') -> list[nn.Module]:
     """Return the classifiers of a model, one for each of its heads.
 
     Raises:
@@ -372,21 +374,21 @@ def classifiers_of(model: nn.Module, name: str = 'the model') -> list[nn.Module]
     return classifiers
 
 
-def _leaves(classifier) -> list:
+def _leaves(classifier: Any) -> list[nn.Module]:
     """Return the classifiers in what get_classifier() returns, which may be several, or lists of such."""
     if isinstance(classifier, (tuple, list, nn.ModuleList)):
         return [leaf for item in classifier for leaf in _leaves(item)]
     return [classifier]
 
 
-def _first_head(classifier) -> list[nn.Module]:
+def _first_head(classifier: Any) -> list[nn.Module]:
     """Return the classifiers of the first head: that of the class token, where there is one of a distillation token."""
     while isinstance(classifier, (tuple, list)):
         classifier = classifier[0]
     return list(classifier) if isinstance(classifier, nn.ModuleList) else [classifier]
 
 
-def _last_layer(classifier: nn.Module) -> nn.Module:
+def _last_layer(classifier: Model) -> nn.Module:
     """Return the last fully connected layer of a classifier, or the classifier where none can be told."""
     if hasattr(classifier, 'head_dist'):  # RepViT's, with a second head inside
         classifier = classifier.head
@@ -394,8 +396,9 @@ def _last_layer(classifier: nn.Module) -> nn.Module:
     return layers[-1] if layers else classifier
 
 
-def _layers_of(model, coarse):
+def _layers_of(model: Model, coarse: bool) -> dict[str, int]:
     """Map a model's parameter names to layer numbers as timm's layer decay does."""
-    if hasattr(model, 'group_matcher'):
-        return group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
-    return auto_group_layers(model)
+    layers: dict[str, int] = (
+        group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+        if hasattr(model, 'group_matcher') else auto_group_layers(model))
+    return layers

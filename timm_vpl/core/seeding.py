@@ -6,13 +6,13 @@ import numpy as np
 import torch
 
 
-def derive_seed(*parts) -> int:
+def derive_seed(*parts: object) -> int:
     """Return a 63-bit seed for a tuple of numbers and names; other parts, unrelated seeds."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, 'little') >> 1
 
 
-def seed_all(*parts, device: torch.device | None = None) -> None:
+def seed_all(*parts: object, device: torch.device | None = None) -> None:
     """Seed Python's, numpy's and torch's generators, and that of a device, from a tuple of numbers and names."""
     seed = derive_seed(*parts)
     random.seed(seed)

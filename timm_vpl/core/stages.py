@@ -1,10 +1,7 @@
-"""Multi-stage training: which pair terms are on at an epoch, and the hook that follows a run through its stages."""
-import logging
+"""Multi-stage training: which pair terms are on at an epoch."""
 import math
 import warnings
 from fractions import Fraction
-
-_logger = logging.getLogger(__name__)
 
 
 class StageSchedule:
@@ -56,37 +53,5 @@ class StageSchedule:
             return 1
         return 2 if self.contrastive(epoch) else 3
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f'StageSchedule(epochs={self.epochs}, x={float(self.x):g}, y={float(self.y):g})'
-
-
-class StageHook:
-    """Keep a criterion in the stage of the run, by epochs or by the number of optimizer updates done.
-
-    Args:
-        criterion: Has `set_epoch(epoch)` and `describe()`; a change of what the latter says is logged.
-        updates_per_epoch: Optimizer updates in an epoch; None: `update` has no effect.
-        verbose: Log the changes.
-    """
-
-    def __init__(self, criterion, updates_per_epoch: int | None = None, verbose: bool = True):
-        if updates_per_epoch is not None and updates_per_epoch < 1:
-            raise ValueError(f'updates_per_epoch is {updates_per_epoch}, expected at least 1')
-        self.criterion = criterion
-        self.updates_per_epoch = updates_per_epoch
-        self.verbose = verbose
-        self.epoch = None
-        self.update(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Enter an epoch, counted from 0."""
-        before, known = self.criterion.describe(), self.epoch is not None
-        self.epoch = epoch
-        self.criterion.set_epoch(epoch)
-        if self.verbose and known and self.criterion.describe() != before:
-            _logger.info(f'Epoch {epoch}: {self.criterion.describe()}')
-
-    def update(self, num_updates: int) -> None:
-        """Enter the epoch that comes after so many updates."""
-        if self.updates_per_epoch is not None and num_updates // self.updates_per_epoch != self.epoch:
-            self.set_epoch(num_updates // self.updates_per_epoch)

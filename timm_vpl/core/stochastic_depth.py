@@ -5,6 +5,7 @@ Both are of cosub (Touvron et al. 2022, arXiv 2212.04884).
 import logging
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -13,6 +14,9 @@ from timm.models.convnext import ConvNeXtBlock
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Block
 from timm.models.xcit import ClassAttentionBlock, XCABlock
+from torch.utils.hooks import RemovableHandle
+
+from ..compat import children_of
 
 _logger = logging.getLogger(__name__)
 
@@ -23,8 +27,8 @@ _REFUSED = ('byobnet', 'mobilevit', 'rdnet', 'resnest', 'tnt', 'vision_transform
 
 # The branches that can skip: by block and drop path, their modules in the order in which they run. The first one takes
 # the residual stream, and only the branch reads what it returns. A subclass is not meant, its forward may differ.
-_PRE_NORM = {'drop_path1': ('norm1', 'attn'), 'drop_path2': ('norm2', 'mlp')}
-_BRANCHES = {
+_PRE_NORM: dict[str, tuple[str, ...]] = {'drop_path1': ('norm1', 'attn'), 'drop_path2': ('norm2', 'mlp')}
+_BRANCHES: dict[type[nn.Module], dict[str, tuple[str, ...]]] = {
     Block: _PRE_NORM,
     SwinTransformerBlock: _PRE_NORM,
     XCABlock: {**_PRE_NORM, 'drop_path3': ('norm3', 'local_mp')},
@@ -43,19 +47,19 @@ class SampleDropPath(DropPath):
 
     def __init__(self, drop_prob: float, scale_by_keep: bool = True):
         super().__init__(drop_prob, scale_by_keep)
-        self.hook = None
-        self._selected = None
+        self.hook: RemovableHandle | None = None
+        self._selected: tuple[int, torch.Tensor, float] | None = None
 
     def skip_from(self, first: nn.Module) -> None:
         """Skip, the branch's first module being `first`."""
         self.hook = first.register_forward_pre_hook(self._select)
 
-    def _draw(self, num_rows) -> tuple[torch.Tensor, float]:
+    def _draw(self, num_rows: int) -> tuple[torch.Tensor, float]:
         """Return which rows are kept, (N,) bool on the host, and their weight."""
         keep_prob = 1 - self.drop_prob
         return torch.rand(num_rows, device='cpu') < keep_prob, 1 / keep_prob if self.scale_by_keep else 1.
 
-    def _select(self, module, args):
+    def _select(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not self.training:
             return None
         x, *others = args
@@ -90,7 +94,7 @@ def _with_layout(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tens
 def _drop_paths(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Yield block and attribute of each drop path, or of what timm has in its place where the rate is 0."""
     for block in model.modules():
-        for name, child in {**vars(block), **block._modules}.items():
+        for name, child in {**vars(block), **children_of(block)}.items():
             none = child is None or type(child) is nn.Identity
             if isinstance(child, DropPath) or (none and re.fullmatch(r'drop_path\d*', name)):
                 yield block, name

@@ -1,20 +1,19 @@
 """The pair as a timm training task: forward and loss, distribution, compilation, stages, state."""
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn as nn
 from timm.task import TrainingTask
-from timm.utils import dispatch_clip_grad, unwrap_model
+from timm.utils import dispatch_clip_grad
 from torch.nn.parallel import DistributedDataParallel
 
 from .criterion import StagedLoss
 from .ema import Ema
-from .pair import PairOutput, PairWrapper
+from .pair import Images, PairOutput, PairWrapper
 from .seeding import BranchStreams
-from .stages import StageHook
 from .teacher import Teacher
 
 _logger = logging.getLogger(__name__)
@@ -23,8 +22,9 @@ _logger = logging.getLogger(__name__)
 class PairTask(TrainingTask):
     """Training of a pair, in the place of timm's ClassificationTask.
 
-    In a loop that knows nothing of pairs the stages follow from the steps passed to `update_ema` (optimizer updates);
-    that count is part of the checkpoint.
+    timm's own loop knows nothing of stages and tells a task of its progress only by `update_ema(step=...)`, after each
+    optimizer update. So that call moves the stage too, also without an EMA; the count is part of the checkpoint. A loop
+    that counts epochs calls `set_epoch` and leaves `updates_per_epoch` out.
 
     Args:
         pair: The pair to train.
@@ -49,25 +49,38 @@ class PairTask(TrainingTask):
             dtype: torch.dtype | None = None,
             verbose: bool = True,
     ):
+        if updates_per_epoch is not None and updates_per_epoch < 1:
+            raise ValueError(f'updates_per_epoch is {updates_per_epoch}, expected at least 1')
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         self.trainable_module = pair
         self.criterion = criterion.to(self.device)
         self.streams = streams
         self.teacher = None if teacher is None else teacher.to(self.device)
-        self.num_updates = 0
+        self.updates_per_epoch = updates_per_epoch
+        self._epoch: int | None = None
         self._output: PairOutput | None = None  # between the optimizer phases of a batch
         # One DistributedDataParallel a part, outside the module tree: a part that a stage does not use is not called,
         # so no step has unused parameters, and the keys of the state_dict stay the pair's.
         self._ddp: dict[str, DistributedDataParallel] = {}
-        self._stage_hook = StageHook(criterion, updates_per_epoch, verbose=verbose)
+        self._count(0)
         if verbose:
             _logger.info(f'{type(self).__name__}: criterion={type(criterion).__name__}, {criterion.describe()}')
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the terms of this epoch, in a loop that counts epochs itself."""
-        self._stage_hook.set_epoch(epoch)
+        """Choose the terms of this epoch, counted from 0, and log a change."""
+        before, first = self.criterion.describe(), self._epoch is None
+        self._epoch = epoch
+        self.criterion.set_epoch(epoch)
+        if self.verbose and not first and self.criterion.describe() != before:
+            _logger.info(f'Epoch {epoch}: {self.criterion.describe()}')
 
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> 'PairTask':
+    def _count(self, num_updates: int) -> None:
+        """Take note of the optimizer updates done, and enter the epoch that they have reached."""
+        self.num_updates = num_updates
+        if self.updates_per_epoch is not None and num_updates // self.updates_per_epoch != self._epoch:
+            self.set_epoch(num_updates // self.updates_per_epoch)
+
+    def prepare_distributed(self, device_ids: list[Any] | None = None, **ddp_kwargs: Any) -> 'PairTask':
         """Wrap each part that has trainable parameters in DistributedDataParallel.
 
         Args:
@@ -79,7 +92,7 @@ class PairTask(TrainingTask):
                 self._ddp[name] = DistributedDataParallel(part, device_ids=device_ids, **ddp_kwargs)
         return self
 
-    def settle_buckets(self, input: torch.Tensor, autocast: Callable = contextlib.nullcontext) -> None:
+    def settle_buckets(self, input: Images, autocast: Callable[[], Any] = contextlib.nullcontext) -> None:
         """Run each distributed part forward and backward once, on images that do not matter.
 
         After its first backward DistributedDataParallel arranges its buckets anew, which changes the order in which
@@ -106,30 +119,27 @@ class PairTask(TrainingTask):
                 buffer.copy_(before)
 
     @contextlib.contextmanager
-    def no_sync(self):
+    def no_sync(self) -> Iterator[None]:
         """Accumulate gradients without reducing them, inside this context."""
         with contextlib.ExitStack() as stack:
             for part in self._ddp.values():
                 stack.enter_context(part.no_sync())
             yield
 
-    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs) -> nn.Module:
+    def compile(  # type: ignore[override]  # as timm's
+            self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
         """Compile each branch, for training and evaluation, before the distributed wrapping."""
-        if self.teacher is not None:
-            self.teacher.branch.compile(backend=backend, mode=mode, **compile_kwargs)
-        return self._compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        for module in (self.trainable_module, *([] if self.teacher is None else [self.teacher.branch])):
+            module.compile(backend=backend, mode=mode, **compile_kwargs)
+        return self.trainable_module
 
     def compile_ema(
-            self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs) -> nn.Module | None:
+            self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module | None:
         """Compile each branch of the EMA pair, if there is one."""
         if not self.has_ema():
             return None
-        return self._compile(self.get_trainable_module(ema=True).module, backend=backend, mode=mode, **compile_kwargs)
-
-    @staticmethod
-    def _compile(pair, **compile_kwargs):
-        for side in pair.sides:
-            pair.parts[side].compile(**compile_kwargs)
+        pair: PairWrapper = self.trainable_module_ema.module
+        pair.compile(backend=backend, mode=mode, **compile_kwargs)
         return pair
 
     def setup_ema(
@@ -137,22 +147,21 @@ class PairTask(TrainingTask):
             decay: float = 0.9999,
             use_warmup: bool = False,
             device: torch.device | None = None,
-            **kwargs,
+            **kwargs: Any,
     ) -> nn.Module:
         """Create the EMA of the pair."""
         self.trainable_module_ema = Ema(
-            self.get_trainable_module(), decay=decay, use_warmup=use_warmup, device=device, **kwargs)
+            self.trainable_module, decay=decay, use_warmup=use_warmup, device=device, **kwargs)
         return self.trainable_module_ema
 
     def update_ema(self, step: int | None = None) -> None:
-        """Update the EMA, if there is one, and the stage.
+        """Update the EMA, if there is one, and the stage, which has no other call in timm's loop.
 
         Args:
             step: Optimizer updates done so far, counted over the whole run; None counts the calls.
         """
-        self.num_updates = self.num_updates + 1 if step is None else step
         super().update_ema(step=step)
-        self._stage_hook.update(self.num_updates)
+        self._count(self.num_updates + 1 if step is None else step)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """Return the number of optimizer updates done, which decides the stage."""
@@ -167,12 +176,11 @@ class PairTask(TrainingTask):
     ) -> None:
         """Restore the number of updates and with it the stage."""
         if state and not ema:
-            self.num_updates = state['num_updates']
-            self._stage_hook.update(self.num_updates)
+            self._count(state['num_updates'])
 
     def clip_groups(self, exclude_head: bool = False) -> dict[str, list[nn.Parameter]]:
         """Return the parameters that share a gradient norm, by branch; the affine layer belongs to the last."""
-        pair = unwrap_model(self.trainable_module)
+        pair = self.trainable_module
         groups = {}
         for side in pair.sides:
             heads = pair.parts[side].heads if exclude_head else []
@@ -197,15 +205,16 @@ class PairTask(TrainingTask):
         if all(limit is None for limit in limits.values()):
             return
         for side, group in self.clip_groups(exclude_head='agc' in mode).items():
-            if side in sides and limits.get(side) is not None:
-                dispatch_clip_grad(group, limits[side], mode=mode)
+            limit = limits.get(side)
+            if side in sides and limit is not None:
+                dispatch_clip_grad(group, limit, mode=mode)
 
     @property
     def phases(self) -> tuple[str, ...]:
         """The branches that learn in each optimizer phase of a batch: the loop does one backward and step for each."""
         return self.criterion.phases
 
-    def _run(self, name, input):
+    def _run(self, name: str, input: torch.Tensor) -> Any:
         if self.streams is not None and name in self.trainable_module.sides:
             self.streams.enter(name)
         part = self.trainable_module.parts[name]
@@ -216,19 +225,19 @@ class PairTask(TrainingTask):
                 f'replace it before')
         return run(input)
 
-    def _outputs(self, input) -> PairOutput:
+    def _outputs(self, input: Images) -> PairOutput:
         """Run each network once."""
         project = self.criterion.uses_embeddings
+        pair = self.trainable_module
         if self.criterion.views == 2:
             # One forward of the doubled batch: its halves differ by what the network draws.
-            [side] = self.trainable_module.sides
-            output = self.trainable_module(torch.cat([input, input]), project=project, run=self._run)
-            return PairOutput(*getattr(output, f'logits_{side}').chunk(2))
-        output = self.trainable_module(input, project=project, run=self._run)
+            [side] = pair.sides
+            return PairOutput(*self._run(side, torch.cat([pair.images(side, input)] * 2))[0].chunk(2))
+        output: PairOutput = pair(input, project=project, run=self._run)
         return output if self.teacher is None else output._replace(**self.teacher(input))
 
     @torch.no_grad()
-    def _refresh(self, output: PairOutput, sides: str, input) -> PairOutput:
+    def _refresh(self, output: PairOutput, sides: str, input: Images) -> PairOutput:
         """Return the output with what these branches say after their update, in training mode."""
         fields = {}
         for side in sides:
@@ -241,7 +250,7 @@ class PairTask(TrainingTask):
 
     def forward(
             self,
-            input: torch.Tensor,
+            input: Images,
             target: torch.Tensor,
             sample_ids: torch.Tensor | None = None,
             phase: int | None = None,
@@ -264,12 +273,10 @@ class PairTask(TrainingTask):
         if phase is None and len(self.phases) > 1:
             raise RuntimeError(f'this method has {len(self.phases)} optimizer phases a batch: call task(input, target, '
                                f'phase=i) with a backward and a step for each i (or use --dml-joint)')
-        if phase and self._output is None:
-            raise RuntimeError(f'phase {phase} of a batch follows on phase {phase - 1}, which was not run')
         if not phase:
-            output = self._outputs(input)
-            if sample_ids is not None:
-                output = output._replace(sample_ids=sample_ids)
+            output = self._outputs(input)._replace(sample_ids=sample_ids)
+        elif self._output is None:
+            raise RuntimeError(f'phase {phase} of a batch follows on phase {phase - 1}, which was not run')
         else:
             output = self._refresh(self._output, self.phases[phase - 1], input)
         # The graph of a branch that learns later waits for its phase.
@@ -278,9 +285,9 @@ class PairTask(TrainingTask):
 
 
 @contextlib.contextmanager
-def _resting_statistics(model: nn.Module):
+def _resting_statistics(model: nn.Module) -> Iterator[None]:
     """Let BatchNorm normalise by the batch, as in training, and leave its running statistics alone."""
-    norms = [module for module in model.modules() if hasattr(module, 'running_var')]
+    norms: list[Any] = [module for module in model.modules() if hasattr(module, 'running_var')]
     tracking = [module for module in norms if getattr(module, 'track_running_stats', False)]
     # Norms of timm's own that know no such switch.
     others = [(buffer, buffer.clone()) for module in norms if not hasattr(module, 'track_running_stats')

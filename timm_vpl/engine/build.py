@@ -24,7 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.criterion import StagedLoss
-from ..core.methods import METHODS, partner_of
+from ..core.methods import METHODS, Setting
+from ..core.names import partner_of
 from ..core.pair import PairWrapper, classifiers_of
 from ..core.seeding import seed_all
 from ..core.stochastic_depth import set_uniform_drop_path
@@ -163,7 +164,7 @@ def create_teacher(args, data_config: dict[str, Any], class_names: list[str] | N
     Raises:
         UsageError: The teacher can't be read, is several, or knows other classes.
     """
-    if not METHODS[args.method].has_teacher(args):
+    if not METHODS[args.method].has_teacher(args.sides):
         return None
     [student] = args.sides
     side = partner_of(student)
@@ -235,7 +236,7 @@ def create_pair(
             models.get('b'),
             affine_side=getattr(args, 'affine_side', 'b'),
             partner_dim=None if teacher is None else teacher.embed_dim,
-            affine=METHODS[args.method].projects(args),
+            affine=METHODS[args.method].projects(args.options.own, args.sides),
         )
     except ValueError as e:
         raise UsageError(str(e)) from e
@@ -362,7 +363,7 @@ def learning_rates(args) -> dict[str, float]:
 
 
 def param_groups(args, pair: PairWrapper, lrs: dict[str, float]) -> list[dict[str, Any]]:
-    """Return the optimizer's groups, named by branch, each branch's as timm makes them for the model alone.
+    """Return the optimizer's groups, with their branch as 'side', each branch's as timm makes them for the model alone.
 
     The affine layer has the learning rate and weight decay of branch b, or of the only one.
     """
@@ -389,7 +390,8 @@ def param_groups(args, pair: PairWrapper, lrs: dict[str, float]) -> list[dict[st
             )
         if side == pair.sides[-1] and pair.affine is not None:
             branch_groups += param_groups_weight_decay(pair.affine, weight_decay=kwargs['weight_decay'])
-        groups += [{**group, 'lr': lrs[side], 'name': f'{side}.{i}'} for i, group in enumerate(branch_groups)]
+        groups += [
+            {**group, 'lr': lrs[side], 'side': side, 'name': f'{side}.{i}'} for i, group in enumerate(branch_groups)]
     return groups
 
 
@@ -414,7 +416,7 @@ def create_optimizer(args, pair: PairWrapper, lrs: dict[str, float]) -> torch.op
     if getattr(optimizer, 'is_second_order', False):
         raise UsageError(f'--opt {args.opt}: not available, fused attention and the gather have no second derivative')
     clips = [key for key in ('max_grad_norm', 'grad_clip_norm') if optimizer.defaults.get(key)]
-    if clips and len(pair.sides) > 1 and METHODS[args.method].updates(args) == 1:
+    if clips and len(pair.sides) > 1 and METHODS[args.method].updates(args.options.own) == 1:
         _logger.warning(
             f'--opt {args.opt} clips gradients by one norm over both branches ({clips[0]}='
             f'{optimizer.defaults[clips[0]]}), which couples them; --opt-kwargs {clips[0]}=None and --clip-grad clip '
@@ -476,4 +478,5 @@ def create_criterion(args, epochs: int, device: torch.device) -> StagedLoss:
         base_loss = create_classification_loss('ce', smoothing=args.smoothing)
     if base_loss is not None:
         base_loss.to(device)  # its class weights
-    return METHODS[args.method].criterion(args, epochs, base_loss)
+    setting = Setting(args.sides, epochs, base_loss, getattr(args, 'student', None), args.bce_sum)
+    return METHODS[args.method].criterion(args.options.own, setting)

@@ -37,9 +37,9 @@ class FiniteCheck:
         It is the same in all processes, whose gradients are already averaged.
         """
         found = {}
-        for side in sorted({group['name'][0] for group in groups}):
+        for side in sorted({group['side'] for group in groups}):
             grads = [
-                parameter.grad for group in groups if group['name'][0] == side
+                parameter.grad for group in groups if group['side'] == side
                 for parameter in group['params'] if parameter.grad is not None]
             found[side] = torch.zeros((), dtype=torch.float32, device=self.device)
             if grads and self.device.type in ('cpu', 'cuda'):

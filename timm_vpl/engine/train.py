@@ -651,7 +651,7 @@ def update(run: Run, learners: str, clip_limits: dict[str, float | None]) -> dic
     """
     optimizer = run.optimizer
     groups = optimizer.param_groups
-    optimizer.param_groups = [group for group in groups if group['name'][0] in learners]
+    optimizer.param_groups = [group for group in groups if group['side'] in learners]
     try:
         scaled = run.scaler.is_enabled()
         run.scaler.unscale_(optimizer)
@@ -672,7 +672,7 @@ def _learning_rates(optimizer) -> dict[str, float]:
     """Return each branch's present learning rate, that of its head where layers have their own."""
     lrs: dict[str, float] = {}
     for group in optimizer.param_groups:
-        side = group['name'][0]
+        side = group['side']
         lrs[side] = max(group['lr'], lrs.get(side, group['lr']))
     return lrs
 

@@ -96,12 +96,12 @@ def _models(options: 'Options') -> str:
 def _check_method(options: 'Options', given: Mapping[str, Any]) -> None:
     name, method = options.method, METHODS[options.method]
     teacher = given.get('teacher')
-    if method.has_teacher(options) and not teacher:
+    if method.has_teacher(options.sides) and not teacher:
         other = ', or a second model that teaches while it learns' if 2 in method.models else ''
         raise UsageError(
             f"--method {name}: needs --teacher (a run's folder, a checkpoint, an exported folder, hf-hub:ID or a timm "
             f'name){other}')
-    if teacher and not method.has_teacher(options):
+    if teacher and not method.has_teacher(options.sides):
         why = 'has two models, the teacher is the partner' if 2 in method.models else 'has no teacher'
         raise UsageError(f'--teacher {teacher}: --method {name} {why}')
     if teacher and not os.path.exists(teacher):

@@ -132,11 +132,7 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
 
 
 _parsers: dict[tuple, OptionParser] = {}
-
-
-def method_options() -> dict[str, set[str]]:
-    """Return the names of the options that each method reads."""
-    return {name: {field.name for field in fields(method.options)} for name, method in METHODS.items()}
+METHOD_OPTIONS = sorted({field.name for method in METHODS.values() for field in fields(method.options)})
 
 
 def parse_args(argv: Sequence[str] | None = None, prog: str = 'train_vpl.py') -> Options:

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..core.methods import METHODS, partner_of
+from ..core.methods import METHODS
+from ..core.names import partner_of
 from ..engine.trained import TrainedModel
 from ..errors import RunError, first_line
 from ..options.options import build_parser

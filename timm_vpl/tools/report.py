@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from ..core.methods import METHOD_OPTIONS, METHODS
+from ..core.methods import METHODS
 from ..errors import UsageError
+from ..options.train import METHOD_OPTIONS
 from ..text import markdown
 from .comparison import Difference, paired_difference
 from .runs import COSTS, Run, data_title, make_recipe, read_run, teacher_folder

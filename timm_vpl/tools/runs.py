@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..core.methods import METHOD_OPTIONS, METHODS
+from ..core.methods import METHODS
 from ..core.names import SIDES
 from ..errors import UsageError
 from ..options.options import build_parser, options_without_effect
 from ..options.parsing import read_yaml
-from ..options.train import make_options
+from ..options.train import METHOD_OPTIONS, make_options
 
 COSTS = ('flops', 'image_passes', 'seconds', 'device_hours')  # they add up over the epochs
 _SINGLE = ('model_a', 'model_b', 'seed', 'contrastive_to', 'kl_to', 'val_split')

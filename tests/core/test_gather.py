@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import reference
 import torch
 from processes import load_results, run_ranks, run_script
 from torch import nn
@@ -29,26 +28,30 @@ class Branch(nn.Module):
         return self.fc(h), h
 
 
-def make_cases():
-    """Settings of every case: who learns, side of the affine layer, what is a negative, copies, images a process."""
-    cases = []
+# Images of each process at each step of an epoch: short last batches of all, of one, and one that comes first.
+PLANS = {
+    2: [[(4, 4), (2, 2), (4, 1), (3, 4)], [(1, 1)], [(1, 3), (3, 2)]],
+    3: [[(4, 4, 4), (2, 2, 2), (4, 4, 1), (1, 4, 3)], [(1, 1, 1)], [(2, 2, 2), (2, 1, 2)], [(3, 2, 1), (1, 1, 1)]],
+}
+
+
+def make_cases(world):
+    """Pairs (settings, sizes by step): who learns, side of the affine layer, what is a negative, copies, targets."""
     modes = itertools.product(('a', 'b', 'both'), ('none', 'a', 'b'), ('negative', 'ignore', 'positive'), (False, True))
-    for seed, (contrastive_to, affine, same_class, with_ids) in enumerate(modes):
-        cases.append({
-            'seed': seed,
-            'affine': affine,
-            'with_ids': with_ids,
-            'soft': seed % 4 > 1,
-            'local_size': 1 if seed % 9 == 4 else 4,
-            'criterion': {
-                'contrastive_to': contrastive_to,
-                'kl_to': ('a', 'b', 'both')[seed % 3],
-                'same_class': same_class,
-                'similarity': ('cosine', 'dot')[seed // 2 % 2],
-                'contrastive_weight': 0.7,
-            },
-        })
-    return cases
+    cases = [{
+        'seed': seed,
+        'affine': affine,
+        'with_ids': with_ids,
+        'soft': seed % 4 > 1,
+        'criterion': {
+            'contrastive_to': contrastive_to,
+            'kl_to': ('a', 'b', 'both')[seed % 3],
+            'same_class': same_class,
+            'similarity': ('cosine', 'dot')[seed // 2 % 2],
+            'contrastive_weight': 0.7,
+        },
+    } for seed, (contrastive_to, affine, same_class, with_ids) in enumerate(modes)]
+    return list(zip(cases[::1 if world == 2 else 5], itertools.cycle(PLANS[world]), strict=False))
 
 
 def make_parts(case):
@@ -59,12 +62,8 @@ def make_parts(case):
     return Branch(width_a).double(), Branch(width_b).double(), affine
 
 
-def make_batch(case, world):
-    """The global batch: images, targets, and ids whose copies lie in different processes."""
-    return draw_batch(case, case['local_size'] * world)
-
-
 def draw_batch(case, num_images):
+    """A global batch: images, targets, and ids whose copies lie in different processes."""
     generator = torch.Generator().manual_seed(case['seed'])
     x = torch.randn(num_images, 4, generator=generator, dtype=torch.float64)
     if case['soft']:
@@ -95,46 +94,8 @@ def forward(parts, x, ids, affine_side):
     return PairOutput(logits_a, logits_b, h_a, embed, stopped_b=stopped, sample_ids=ids)
 
 
-def train_step(parts, case, batch, criterion=None):
-    """Terms and the gradients of the total, one step of one process."""
-    x, target, ids = batch
-    criterion = criterion or make_criterion(**case['criterion'])
-    terms = criterion.terms(forward(parts, x, ids, case['affine']), target)
-    terms['loss'].backward()
-    gradients = [parameter.grad for part in parts if part is not None for parameter in part.parameters()]
-    return {name: term.detach() for name, term in terms.items()}, gradients
-
-
-def shard(values, rank, size):
-    return None if values is None else values[rank * size:(rank + 1) * size]
-
-
-# Images of each process at each step of an epoch: short last batches of all, of one, and one that comes first.
-UNEVEN = {
-    2: [[(4, 4), (2, 2), (4, 1), (3, 4)], [(1, 3), (3, 2)]],
-    3: [[(4, 4, 4), (2, 2, 2), (4, 4, 1), (1, 4, 3)], [(2, 2, 2), (2, 1, 2)], [(3, 2, 1), (1, 1, 1)]],
-}
-
-
-def uneven_cases(world):
-    """Pairs (case, sizes by step): every same_class, with class indices and soft targets, with and without copies."""
-    cases = []
-    for seed, (same_class, soft, with_ids) in enumerate(itertools.product(
-            ('negative', 'ignore', 'positive'), (False, True), (False, True))):
-        cases.append(({
-            'seed': seed,
-            'affine': ('none', 'a', 'b')[seed % 3],
-            'soft': soft,
-            'with_ids': with_ids,
-            'criterion': {
-                'contrastive_to': ('a', 'b', 'both')[seed // 3 % 3],
-                'kl_to': ('a', 'b', 'both')[seed % 3],
-                'same_class': same_class,
-                'similarity': ('cosine', 'dot')[seed % 2],
-                'contrastive_weight': 0.7,
-            },
-        }, UNEVEN[world][seed % len(UNEVEN[world])]))
-    return cases
+def gradients_of(parts):
+    return [parameter.grad for part in parts if part is not None for parameter in part.parameters()]
 
 
 def random_output(num_images, seed=0, dtype=torch.float64):
@@ -143,39 +104,35 @@ def random_output(num_images, seed=0, dtype=torch.float64):
     return PairOutput(*(field.to(dtype).requires_grad_() for field in fields))
 
 
-def cut(output, rank, size):
-    return PairOutput(*(shard(field, rank, size) for field in output))
+def cut(output, rows):
+    return PairOutput(*(None if field is None else field[rows] for field in output))
+
+
+def share(rank):
+    return slice(4 * rank, 4 * rank + 4)
 
 
 # what runs in the processes
 
 def run_steps(rank, world):
-    """Every case under one DistributedDataParallel a part."""
-    from torch.nn.parallel import DistributedDataParallel
+    """Every case, each part in DistributedDataParallel, one criterion: (terms, gradients, collectives) by step."""
     results = []
-    for case in make_cases():
-        parts = [part and DistributedDataParallel(part) for part in make_parts(case)]
-        batch = [shard(values, rank, case['local_size']) for values in make_batch(case, world)]
-        results.append(train_step(parts, case, batch))
-    half = cut(random_output(4 * world, dtype=torch.bfloat16), rank, 4)
+    for case, plan in make_cases(world):
+        criterion = make_criterion(**case['criterion'])
+        parts = [part and nn.parallel.DistributedDataParallel(part) for part in make_parts(case)]
+        for sizes in plan:
+            for parameter in itertools.chain(*(part.parameters() for part in parts if part is not None)):
+                parameter.grad = None
+            x, target, ids = (
+                None if values is None else values.split(sizes)[rank] for values in draw_batch(case, sum(sizes)))
+            with Counter() as counter:
+                terms = criterion.terms(forward(parts, x, ids, case['affine']), target)
+                terms['loss'].backward()
+            results.append(({name: term.detach() for name, term in terms.items()}, gradients_of(parts), counter.calls))
+    half = cut(random_output(4 * world, dtype=torch.bfloat16), share(rank))
     terms = make_criterion().terms(half, torch.arange(4) % NUM_CLASSES)
     terms['loss'].backward()
-    return {'cases': results, 'bfloat16': {name: term.detach() for name, term in terms.items()}}
-
-
-def run_uneven_steps(rank, world):
-    """Epochs whose batches get shorter, under one DistributedDataParallel a part and one criterion."""
-    from torch.nn.parallel import DistributedDataParallel
-    results = []
-    for case, steps in uneven_cases(world):
-        criterion = make_criterion(**case['criterion'])
-        for sizes in steps:
-            parts = [part and DistributedDataParallel(part) for part in make_parts(case)]
-            batch = [None if values is None else values.split(sizes)[rank] for values in draw_batch(case, sum(sizes))]
-            with Counter() as counter:
-                step = train_step(parts, case, batch, criterion)
-            results.append((*step, counter.calls))
-    return results
+    return {'steps': results, 'bfloat16': {name: term.detach() for name, term in terms.items()}}
 
 
 class Counter:
@@ -212,7 +169,7 @@ def run_guards(rank, world):
     """What may not communicate, called on one rank only, and what must be refused, in one process group."""
     target = torch.arange(8) % NUM_CLASSES
     found = {}
-    output = cut(random_output(4 * world), rank, 4)
+    output = cut(random_output(4 * world), share(rank))
     found['local'] = make_criterion(gather=False)(output, target[:4]).detach()
     if rank == 0:
         found['gather=False alone'] = caught(lambda: make_criterion(gather=False)(output, target[:4]))
@@ -243,7 +200,7 @@ def run_guards(rank, world):
     return found
 
 
-SCENARIOS = [(2, run_steps), (3, run_steps), (2, run_uneven_steps), (3, run_uneven_steps), (3, run_guards)]
+SCENARIOS = [(2, run_steps), (3, run_steps), (3, run_guards)]
 
 
 def main(folder):
@@ -283,59 +240,34 @@ def guards(results):
 
 
 def test_loss_and_gradients_equal_one_process(steps):
+    # The contrastive term is that of all images at once, the others the mean of the processes' means.
     world, ranks = steps
+    cases = [(case, sizes, sizes == plan[0]) for case, plan in make_cases(world) for sizes in plan]
     failures = []
-    for k, case in enumerate(make_cases()):
-        want_terms, want_gradients = train_step(make_parts(case), case, make_batch(case, world))
-        assert set(want_terms) == set(TERMS)
-        pairs = []
-        for name in TERMS:
-            pairs.append((name, sum(rank['cases'][k][0][name] for rank in ranks) / world, want_terms[name]))
-        for rank in ranks:
-            for i, (got, want) in enumerate(zip(rank['cases'][k][1], want_gradients, strict=True)):
-                pairs.append((f'gradient {i}', got, want))
-        # Written so that a NaN counts as a failure.
-        off = [(what, got, want) for what, got, want in pairs if not (got - want).abs().max() <= 1e-10]
-        if off:
-            failures.append((case, off[0]))
-    assert not failures, f'{len(failures)} cases, first: {failures[0]}'
-
-
-@pytest.mark.parametrize('world', [2, 3])
-def test_short_batches_equal_one_process(world, results):
-    ranks = results(run_uneven_steps, world)
-    steps = [(case, sizes, sizes == steps[0]) for case, steps in uneven_cases(world) for sizes in steps]
-    failures = []
-    for k, (case, sizes, is_first) in enumerate(steps):
-        # In plain loops: the contrastive term of all images at once, the others as the mean of the processes' means.
+    for k, (case, sizes, is_first) in enumerate(cases):
         parts = make_parts(case)
         x, target, ids = draw_batch(case, sum(sizes))
+        criterion = make_criterion(**case['criterion'])
         whole = forward(parts, x, ids, case['affine'])
-        options = case['criterion']
-        contrastive = reference.pair_contrastive(
-            whole, target, 0.3, options['similarity'], options['contrastive_to'], options['same_class'])
-        base = 0.
-        for rows in torch.arange(len(x)).split(sizes):
-            z_a, z_b = whole.logits_a[rows], whole.logits_b[rows]
-            base = base + (reference.ce(z_a, target[rows]) + reference.ce(z_b, target[rows])
-                           + reference.pair_kl(PairOutput(z_a, z_b), 2., options['kl_to'])) / world
-        (base + 0.7 * contrastive).backward()
-        want = [parameter.grad for part in parts if part is not None for parameter in part.parameters()]
-        off = [abs(sum(rank[k][0]['contrastive_loss'] for rank in ranks) / world - contrastive.detach())]
-        off += [(got - wanted).abs().max() for rank in ranks for got, wanted in zip(rank[k][1], want, strict=True)]
-        if not max(off) <= 1e-10:
+        want = {'contrastive_loss': criterion.terms(whole, target)['contrastive_loss']}
+        for name in ('ce_a_loss', 'ce_b_loss', 'kl_loss'):
+            want[name] = sum(
+                criterion.terms(PairOutput(*(None if field is None else field[rows] for field in whole)), target[rows])[
+                    name] for rows in torch.arange(len(x)).split(sizes)) / world
+        want['loss'] = sum((0.7 if name == 'contrastive_loss' else 1) * value for name, value in want.items())
+        want['loss'].backward()
+        gradients = gradients_of(parts)
+        # Guards the comparison: it would mean nothing where all gradients are zero.
+        assert min(sizes) < 4 or all(gradient.abs().max() > 1e-6 for gradient in gradients), case
+        off = [abs(sum(rank['steps'][k][0][name] for rank in ranks) / world - want[name].detach()) for name in TERMS]
+        off += [(got - value).abs().max()
+                for rank in ranks for got, value in zip(rank['steps'][k][1], gradients, strict=True)]
+        if not max(off) <= 1e-10:  # a NaN too
             failures.append((case, sizes, max(off)))
-        # Those of even batches: embeddings there and back, classes, ids; and one more where the sizes are agreed on.
-        calls = 2 + (options['same_class'] != 'negative') + case['with_ids'] + is_first
-        assert [rank[k][2] for rank in ranks] == [calls] * world, (case, sizes)
-    assert not failures, f'{len(failures)} of {len(steps)} steps, first: {failures[0]}'
-
-
-def test_every_parameter_learns():
-    # Guards the comparison above: it would mean nothing where all gradients are zero.
-    for case in make_cases():
-        _, gradients = train_step(make_parts(case), case, make_batch(case, 3))
-        assert all(gradient is not None and gradient.abs().max() > 1e-6 for gradient in gradients), case
+        # Embeddings there and back, classes, ids; and one more where the sizes are agreed on.
+        calls = 2 + (case['criterion']['same_class'] != 'negative') + case['with_ids'] + is_first
+        assert [rank['steps'][k][2] for rank in ranks] == [calls] * world, (case, sizes)
+    assert not failures, f'{len(failures)} of {len(cases)} steps, first: {failures[0]}'
 
 
 def test_bfloat16_is_gathered_in_float32(steps):
@@ -347,20 +279,20 @@ def test_bfloat16_is_gathered_in_float32(steps):
         assert float(sum(values) / world) == pytest.approx(float(want[name].detach()), rel=1e-5)
 
 
-def local_loss(world, rank):
-    return float(make_criterion()(cut(random_output(4 * world), rank, 4), torch.arange(4) % NUM_CLASSES).detach())
+def local_loss(rank):
+    return float(make_criterion()(cut(random_output(12), share(rank)), torch.arange(4) % NUM_CLASSES).detach())
 
 
 def test_without_gather_each_process_has_its_own_loss(guards):
     for rank, found in enumerate(guards):
-        assert float(found['local']) == pytest.approx(local_loss(3, rank), abs=1e-12)
+        assert float(found['local']) == pytest.approx(local_loss(rank), abs=1e-12)
 
 
 @pytest.mark.parametrize('call', ['gather=False alone', 'eval alone', 'no_grad alone'])
 def test_does_not_communicate(guards, call):
     kind, value = guards[0][call]
     assert kind == 'returned', value
-    assert value == pytest.approx(local_loss(3, 0), abs=1e-12)
+    assert value == pytest.approx(local_loss(0), abs=1e-12)
 
 
 def test_a_larger_batch_within_the_epoch_is_refused_alone(guards):
@@ -369,13 +301,10 @@ def test_a_larger_batch_within_the_epoch_is_refused_alone(guards):
     assert re.search(r'\b5\b', message) and re.search(r'\b4\b', message) and 'gather=False' in message, message
 
 
-@pytest.mark.parametrize('call', ['even', 'even again', 'even after all', 'next epoch', 'epoch after'])
-def test_even_batches_go_on(guards, call):
+def test_even_batches_go_on(guards):
     for found in guards:
-        assert found[call][0] == 'returned', found[call]
-
-
-def test_evaluation_of_another_size_goes_on(guards):
+        for call in ('even', 'even again', 'even after all', 'next epoch', 'epoch after'):
+            assert found[call][0] == 'returned', found[call]
     assert guards[0]['eval of another size'][0] == 'returned', guards[0]['eval of another size']
 
 

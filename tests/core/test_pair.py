@@ -755,7 +755,7 @@ def test_copy_of_a_compiled_pair_starts_uncompiled(dynamo):
     graphs = compile_branches(pair)
     assert all(torch.equal(*both) for both in zip(pair(images())[:4], want[:4], strict=True))
     other = copy.deepcopy(pair)
-    assert all(other.parts[side]._compiled is None for side in 'ab')
+    assert all(other.parts[side]._compiled_call_impl is None for side in 'ab')
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.1)

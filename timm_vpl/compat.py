@@ -1,0 +1,52 @@
+"""Private members of torch and timm that the core leans on, each with what to do when it goes.
+
+All were checked with torch 2.14 and timm 1.0.31.
+"""
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.utils import ModelEmaV3
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return a module's children by name, None where an attribute was set to it: the dict itself, as it changes.
+
+    nn.Module._modules. If it goes: dict(module.named_children()), a copy at each look.
+    """
+    return module._modules
+
+
+def tensor_places(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Return where a module's parameters and persistent buffers are kept: the tensors themselves may be replaced.
+
+    nn.Module._parameters, _buffers, _non_persistent_buffers_set. If one goes: `Ema` without `apply_update_`, as timm's.
+    """
+    return [
+        (slots, name)
+        for each in module.modules()
+        for slots, passing in ((each._parameters, set()), (each._buffers, each._non_persistent_buffers_set))
+        for name, tensor in slots.items() if tensor is not None and name not in passing]
+
+
+def lerp_(ema: ModelEmaV3, averages: list[torch.Tensor], values: list[torch.Tensor], weight: float) -> None:
+    """Interpolate an average's tensors towards a model's, with timm's rounding.
+
+    ModelEmaV3._foreach_lerp_. If it goes: `Ema` without `apply_update_`, as timm's.
+    """
+    ema._foreach_lerp_(averages, values, weight=weight)
+
+
+def compile_apart(module: nn.Module, name: str, **kwargs: Any) -> None:
+    """Compile a module's forward with torch.compile(**kwargs) as code of its own; a copy starts uncompiled.
+
+    Dynamo counts versions (8 at most) and learns which sizes vary for each code object. Modules of one class share
+    theirs: of two with images of different size, the second would be compiled for images of any size.
+
+    nn.Module._compiled_call_impl, which a call runs in place of the forward and a copy leaves out. If it goes: keep the
+    compiled function beside the module, call it in forward, and leave it out in __getstate__.
+    """
+    function = type(module).forward
+    own = FunctionType(function.__code__.replace(co_name=name), function.__globals__)
+    module._compiled_call_impl = torch.compile(MethodType(own, module), **kwargs)
