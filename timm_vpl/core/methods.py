@@ -46,8 +46,8 @@ class Method(NamedTuple):
     Args:
         description: What it is, in a few words.
         models: How many models it trains.
-        criterion: `criterion(own, setting)` -> StagedLoss, `own` an instance of `options`; its terms say who learns what, in which
-            optimizer phase, from one view of an image or two.
+        criterion: `criterion(own, setting)` -> StagedLoss, `own` an instance of `options`; its terms say who learns
+            what, in which optimizer phase, from one view of an image or two.
         passes: Forwards for an image in a training step, over all networks, by the options.
         options: Dataclass of the options of its own, a row each (`option`).
         updates: Optimizer updates a batch, by the options.
