@@ -26,7 +26,7 @@ from timm_vpl.engine.train import create_run, start, train_one_epoch  # noqa: E4
 from timm_vpl.options.options import parse_args  # noqa: E402
 
 # Data named as more classes than it has: the width of the classifiers is what is measured.
-logging.getLogger('timm_vpl.data.data').setLevel(logging.ERROR)
+logging.getLogger('timm_vpl.data').setLevel(logging.ERROR)
 
 PRECISIONS = {
     'fp32': [],

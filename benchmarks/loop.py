@@ -22,7 +22,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask
 from timm.utils import AverageMeter, NativeScaler
 
-from timm_vpl.data.data import create_split
+from timm_vpl.data.splits import create_split
 from timm_vpl.engine import build
 
 _logger = logging.getLogger('plain')

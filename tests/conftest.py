@@ -13,11 +13,11 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # for the processes that tests st
 @pytest.fixture(scope='session')
 def digits_folder(tmp_path_factory):
     """A folder with `train` (4 classes, 40 images) and `validation` (17 images) splits."""
-    from timm_vpl.data.data import DigitsReader
+    from timm_vpl.data.sources import DigitsReader
     root = tmp_path_factory.mktemp('digits')
     for split, count in (('train', 40), ('validation', 17)):
         reader = DigitsReader(split)
-        indices = [i for i in range(len(reader)) if reader.labels[i] < 4][:count]
+        indices = [i for i in range(len(reader)) if reader.targets[i] < 4][:count]
         for i in indices:
             file, label = reader[i]
             path = root / split / f'class{label}' / f'{i}.png'

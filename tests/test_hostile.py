@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 
 from timm_vpl.cli import main
-from timm_vpl.data.data import DigitsReader
+from timm_vpl.data.sources import DigitsReader
 from timm_vpl.engine.trained import branch_config, load_branches
 from timm_vpl.options.options import parse_args, recipe_values
 from timm_vpl.text import code, code_block, markdown
@@ -442,7 +442,7 @@ def shards(folder, info):
         for i in range(16):
             image = io.BytesIO()
             Image.open(reader[i][0]).resize((32, 32)).save(image, 'png')
-            for name, data in ((f'{i}.png', image.getvalue()), (f'{i}.cls', str(reader.labels[i]).encode())):
+            for name, data in ((f'{i}.png', image.getvalue()), (f'{i}.cls', str(reader.targets[i]).encode())):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))

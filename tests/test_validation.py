@@ -436,7 +436,7 @@ def test_branches_of_one_preparation_share_a_pass(capsys, digits_folder, run_dir
     open_image = Image.open
     monkeypatch.setattr(Image, 'open', lambda file: decoded.append(file) or open_image(file))
     path = tmp_path / 'results.csv'
-    validate(capsys, run_dir, digits_folder, '--results-file', path, '--img-size', '48', '--no-prefetcher',
+    validate(capsys, run_dir, digits_folder, '--results-file', path, '--img-size', '48',
              '--channels-last', '--amp', '--amp-dtype', 'bfloat16')
     assert len(decoded) == 17 and {row['img_size'] for row in results(path)} == {'48'}
     assert len(load_all(str(run_dir))) == len(results(path)) == 4

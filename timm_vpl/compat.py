@@ -1,13 +1,18 @@
-"""Private members of torch and timm that the core leans on, each with what to do when it goes.
+"""Private members of torch and timm, and what mends them, each with what to do when it goes.
 
 All were checked with torch 2.14 and timm 1.0.31.
 """
 from types import FunctionType, MethodType
 from typing import Any
 
+import timm.data.auto_augment
 import torch
 import torch.nn as nn
+from PIL import Image, ImageOps
+from timm.data.dataset_factory import _search_split as search_split  # if it goes: copy its 20 lines
 from timm.utils import ModelEmaV3
+
+__all__ = ['children_of', 'compile_apart', 'guard_posterize', 'lerp_', 'search_split', 'tensor_places']
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
@@ -50,3 +55,21 @@ def compile_apart(module: nn.Module, name: str, **kwargs: Any) -> None:
     function = type(module).forward
     own = FunctionType(function.__code__.replace(co_name=name), function.__globals__)
     module._compiled_call_impl = torch.compile(MethodType(own, module), **kwargs)
+
+
+def guard_posterize() -> None:
+    """Let timm's posterize take 0 bits: a black image.
+
+    timm asks for 0 bits, which Pillow 13 refuses. If timm does not ask for them any more: remove this.
+    """
+    operations = timm.data.auto_augment.NAME_TO_OP
+    for name in ('Posterize', 'PosterizeIncreasing', 'PosterizeOriginal'):
+        operations[name] = _posterize
+
+
+def _posterize(img: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    if bits_to_keep >= 8:
+        return img
+    if bits_to_keep < 1:
+        return Image.new(img.mode, img.size)
+    return ImageOps.posterize(img, bits_to_keep)

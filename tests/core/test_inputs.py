@@ -16,7 +16,8 @@ from torch.testing import assert_close
 
 from timm_vpl.cli import main, train
 from timm_vpl.core.inputs import InputTransform
-from timm_vpl.data.data import PairEvalLoader, create_eval_loaders, create_split
+from timm_vpl.data.loaders import PairEvalLoader, create_eval_loaders
+from timm_vpl.data.splits import create_split
 from timm_vpl.engine.build import create_branch, loader_config, resolve_data
 from timm_vpl.engine.checkpoint import read_checkpoint
 from timm_vpl.engine.device import init_device
@@ -73,9 +74,11 @@ def start_run(data, output, pair, *options):
 def own_images(data, config):
     """The validation images, prepared by timm for a model of this configuration."""
     mode = {1: 'L', 3: 'RGB', 4: 'RGBA'}[config['input_size'][0]]
-    transform = create_transform(**config, is_training=False)
+    transform = create_transform(**config, is_training=False, use_prefetcher=True)  # to arrays of bytes
     paths = sorted((Path(data) / 'validation').rglob('*.png'), key=lambda path: (path.parent.name, int(path.stem)))
-    return torch.stack([transform(Image.open(path).convert(mode)) for path in paths])
+    images = torch.stack([transform(Image.open(path).convert(mode)) for path in paths])
+    mean, std = (torch.tensor([255 * value for value in config[key]]).view(-1, 1, 1) for key in ('mean', 'std'))
+    return (images - mean) / std
 
 
 def bare_model(run, side, configs, ema=False):
@@ -105,7 +108,7 @@ def eval_batch(run):
 
 @pytest.mark.parametrize('pair', PAIRS)
 def test_pairs_of_differing_inputs(digits_folder, tmp_path, pair):
-    run, configs = start_run(digits_folder, tmp_path, pair, *PAIRS[pair], '--no-prefetcher')
+    run, configs = start_run(digits_folder, tmp_path, pair, *PAIRS[pair])
     wrapper, source = run.pair, loader_config(configs)
     same_size = configs['a']['input_size'] == configs['b']['input_size']
     assert configs['a'] != configs['b'] and len(wrapper.inputs) == 1
@@ -241,7 +244,7 @@ def test_one_decode_an_image_in_training(digits_folder, tmp_path, monkeypatch):
 ], ids=lambda options: '-'.join(options[:2] + options[-1:]))
 def test_channels(digits_folder, tmp_path, options):
     run, configs = start_run(
-        digits_folder, tmp_path, 'test_resnet + test_vit', '--img-size', '32', *options, '--no-prefetcher')
+        digits_folder, tmp_path, 'test_resnet + test_vit', '--img-size', '32', *options)
     channels = 4 if '4' in options else 1
     for config in configs.values():
         assert config['input_size'] == (channels, 32, 32) and len(config['mean']) == len(config['std']) == channels
@@ -350,8 +353,7 @@ def test_configuration_of_a_pretrained_branch(digits_folder, tmp_path):
 def test_pretrained_branch_trains_and_validates_on_its_own_images(digits_folder, tmp_path):
     model = save_pretrained(tmp_path / 'vit', **OWN)
     run, configs = start_run(
-        digits_folder, tmp_path, f'test_resnet + local-dir:{tmp_path / "vit"}', '--img-size-a', '64', '--pretrained-b',
-        '--no-prefetcher')
+        digits_folder, tmp_path, f'test_resnet + local-dir:{tmp_path / "vit"}', '--img-size-a', '64', '--pretrained-b')
     state = {key: tensor for key, tensor in run.pair.model_b.state_dict().items() if not key.startswith('head.')}
     assert run.pair.model_b.num_classes == 4
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in state.items())

@@ -292,11 +292,11 @@ def make_real(real: Path) -> None:
     from PIL import Image
 
     from timm_vpl.cli import main
-    from timm_vpl.data.data import DigitsReader
+    from timm_vpl.data.sources import DigitsReader
     for split, count in (('train', 40), ('validation', 17)):
         reader = DigitsReader(split)
-        for i in [i for i in range(len(reader)) if reader.labels[i] < 4][:count]:
-            path = real / 'data' / split / f'class{reader.labels[i]}' / f'{i}.png'
+        for i in [i for i in range(len(reader)) if reader.targets[i] < 4][:count]:
+            path = real / 'data' / split / f'class{reader.targets[i]}' / f'{i}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.open(reader[i][0]).resize((32, 32)).save(path)
     train = ['train', str(real / 'data'), *PAIR, *SMALL, '--output', str(real)]

@@ -75,10 +75,10 @@ def write_images(folder: Path) -> None:
     """Write a data set of small images, 96 to train on and 24 to validate on."""
     from PIL import Image
 
-    from timm_vpl.data.data import DigitsReader
+    from timm_vpl.data.sources import DigitsReader
     for split, count in (('train', 96), ('validation', 24)):
         reader = DigitsReader(split)
-        for i in [i for i in range(len(reader)) if reader.labels[i] < 4][:count]:
+        for i in [i for i in range(len(reader)) if reader.targets[i] < 4][:count]:
             file, label = reader[i]
             path = folder / split / str(label) / f'{i}.png'
             path.parent.mkdir(parents=True, exist_ok=True)

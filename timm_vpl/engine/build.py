@@ -31,7 +31,7 @@ from ..core.seeding import seed_all
 from ..core.stochastic_depth import set_uniform_drop_path
 from ..core.task import PairTask
 from ..core.teacher import Teacher
-from ..data.data import names_of
+from ..data.splits import names_of
 from ..errors import RunError, UsageError
 from ..options.options import INPUT_OPTIONS, mixup_active, no_token
 from .trained import create_named, load_trained

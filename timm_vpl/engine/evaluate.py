@@ -9,7 +9,6 @@ import torch
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch.utils.data import IterableDataset
 
-from ..data.data import read
 from ..errors import RunError
 
 PAD = -1  # in a tensor of sets of labels
@@ -99,7 +98,7 @@ def evaluate(
         class_evaluators = {
             name: PerClassEvaluator(device, num_classes=per_class, max_samples=limit) for name in names}
     seen = 0
-    for input, target in read(loader):
+    for input, target in loader:
         target = target.to(device)
         if isinstance(input, dict):
             input = {side: images.to(device) for side, images in input.items()}

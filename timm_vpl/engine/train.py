@@ -1,6 +1,5 @@
 """Training: build the parts, then train and validate epoch by epoch, and save."""
 import contextlib
-import copy
 import csv
 import faulthandler
 import logging
@@ -24,18 +23,10 @@ from torch.utils.data import IterableDataset
 
 from ..core.seeding import BranchStreams
 from ..core.task import PairTask
-from ..data.data import (
-    TrainLoader,
-    create_eval_loader,
-    create_eval_loaders,
-    create_split,
-    create_train_loader,
-    data_errors,
-    resolve_classes,
-    skipped_images,
-    split_card,
-)
+from ..data.failures import data_errors
 from ..data.identity import data_identity
+from ..data.loaders import TrainLoader, create_eval_loader, create_eval_loaders, create_train_loader
+from ..data.splits import create_split, resolve_classes, split_card
 from ..errors import RunError, UsageError, first_line
 from ..files import replacing
 from ..options.options import recipe_values, resume_command
@@ -212,7 +203,7 @@ def create_run(args, device: torch.device) -> Run:
     """
     dataset_train = create_split(args, args.train_split, is_training=True)
     dataset_eval = create_split(args, args.val_split, is_training=False)
-    class_names = resolve_classes(args, dataset_train, dataset_eval)
+    args.num_classes, class_names = resolve_classes(args, dataset_train, dataset_eval)
     data = {
         role: {'split': split, **data_identity(dataset, class_names)} for role, split, dataset in (
             ('train', args.train_split, dataset_train), ('validation', args.val_split, dataset_eval))}
@@ -339,7 +330,7 @@ def _create_output_dir(run, data_config, options) -> str:
         environments = _environments(output_dir) if args.resume else []
         now = environment(run.device)
         environments += [now] if now not in environments[-1:] else []
-        contents = {'train': split_card(run.loader_train.dataset), 'validation': split_card(run.loader_eval.dataset)}
+        contents = {'train': split_card(run.loader_train.images), 'validation': split_card(run.loader_eval.dataset)}
         data = {**run.data, 'contents': contents}
         for name, content in (('args', options), ('data', data), ('environment', environments)):
             with replacing(os.path.join(output_dir, f'{name}.yaml')) as f:
@@ -478,7 +469,7 @@ def fit(run: Run) -> None:
         row = {'epoch': epoch, **epoch_terms(run)}
         trained = time.time()
         eval_metrics = validate(run) if evaluated else {}
-        skipped = run.progress.skipped + (skipped_images(run.loader_eval) if evaluated else 0)
+        skipped = run.progress.skipped + (int(run.loader_eval.dataset.replaced.sum()) if evaluated else 0)
         if run.scheduler is not None:
             run.scheduler.step(epoch + 1, eval_metrics.get(args.eval_metric))
         row.update((f'eval_{name}', eval_metrics.get(name, '')) for name in run.columns)
@@ -727,8 +718,7 @@ def _evaluates_ema(run):
 def validate_teacher(run: Run) -> None:
     """Evaluate the frozen teacher once, on images prepared its own way, and log what it knows."""
     args, teacher = run.args, run.task.teacher
-    dataset = copy.copy(run.loader_eval.dataset)  # a loader gives its data set the transform
-    loader = create_eval_loader(args, dataset, teacher.data_config, run.device)
+    loader = create_eval_loader(args, run.loader_eval.dataset, teacher.data_config, run.device)
     metrics = evaluate(
         lambda input: {'teacher': teacher.branch(input)[0]}, ['teacher'], loader, run.device, run.autocast,
         args.distributed)['teacher']

@@ -13,7 +13,7 @@ from timm.data import resolve_data_config
 from timm.models import create_model, save_for_hf
 
 from ..core.names import SIDES
-from ..data.data import names_of, read_class_map
+from ..data.splits import names_of, read_class_map
 from ..engine.build import pretrained_cfg_of, size_kwargs
 from ..engine.trained import TrainedModel, branch_config, create_named, load_branches
 from ..errors import RunError, UsageError, first_line

@@ -7,7 +7,8 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -16,18 +17,12 @@ import torch
 from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset, resolve_data_config
 from timm.data.loader import adapt_to_chs
 from timm.utils import setup_default_logging
-from torch.utils.data import Dataset, IterableDataset, Subset
 
-from ..data.data import (
-    DIGITS,
-    check_labels,
-    class_names,
-    create_eval_loader,
-    create_split,
-    data_errors,
-    shared_images,
-    skipped_images,
-)
+from ..data.failures import data_errors
+from ..data.images import Images, StreamImages
+from ..data.loaders import create_eval_loader
+from ..data.sources import Part
+from ..data.splits import class_names, create_split, shared_images
 from ..engine.device import agreement, from_all, init_device
 from ..engine.evaluate import PAD, evaluate
 from ..engine.trained import TrainedModel, load_branches, load_trained
@@ -110,33 +105,15 @@ def _imagenet_v2_names(names: list[str] | None, data: str) -> list[str]:
 # Images by file name
 
 
-def _file_names(dataset: Dataset, flag: str) -> list[str]:
+def _file_names(dataset: Images | StreamImages, flag: str) -> list[str]:
     """Return the path of each image in its data set."""
-    if isinstance(dataset, FilePart):
-        names = _file_names(dataset.dataset, flag)
-        return [names[index] for index in dataset.indices]
-    try:
-        if hasattr(dataset, 'filenames') and not isinstance(dataset, IterableDataset):
-            return [os.path.normpath(name) for name in dataset.filenames()]
-        return [os.path.relpath(path, dataset.root) for path, _ in dataset.samples]  # torchvision's
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise UsageError(f'{flag}: needs a folder or .tar of images, this data set does not name its files') from e
+    with suppress(KeyError, TypeError):  # None for a name
+        if not isinstance(dataset, StreamImages):
+            return [os.path.normpath(name) for name in dataset.reader.filenames()]
+    raise UsageError(f'{flag}: needs a folder or .tar of images, this data set does not name its files')
 
 
-class FilePart(Subset):
-    """Some images of a data set, whose transform is that of the whole."""
-
-    @property
-    def transform(self):
-        """The transform of the images."""
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform):
-        self.dataset.transform = transform
-
-
-def select_files(dataset: Dataset, path: str, data: str) -> FilePart:
+def select_files(dataset: Images, path: str, data: str) -> Images:
     """Return the part of a data set that a file lists, one file name a line, with or without its folder.
 
     Raises:
@@ -158,11 +135,11 @@ def select_files(dataset: Dataset, path: str, data: str) -> FilePart:
     for name in wanted:
         if len(indices[name]) > 1:
             raise UsageError(f'--file-list {path}: {data} has {len(indices[name])} files {name}; write FOLDER/{name}')
-    return FilePart(dataset, sorted({indices[name][0] for name in wanted}))
+    return replace(dataset, reader=Part(dataset.reader, sorted({indices[name][0] for name in wanted})))
 
 
 def real_label_sets(
-        dataset: Dataset,
+        dataset: Images,
         path: str,
         trained: TrainedModel,
         names: list[str] | None = None,
@@ -316,8 +293,8 @@ def _create_pass(args, models: list[TrainedModel], device: torch.device) -> Pass
             names = _imagenet_v2_names(names, data)
         indices = target_indices(trained, names, data)
         if indices is not None:
-            dataset.target_transform = indices.__getitem__
-    check_labels(dataset, trained.model.num_classes)
+            dataset.label_map = indices.__getitem__
+    dataset.num_classes = trained.model.num_classes
     if args.file_list:
         dataset = select_files(dataset, args.file_list, data)
         data = f'{data} ({os.path.basename(args.file_list)})'
@@ -329,10 +306,8 @@ def _create_pass(args, models: list[TrainedModel], device: torch.device) -> Pass
 
 def _data_name(args, dataset) -> str:
     """Return what the images are called in the results: their folder, or data set and split."""
-    root = getattr(getattr(dataset, 'reader', dataset), 'root', None)
-    if args.dataset and (args.dataset == DIGITS or not isinstance(root, (str, os.PathLike))):
-        return f'{args.dataset}/{args.val_split}'
-    return os.path.normpath(root)
+    root = getattr(dataset.reader, 'root', None)
+    return os.path.normpath(root) if root else f'{args.dataset}/{args.val_split}'
 
 
 def _run_pass(args, each: Pass, device: torch.device) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -357,7 +332,7 @@ def _run_pass(args, each: Pass, device: torch.device) -> tuple[list[dict[str, An
         per_class=None if args.per_class is None else models[0].num_classes,
     )
     seconds = time.perf_counter() - started
-    skipped = sum(from_all(args, skipped_images(each.loader)))
+    skipped = sum(from_all(args, int(each.loader.dataset.replaced.sum())))
     if skipped and args.rank == 0:
         _logger.warning(f'{each.data}: {skipped} images could not be read; others took their places, and their ReaL '
                         f'labels' if args.real_labels is not None else f'{each.data}: {skipped} images could not be '

@@ -10,7 +10,7 @@ from test_train import rows, torchrun
 from timm.data import ImageDataset, create_transform
 
 from timm_vpl.cli import train
-from timm_vpl.data.data import _guard_posterize
+from timm_vpl.compat import guard_posterize
 
 MODELS = ['--model-a', 'test_convnext', '--model-b', 'test_vit']  # without BatchNorm: equal for any process count
 OPTIONS = [
@@ -38,7 +38,7 @@ def cifar10(data_root, tmp_path_factory):
 
 @pytest.mark.parametrize('policy', ['v0', 'rand-m9-mstd0.5-inc1'])
 def test_policies_pass_over_natural_images(data_root, policy):
-    _guard_posterize()
+    guard_posterize()
     dataset = ImageDataset(str(data_root / 'imagenette224_val.tar'))
     dataset.transform = create_transform(64, is_training=True, auto_augment=policy, use_prefetcher=True)
     for image, _ in itertools.islice(dataset, 200):

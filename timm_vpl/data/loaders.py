@@ -1,0 +1,237 @@
+"""Loaders: torch's, with timm's transforms, mixup and prefetching; every draw is seeded by its place in the run."""
+import copy
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import FastCollateMixup, create_transform
+from timm.data.distributed_sampler import OrderedDistributedSampler
+from timm.data.loader import PrefetchLoader, fast_collate
+from torch.utils.data import DataLoader, Dataset
+
+from ..compat import guard_posterize
+from ..errors import UsageError
+from ..options.options import mixup_active
+from .images import Images, StreamImages
+from .order import SeededCollate, SeededDataset, SeededErasing, SeededSampler
+
+
+def init_worker(worker_id: int) -> None:
+    """Let a worker outlive the signals of its process group: the main process decides what they mean."""
+    np.random.seed(torch.initial_seed() % (2 ** 32 - 1))  # as timm does; of streams, which nothing else seeds
+    signal.set_wakeup_fd(-1)  # that of the main process, where this is a fork of it
+    for name in ('SIGINT', 'SIGUSR1'):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, 'sigwaitinfo'):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with_main, daemon=True).start()
+
+
+def _end_with_main() -> None:
+    """End this worker when the main process sends SIGTERM, as Python does at its exit; from others it is ignored."""
+    main = multiprocessing.parent_process().pid
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != main:
+        pass
+    os._exit(0)
+
+
+def _batches(args, dataset: Dataset, **kwargs) -> DataLoader:
+    return DataLoader(
+        dataset,
+        num_workers=args.workers,
+        pin_memory=args.pin_mem,
+        worker_init_fn=init_worker,
+        persistent_workers=args.workers > 0,
+        **kwargs,
+    )
+
+
+def _normalization(data_config, device) -> dict[str, Any]:
+    return {
+        'mean': data_config['mean'], 'std': data_config['std'], 'channels': data_config['input_size'][0],
+        'device': device}
+
+
+class TrainLoader(PrefetchLoader):
+    """Batches of an epoch, on the device.
+
+    `skipped` is the number of images in the batches that `epoch` has yielded that could not be read, and are replaced,
+    on this process.
+
+    Every draw (order, augmentation, mixup, erasing) is a function of the seed and its place in the run, not of a
+    generator's state: independent of the number of workers, and the same when an epoch is entered at a later batch.
+    Streams keep their reader's own order, and end for all processes with the shortest share.
+
+    Args:
+        args: Options of the run.
+        images: The images, with their transform.
+        collate: Makes a batch.
+        device: Where batches go.
+        **kwargs: Further arguments of timm's PrefetchLoader.
+    """
+
+    def __init__(self, args, images: Images | StreamImages, collate: Callable, device: torch.device, **kwargs):
+        self.images, self.world_size, self.skipped = images, args.world_size, 0
+        dataset, self.order = images, None
+        if images.source.is_stream:
+            images.set_loader_cfg(num_workers=args.workers)
+        else:
+            dataset = SeededDataset(images, args.seed)
+            self.order = SeededSampler(
+                len(images), args.batch_size, args.seed, args.rank, args.world_size, args.aug_repeats)
+            collate = SeededCollate(collate, args.seed, args.mixup_off_epoch)
+        batches = _batches(
+            args, dataset, batch_size=args.batch_size, sampler=self.order, collate_fn=collate, drop_last=True)
+        super().__init__(batches, device=device, **kwargs)
+        if self.random_erasing is not None:
+            self.random_erasing = SeededErasing(self.random_erasing, args.seed, args.rank, device)
+
+    def epoch(self, epoch: int, first_batch: int = 0):
+        """Yield (batch, input, target, sample_ids) from `first_batch` to the epoch's end.
+
+        sample_ids (N,) is None unless images are repeated.
+        """
+        self.skipped = 0
+        if self.random_erasing is not None:
+            self.random_erasing.place = (epoch, first_batch)
+        if self.order is None:
+            yield from self._stream_epoch(epoch, first_batch)
+            return
+        self.order.set_epoch(epoch, first_batch)
+        self.images.replaced.zero_()
+        for batch, (input, target) in enumerate(self, start=first_batch):
+            ids = self.order.sample_ids(batch)
+            self.skipped += int(self.images.replaced[ids].sum())
+            yield batch, input, target, ids.to(self.device, non_blocking=True) if self.order.repeats > 1 else None
+
+    def _stream_epoch(self, epoch, first_batch):
+        self.images.set_epoch(epoch)
+        batches = islice(self, len(self) - first_batch)
+        if self.world_size > 1:
+            batches = together(batches, self.device)
+        for batch, (input, target) in enumerate(batches, start=first_batch):
+            yield batch, input, target, None
+
+
+def together(batches, device: torch.device):
+    """Yield a process's batches until those of any process end, so that all make as many steps."""
+    batches = iter(batches)
+    while True:
+        batch = next(batches, None)
+        ready = torch.tensor(batch is not None, dtype=torch.int32, device=device)
+        torch.distributed.all_reduce(ready, op=torch.distributed.ReduceOp.MIN)
+        if not ready.item():
+            return
+        yield batch
+
+
+def create_train_loader(args, images: Images | StreamImages, data_config: dict, device: torch.device) -> TrainLoader:
+    """Create the training loader from timm's options, and give the images their transform.
+
+    Raises:
+        UsageError: An augmentation policy that timm does not know, or fewer images than a batch.
+    """
+    guard_posterize()
+    collate = fast_collate
+    if mixup_active(args):
+        collate = FastCollateMixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=args.num_classes,
+        )
+    names = (
+        'no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob',
+        'grayscale_prob', 'gaussian_blur_prob')
+    augmentation = {name: getattr(args, name) for name in names}
+    if args.train_interpolation and not args.no_aug:
+        augmentation['interpolation'] = args.train_interpolation
+    images = copy.copy(images)  # with a transform of its own
+    try:
+        images.transform = create_transform(
+            **{**data_config, **augmentation}, is_training=True, auto_augment=args.aa, use_prefetcher=True)
+    except (AssertionError, KeyError, ValueError) as e:
+        raise UsageError(f'--aa {args.aa}: not an augmentation policy of timm ({type(e).__name__} {e})') from e
+    loader = TrainLoader(
+        args,
+        images,
+        collate,
+        **_normalization(data_config, device),
+        re_prob=0. if args.no_aug else args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        re_num_splits=2 if args.resplit else 0,
+    )
+    if loader.order is not None and not len(loader):
+        raise UsageError(
+            f'--batch-size {args.batch_size}: {args.world_size} batch(es) of it are more than the '
+            f'{len(images)} training images')
+    return loader
+
+
+class EvalLoader(PrefetchLoader):
+    """Validation batches (images, target): each image once, in order, dealt to the processes in turn.
+
+    After a pass `dataset.replaced` holds the images that could not be read on this process.
+    """
+
+    def __iter__(self):
+        self.dataset.replaced.zero_()
+        yield from super().__iter__()
+
+
+class PairEvalLoader:
+    """Validation batches of branches that differ in how their images are prepared: ({side: images}, target).
+
+    Args:
+        loaders: The validation loader of each side, over the same images in the same order.
+    """
+
+    def __init__(self, loaders: dict[str, EvalLoader]):
+        self.loaders = loaders
+        first = next(iter(loaders.values()))
+        self.dataset, self.sampler = first.dataset, first.sampler
+
+    def __len__(self):
+        return len(next(iter(self.loaders.values())))
+
+    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        for batches in zip(*self.loaders.values(), strict=True):
+            yield {side: images for side, (images, _) in zip(self.loaders, batches, strict=True)}, batches[0][1]
+
+
+def create_eval_loaders(args, images: Images | StreamImages, configs: dict[str, dict], device: torch.device):
+    """Create the validation loader of a pair, one for both where the branches' images are prepared alike."""
+    first, *others = configs.values()
+    if all(config == first for config in others):
+        return create_eval_loader(args, images, first, device)
+    return PairEvalLoader({
+        side: create_eval_loader(args, images, config, device) for side, config in configs.items()})
+
+
+def create_eval_loader(args, images: Images | StreamImages, data_config: dict[str, Any], device) -> EvalLoader:
+    """Create a validation loader, with timm's transform for a data configuration."""
+    images = copy.copy(images)  # with a transform of its own; what is replaced, they share
+    images.transform = create_transform(**data_config, use_prefetcher=True)
+    if images.source.is_stream:
+        images.set_loader_cfg(num_workers=args.workers)
+    deal = args.distributed and not images.source.is_stream
+    batches = _batches(
+        args,
+        images,
+        batch_size=args.validation_batch_size or args.batch_size,
+        sampler=OrderedDistributedSampler(images) if deal else None,
+        collate_fn=fast_collate,
+    )
+    return EvalLoader(batches, **_normalization(data_config, device))

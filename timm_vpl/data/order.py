@@ -1,0 +1,119 @@
+"""The order of an epoch and every draw in it, as functions of the seed and the place in the run."""
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from torch.utils.data import Dataset, Sampler
+
+from ..core.seeding import seed_all
+
+
+class Place(NamedTuple):
+    """Where in a run a sample is drawn: what its augmentation is seeded with."""
+    epoch: int
+    position: int  # in the order of the epoch over all processes
+    index: int  # in the data set
+
+
+@dataclass(eq=False)
+class SeededSampler(Sampler):
+    """The order of an epoch, from (seed, epoch) alone: whole batches, dealt to the processes in turn.
+
+    Global batch k holds the same samples for any number of processes. With `repeats` an image stands that many times
+    in a row, its copies with different processes where there are several, and an epoch keeps its length (timm's
+    RepeatAugSampler).
+
+    Args:
+        num_samples: Length of the data set.
+        batch_size: Batch size of a process.
+        seed: Seed of the run.
+        rank: Rank of the process.
+        world_size: Number of processes.
+        repeats: Copies of each image, 0 or 1 for none, not necessarily whole.
+    """
+    num_samples: int
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    repeats: float = 0.
+
+    def __post_init__(self):
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Draw the order of an epoch and choose its first batch."""
+        self.epoch, self.first_batch = epoch, first_batch
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
+        if self.repeats > 1:
+            order = order[(np.arange(self.num_samples) / self.repeats).astype(np.int64)]
+        self._indices = order[self.rank::self.world_size][:len(self)]
+
+    def sample_ids(self, batch: int) -> torch.Tensor:
+        """Return the data set indices (batch_size,) of this process's share of a batch."""
+        return torch.from_numpy(self._indices[batch * self.batch_size:(batch + 1) * self.batch_size])
+
+    def __len__(self):
+        return self.num_samples // (self.batch_size * self.world_size) * self.batch_size
+
+    def __iter__(self) -> Iterator[Place]:
+        for i in range(self.first_batch * self.batch_size, len(self)):
+            yield Place(self.epoch, i * self.world_size + self.rank, int(self._indices[i]))
+
+
+@dataclass(eq=False)
+class SeededDataset(Dataset):
+    """A map-style data set, read at a Place, whose transforms draw from generators seeded for that place."""
+    dataset: Dataset
+    seed: int
+
+    def __getitem__(self, place: Place):
+        seed_all(self.seed, 'sample', place.epoch, place.position)
+        return (*self.dataset[place.index], place)
+
+    def __len__(self):
+        return len(self.dataset)
+
+
+@dataclass
+class SeededCollate:
+    """A collate function that draws (mixup in the workers) from generators seeded for the batch's first place.
+
+    Args:
+        collate: The collate function.
+        seed: Seed of the run.
+        mixup_off_epoch: Epoch from which mixup is off, 0 for never.
+    """
+    collate: Callable
+    seed: int
+    mixup_off_epoch: int
+
+    def __call__(self, batch):
+        epoch, position, _ = batch[0][2]
+        seed_all(self.seed, 'batch', epoch, position)
+        if isinstance(self.collate, Mixup) and self.mixup_off_epoch:
+            # Here, since a worker that persists never sees what the main process sets later.
+            self.collate.mixup_enabled = epoch < self.mixup_off_epoch
+        return self.collate([sample[:2] for sample in batch])
+
+
+@dataclass
+class SeededErasing:
+    """timm's random erasing, drawn from a generator that is seeded for the batch.
+
+    Not a method of the loader: in a cycle of references torch can't end the workers, but waits 5 s for each.
+    """
+    erasing: Callable
+    seed: int
+    rank: int
+    device: torch.device
+    place: tuple[int, int] = (0, 0)  # epoch, batch
+
+    def __call__(self, input):
+        epoch, batch = self.place
+        self.place = (epoch, batch + 1)
+        seed_all(self.seed, 'erase', epoch, batch, self.rank, device=self.device)
+        return self.erasing(input)

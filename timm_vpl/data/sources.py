@@ -1,0 +1,267 @@
+"""The kinds of data sets, in one table: how each opens a split, as a reader of timm's, and what tells it from others.
+
+A further kind is a row of SOURCES. Beside timm's `reader[index]` (a file or an image, and its label), `len(reader)` and
+`reader.filename(index)` (None where images have no name), these attributes of a reader are used:
+
+    class_to_idx: Index of each class, empty where the data does not name its classes.
+    root: Folder of the images, None or absent where only the data set's name says where they are.
+    targets: Labels of the images in order, absent where they are not known without reading.
+    not_read: Number of files that are not read, by reason; absent for none.
+"""
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from timm.data import create_dataset
+from timm.data.readers.reader import Reader
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.utils.misc import natural_key
+
+from ..errors import UsageError
+from ..options.options import check_shards
+from .folders import HIDDEN, LOOSE, check_folders, find_split, number_classes
+
+_DIGITS_TRAIN = 1437  # first 80 %; the pictures are in the order of their writers
+
+
+class Request(NamedTuple):
+    """What is asked for: a split, as the options of the data set say."""
+    args: Any
+    split: str
+    is_training: bool
+    whole: bool  # take a folder of class folders, or a tar, for the split itself
+    flag: str  # option that names the split
+    mode: str  # of the images
+    class_map: dict[Any, int] | None
+
+    @property
+    def where(self) -> str:
+        """The option that says where the data is."""
+        return f'--data-dir {self.args.data_dir}' if self.args.data_dir else f'--dataset {self.args.dataset}'
+
+    def find(self) -> tuple:
+        """Return what `find_split` does."""
+        return find_split(self.args.data_dir, self.split, self.flag, self.whole, self.args.input_key)
+
+    def create_dataset(self):
+        """Return the split as a data set of timm's or torchvision's."""
+        args = self.args
+        return create_dataset(
+            args.dataset,
+            root=args.data_dir,
+            split=self.split,
+            is_training=self.is_training,
+            class_map=self.class_map,
+            download=args.dataset_download,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            num_samples=args.train_num_samples if self.is_training else args.val_num_samples,
+            input_img_mode=self.mode,
+            input_key=args.input_key,
+            target_key=args.target_key,
+            trust_remote_code=args.dataset_trust_remote_code,
+        )
+
+
+class DigitsReader(Reader):
+    """The 1,797 handwritten digits that come with the package.
+
+    Args:
+        split: 'train' (1,437 images) or 'validation' (360).
+    """
+
+    def __init__(self, split: str = 'train'):
+        super().__init__()
+        if split not in ('train', 'validation'):
+            raise ValueError(f"split is {split!r}, expected 'train' or 'validation'")
+        with np.load(Path(__file__).parents[1] / 'assets' / 'digits.npz', allow_pickle=False) as archive:
+            part = slice(_DIGITS_TRAIN) if split == 'train' else slice(_DIGITS_TRAIN, None)
+            self.images, self.targets = archive['images'][part], archive['labels'][part]
+        self.class_to_idx = {str(digit): digit for digit in range(10)}
+
+    def __getitem__(self, index):
+        height, width = self.images[index].shape
+        header = f'P5 {width} {height} 255\n'.encode()  # a PGM file: header and grey levels
+        return io.BytesIO(header + (self.images[index] * 15).tobytes()), int(self.targets[index])
+
+    def __len__(self):
+        return len(self.targets)
+
+    def _filename(self, index, basename=False, absolute=False):
+        return f'{self.targets[index]}/{index}.pgm'
+
+
+class FolderReader(ReaderImageFolder):
+    """timm's reader of a folder that was walked.
+
+    Args:
+        root: The folder.
+        samples: Path and label of each image.
+        class_to_idx: Index of each class.
+        not_read: Number of files that are not read, by reason.
+    """
+
+    def __init__(self, root: str, samples: list, class_to_idx: dict[Any, int], not_read=()):
+        self.root, self.samples, self.class_to_idx, self.not_read = root, samples, class_to_idx, not_read
+        self.targets = [target for _, target in samples]
+
+    def _filename(self, index, basename=False, absolute=False):
+        return self.samples[index][0][len(os.path.join(self.root, '')):]  # relpath takes ten times as long
+
+
+class TarReader(ReaderImageInTar):
+    """timm's reader of a tar, without what is hidden or in no folder.
+
+    Args:
+        root: The tar.
+        number: Returns the index of each class for the folders of the images.
+    """
+
+    def __init__(self, root: str, number: Callable):
+        super().__init__(root)
+        self.not_read: Counter[str] = Counter()
+        kept = []
+        for image, _, tar in self.samples:
+            name = os.path.splitext(os.path.basename(tar.name))[0] if tar else ''  # of a tar in the tar
+            path = os.path.normpath(os.path.join(name, image.path))
+            folder = os.path.dirname(path)
+            kept.append('' if '/.' in f'/{path}' else folder)
+            if not kept[-1]:
+                self.not_read[HIDDEN if folder else LOOSE] += 1
+        self.class_to_idx = number(filter(None, kept))
+        self.samples = self.samples[[bool(folder) for folder in kept]]
+        self.targets = [self.class_to_idx[os.path.basename(folder)] for folder in kept if folder]
+
+
+class ArrayReader(Reader):
+    """torchvision's images without file names."""
+
+    def __init__(self, dataset):
+        super().__init__()
+        self.dataset, self.root, self.class_to_idx = dataset, dataset.root, getattr(dataset, 'class_to_idx', {})
+        self.targets = np.asarray(getattr(dataset, 'targets', ())).tolist()
+
+    def __getitem__(self, index):
+        return self.dataset[index]
+
+    def __len__(self):
+        return len(self.dataset)
+
+
+class Part(Reader):
+    """Some images of a reader, by their indices in it."""
+
+    def __init__(self, reader: Reader, indices: Sequence[int]):
+        super().__init__()
+        self.reader, self.indices, self.class_to_idx = reader, indices, reader.class_to_idx
+
+    def __getitem__(self, index):
+        return self.reader[self.indices[index]]
+
+    def __len__(self):
+        return len(self.indices)
+
+    def _filename(self, index, basename=False, absolute=False):
+        return self.reader.filename(self.indices[index])
+
+
+def _open_files(request: Request) -> Reader:
+    args, (root, images, not_read) = request.args, request.find()
+    for key, value in (('--target-key', args.target_key), ('--input-key', images is None and args.input_key)):
+        if value:
+            raise UsageError(f'{key} {value}: has no meaning for {root}')
+    number = partial(number_classes, root=root, class_map=request.class_map, file=args.class_map)
+    if images is None:
+        return TarReader(root, number)
+    check_folders(root, images, not_read, allow_empty=bool(args.class_map))
+    class_to_idx = number(folder for folder, paths in images.items() if paths)
+    samples = [(path, class_to_idx[os.path.basename(folder)]) for folder, paths in images.items() for path in paths]
+    samples.sort()  # the sort that follows, timm's, keeps this order in ties
+    samples.sort(key=lambda sample: natural_key(sample[0]))
+    return FolderReader(root, samples, class_to_idx, not_read)
+
+
+def _open_torchvision(request: Request) -> Reader:
+    args = request.args
+    if args.class_map:
+        raise UsageError(f'--class-map {args.class_map}: torchvision numbers the classes of {args.dataset} itself')
+    if args.dataset.lower() in ('torch/folder', 'torch/image_folder'):
+        request.find()
+    dataset = request.create_dataset()
+    hidden = [name for name in getattr(dataset, 'classes', ()) if isinstance(name, str) and name.startswith('.')]
+    if hidden:
+        raise UsageError(
+            f'{request.where}: split {request.split!r} has a hidden folder {hidden[0]}, which is no class; remove it')
+    samples = getattr(dataset, 'samples', None)
+    return FolderReader(dataset.root, samples, dataset.class_to_idx) if samples else ArrayReader(dataset)
+
+
+def _open_timm(request: Request) -> Reader:
+    return request.create_dataset().reader
+
+
+def _open_shards(request: Request) -> Reader:
+    """Open shards with a webdataset that gives no address to a shell; their _info.json may be somebody else's."""
+    try:
+        from webdataset import __version__ as version
+    except ImportError as e:
+        version = f'none ({e})'
+    if not re.match('[1-9]', version):
+        raise UsageError(
+            f"--dataset {request.args.dataset}: needs webdataset 1.0 or later (pip install 'timm-vpl[wds]'), found "
+            f"{version}")
+    reader = _open_timm(request)  # nothing is read yet but _info.json
+    where, names = f'{request.where}: split {request.split!r} of _info.json:', reader.split_info.filenames
+    if not names or not isinstance(reader.num_samples, int):
+        raise UsageError(f'{where} {len(names)} shards, {reader.num_samples!r} samples')
+    for name in map(str, names):
+        check_shards(where, name)
+        if '://' in request.args.data_dir and os.path.isabs(name):
+            raise UsageError(f'{where} {name}: not below the address')
+    return reader
+
+
+def _image_entries(reader) -> Iterator[str]:
+    for index, target in enumerate(reader.targets):
+        name = reader.filename(index)
+        yield str(target) if name is None else f'{name}\0{target}'
+
+
+def _hub_entries(reader) -> Iterator[str]:
+    info = reader.dataset.info
+    yield from (f'{info.version}', *sorted(info.download_checksums or ()))
+
+
+def _stream_entries(reader) -> Iterator[str]:
+    builder = getattr(reader, 'builder', None)  # of tfds and hfids
+    yield f'{getattr(builder, "hash", "")} {getattr(getattr(builder, "info", None), "full_name", "")}'
+    for name in getattr(getattr(reader, 'split_info', None), 'filenames', None) or ():
+        path = os.path.join(str(reader.root or ''), str(name))
+        yield f'{os.path.basename(path)}\0{os.path.getsize(path) if os.path.isfile(path) else ""}'
+
+
+class Source(NamedTuple):
+    """A kind of data set."""
+    open: Callable[[Request], Reader]
+    entries: Callable[[Reader], Iterator[str]] = _image_entries  # lines that tell a split from others
+    is_stream: bool = False  # images come in an order of the reader's own
+
+
+# By the kind of --dataset KIND/NAME; options.DATASET_KINDS names them too.
+SOURCES = {
+    '': Source(_open_files),
+    'digits': Source(
+        lambda request: DigitsReader(request.split), lambda reader: (f'{name}\0' for name in reader.filenames())),
+    'hfds': Source(_open_timm, _hub_entries),
+    'hfids': Source(_open_timm, _stream_entries, is_stream=True),
+    'tfds': Source(_open_timm, _stream_entries, is_stream=True),
+    'torch': Source(_open_torchvision),
+    'wds': Source(_open_shards, _stream_entries, is_stream=True),
+}

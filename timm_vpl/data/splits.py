@@ -1,0 +1,183 @@
+"""Splits: opened as the options say, described, and compared."""
+import contextlib
+import hashlib
+import logging
+import tarfile
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from timm.data.readers.class_map import load_class_map
+
+from ..errors import UsageError, first_line
+from ..text import one_line
+from .images import Images, StreamImages
+from .sources import SOURCES, Request
+
+_logger = logging.getLogger(__name__)
+
+
+def create_split(args, split: str, is_training: bool, whole: bool = False, flag: str = '') -> Images | StreamImages:
+    """Open one split of the data that the options name.
+
+    Args:
+        args: Options of the data set.
+        split: Name of the split.
+        is_training: Whether it is trained on.
+        whole: Take a folder of class folders, or a tar, for the split itself.
+        flag: Option that names the split.
+
+    Raises:
+        UsageError: The data can't be read as asked.
+    """
+    mode = _image_mode(args)
+    class_map = read_class_map(args.class_map, args.data_dir or '') if args.class_map else None
+    flag = flag or ('--train-split' if is_training else '--val-split')
+    request = Request(args, split, is_training, whole, flag, mode, class_map)
+    source = SOURCES[args.dataset.partition('/')[0].lower()]
+    try:
+        reader = source.open(request)
+    except ImportError as e:
+        raise UsageError(f'--dataset {args.dataset}: needs a package that is not installed ({e})') from e
+    except (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError,
+            tarfile.TarError) as e:
+        raise UsageError(f'{request.where}: split {split!r} could not be read: {first_line(e, 400)}') from e
+    dataset = StreamImages(reader, source) if source.is_stream else Images(reader, source, mode)
+    if args.dataset != 'digits':  # which are always the same
+        _log_card(request.where, split, split_card(dataset))
+    return dataset
+
+
+def _image_mode(args) -> str:
+    in_chans = args.input_size[0] if args.input_size else args.in_chans or 3
+    mode = args.input_img_mode or ('L' if in_chans == 1 else 'RGB')
+    try:
+        bands = len(Image.new(mode, (1, 1)).getbands())
+    except ValueError as e:
+        raise UsageError(f'--input-img-mode {mode}: not an image mode (L, RGB, RGBA, CMYK, ...)') from e
+    if bands != in_chans:
+        raise UsageError(f'--in-chans {in_chans}: images of mode {mode} have {bands}; name another --input-img-mode')
+    return mode
+
+
+def split_card(dataset: Images | StreamImages) -> dict[str, Any]:
+    """Return what a split holds, as far as it tells without reading images.
+
+    Returns:
+        'images', a number or None; 'classes', the images of each in the order of their indices; 'not_read', the number
+        of files by the reason why, or by their ending.
+    """
+    reader, names, classes = dataset.reader, class_names(dataset), {}
+    targets = np.asarray(getattr(reader, 'targets', ()))
+    if targets.ndim == 1 and targets.dtype.kind in 'iu':
+        counts = np.bincount(targets, minlength=len(names or ())).tolist()
+        classes = dict(zip(names or map(str, range(len(counts))), counts, strict=False))
+    return {
+        'images': reader.num_samples if dataset.source.is_stream else len(dataset),
+        'classes': classes,
+        'not_read': dict(getattr(reader, 'not_read', {})),
+    }
+
+
+def _log_card(where, split, card):
+    classes, not_read = card['classes'], card['not_read']
+    text = f'{where}: split {split!r}: {card["images"]} images'
+    if classes:
+        few, many = (pick(classes, key=classes.get) for pick in (min, max))
+        text += f', {len(classes)} classes of {classes[few]} ({few}) to {classes[many]} ({many})'
+    if not_read:
+        text += f'; not read: {", ".join(f"{count} {reason}" for reason, count in sorted(not_read.items())[:8])}'
+    if not_read.keys() & Image.registered_extensions().keys():
+        text += '; --input-key names the endings that are read'
+    _logger.log(logging.WARNING if not_read else logging.INFO, one_line(text))
+
+
+def read_class_map(path: str, root: str = '') -> dict[Any, int]:
+    """Return the class indices of a class map, a file at a path or in the folder of the data.
+
+    Raises:
+        UsageError: It is damaged, or gives no index from 0 on.
+    """
+    try:
+        class_map = {
+            name.removeprefix('\ufeff') if isinstance(name, str) else name: index
+            for name, index in load_class_map(path, root).items()}
+        indices = set(class_map.values())
+        if '' in class_map:
+            raise ValueError('a line without a name')
+        if not indices or not all(isinstance(index, int) and 0 <= index < 1_000_000 for index in indices):
+            raise ValueError('not a class index for each name')
+        if path.lower().endswith('.txt') and len(indices) <= max(indices):
+            raise ValueError('a name twice')
+    except Exception as e:  # a damaged pickle raises anything
+        raise UsageError(f'--class-map {path}: {first_line(e)}') from e
+    return class_map
+
+
+def names_of(class_to_idx: dict[str, int]) -> list[str]:
+    """Return the names of classes in the order of their indices."""
+    names = [str(index) for index in range(max(class_to_idx.values()) + 1)]
+    for name, index in reversed(class_to_idx.items()):  # a class map may give several names one index: the first
+        names[index] = str(name)
+    return names
+
+
+def class_names(dataset: Images | StreamImages) -> list[str] | None:
+    """Return the names of a data set's classes in the order of their indices, None where it has no names."""
+    class_to_idx = dataset.reader.class_to_idx
+    return names_of(class_to_idx) if class_to_idx else None
+
+
+class Classes(NamedTuple):
+    """The classes of the data: their number, and their names in the order of their indices if it has any."""
+    number: int
+    names: list[str] | None
+
+
+def resolve_classes(args, train: Images | StreamImages, held_out: Images | StreamImages) -> Classes:
+    """Return the classes of two splits: as many as --num-classes says, or as the data names.
+
+    From now on the splits refuse other labels.
+
+    Args:
+        args: Options of the data set.
+        train: The training images.
+        held_out: The validation images.
+
+    Raises:
+        UsageError: The splits have different classes, or the data does not have --num-classes.
+    """
+    names, eval_names, number = class_names(train), class_names(held_out), args.num_classes
+    if names and eval_names and names != eval_names:
+        missing, extra = sorted(set(names) - set(eval_names))[:3], sorted(set(eval_names) - set(names))[:3]
+        raise UsageError(
+            f'--data-dir: {len(names)} classes in {args.train_split!r} and {len(eval_names)} in {args.val_split!r} '
+            f'are not the same (only in the first: {missing}, only in the second: {extra}), so labels would disagree')
+    if number is None and not names:
+        raise UsageError('--num-classes: needed, the data set does not name its classes')
+    number = len(names) if number is None else number
+    if names and len(names) > number:
+        raise UsageError(f'--num-classes {number}: the data has {len(names)} classes')
+    if names and len(names) < number:
+        _logger.warning(f'--num-classes {number}: the data has only {len(names)} classes')
+    train.num_classes = held_out.num_classes = number
+    return Classes(number, names)
+
+
+def shared_images(dataset: Images, other: Images) -> list[tuple[int, int]]:
+    """Return the pairs of images of two data sets whose files have the same content; files of one size are read."""
+    groups = [(range(len(dataset)), range(len(other)))]
+    for key in (
+            lambda file: file.seek(0, 2),
+            lambda file: hashlib.sha256(file.read(4096)).digest(),
+            lambda file: hashlib.sha256(file.read()).digest(),
+    ):
+        parts: dict[tuple, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        for group, members in enumerate(groups):
+            for side, indices in enumerate(members):
+                for index in indices:
+                    with contextlib.suppress(OSError), (dataset, other)[side].reader[index][0] as file:
+                        parts[group, key(file)][side].append(index)
+        groups = [part for part in parts.values() if all(part)]
+    return sorted((index, twin) for indices, twins in groups for index in indices for twin in twins)
