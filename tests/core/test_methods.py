@@ -1,12 +1,6 @@
 """Each method against an implementation of its formulas, against timm's own tasks, and in whole runs."""
 import copy
-import json
 import logging
-import os
-import socket
-import sys
-import traceback
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -16,8 +10,6 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
-from processes import run_script
 from runs import TIMES
 from test_train import NOISE, PAIR, SMALL, assert_equal_weights, last, rows, run, torchrun
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, resolve_model_data_config
@@ -29,8 +21,6 @@ from torch.utils.data import DataLoader
 
 from timm_vpl import PairTask, PairWrapper
 from timm_vpl.cli import train
-from timm_vpl.core.inputs import InputTransform
-from timm_vpl.core.losses import cross_entropy, kl_divergence
 from timm_vpl.core.methods import METHODS
 from timm_vpl.core.teacher import Teacher
 from timm_vpl.engine.build import create_criterion, create_teacher
@@ -55,7 +45,6 @@ BOTH = ['--model-a', 'test_resnet', '--model-b', 'test_vit']
 class Case(NamedTuple):
     options: list
     terms: Any  # terms(outputs, ce, phase) -> {name: (value, weight)}
-    learners: dict  # what each term moves: branches, affine layer
     frozen: str = ''  # side of the teacher
     token: str = ''  # side of the student with a distillation token
 
@@ -147,28 +136,17 @@ def vpl_case(contrastive_to='b', kl_to='a', affine_side='b', similarity='cosine'
         [*BOTH, *CONTRASTIVE, *KL, '--contrastive-to', contrastive_to, '--kl-to', kl_to, '--affine-side', affine_side,
          '--similarity', similarity],
         vpl_terms(contrastive_to, kl_to, similarity),
-        {
-            'ce_a_loss': {'a'},
-            'ce_b_loss': {'b'},
-            'contrastive_loss': {'affine', *(contrastive_to if contrastive_to != 'both' else 'ab')},
-            'kl_loss': set(kl_to if kl_to != 'both' else 'ab'),
-        },
     )
 
 
 def distill_case(student, which):
     teacher = 'a' if student == 'b' else 'b'
-    learners = {f'ce_{student}_loss': {student}}
-    if which in ('contrastive', 'both'):
-        learners['contrastive_loss'] = {student, 'affine'}
-    if which in ('kl', 'both'):
-        learners['kl_loss'] = {student}
     default = {'a': 'kl', 'b': 'contrastive'}[student]
     chosen = [] if which == default else ['--distill-terms', which]
     options = [*chosen, *(CONTRASTIVE if which != 'kl' else []), *(KL if which != 'contrastive' else [])]
     return Case(
         ['--method', 'distill', f'--model-{student}', 'test_vit', '--teacher', 'test_resnet', *options],
-        distill_terms(student, which), learners, frozen=teacher)
+        distill_terms(student, which), frozen=teacher)
 
 
 def deit_case(student, kind, online=False):
@@ -176,33 +154,26 @@ def deit_case(student, kind, online=False):
     options = ['--method', 'deit', f'--model-{student}', DEIT, '--distillation-alpha', str(ALPHA)]
     options += [f'--model-{teacher}' if online else '--teacher', 'test_resnet', '--distillation-type', kind]
     options += ['--distillation-tau', str(T)] if kind == 'soft' else []
-    learners = {f'ce_{student}_loss': {student}, f'distill_{student}_loss': {student}}
-    if online:
-        learners[f'ce_{teacher}_loss'] = {teacher}
-    return Case(
-        options, deit_terms(student, kind, online), learners, frozen='' if online else teacher, token=student)
+    return Case(options, deit_terms(student, kind, online), frozen='' if online else teacher, token=student)
 
 
 def cosub_case(*options):
     return Case(
         ['--method', 'cosub', '--model-a', 'test_vit', '--drop-path', '0.5', *options],
-        cosub_terms('--bce-sum' in options),
-        dict.fromkeys(('ce_a_loss', 'ce_b_loss', 'cosub_a_loss', 'cosub_b_loss'), {'a'}))
+        cosub_terms('--bce-sum' in options))
 
 
 DML = ['--method', 'dml', *BOTH, *KL]
-DML_LEARNERS = {'ce_a_loss': {'a'}, 'kl_a_loss': {'a'}, 'ce_b_loss': {'b'}, 'kl_b_loss': {'b'}}
 CASES = {
     'vpl': vpl_case(),
     'vpl, affine layer on a': vpl_case(affine_side='a'),
     'vpl, Bi': vpl_case('both', 'both'),
     'vpl, swapped': vpl_case('a', 'b'),
     'vpl, dot': vpl_case(similarity='dot'),
-    'solo a': Case(['--method', 'solo', *BOTH[:2]], solo_terms('a'), {'ce_a_loss': {'a'}}),
-    'solo b': Case(['--method', 'solo', *BOTH[2:]], solo_terms('b'), {'ce_b_loss': {'b'}}),
-    'dml': Case(DML, dml_terms, DML_LEARNERS),
-    'dml, joint': Case(
-        [*DML, '--dml-joint'], dml_joint_terms, {**DML_LEARNERS, 'kl_a_loss': {'a', 'b'}, 'kl_b_loss': {'a', 'b'}}),
+    'solo a': Case(['--method', 'solo', *BOTH[:2]], solo_terms('a')),
+    'solo b': Case(['--method', 'solo', *BOTH[2:]], solo_terms('b')),
+    'dml': Case(DML, dml_terms),
+    'dml, joint': Case([*DML, '--dml-joint'], dml_joint_terms),
     **{f'distill {side}, {which}': distill_case(side, which)
        for side in 'ab' for which in ('kl', 'contrastive', 'both')},
     **{f'deit {side}, {kind}{", online" * online}': deit_case(side, kind, online)
@@ -377,39 +348,6 @@ def test_terms_are_on_from_the_first_to_the_last_epoch(name):
     for epoch in (0, 1, 2, 3):
         criterion.set_epoch(epoch)
         assert [term.name for term in criterion.active_terms()] == [term.name for term in criterion.all_terms]
-    assert {term.name for term in criterion.all_terms} == set(CASES[name].learners)
-
-
-@pytest.mark.parametrize('name', CASES)
-def test_who_learns(name):
-    case = CASES[name]
-    task = make_task(case)
-    pair = task.trainable_module
-    groups = {'a': pair.model_a, 'b': pair.model_b, 'affine': pair.affine, 'teacher': task.teacher}
-    parameters = {
-        (group, key): parameter
-        for group, module in groups.items() if module is not None for key, parameter in module.named_parameters()}
-    assert not any(parameter.requires_grad for (group, _), parameter in parameters.items() if group == 'teacher')
-    trainable = {key: parameter for key, parameter in parameters.items() if parameter.requires_grad}
-    seen = {}
-    for phase in range(len(task.phases)):
-        result = task(*make_batch('hard'), phase=phase)
-        for term, value in result.items():
-            if term.endswith('_loss'):
-                grads = torch.autograd.grad(value, trainable.values(), allow_unused=True, retain_graph=True)
-                seen[term] = {
-                    group for (group, _), grad in zip(trainable, grads, strict=True) if grad is not None and grad.any()}
-    assert seen == case.learners
-    # In the total every parameter of a model that trains has a gradient, but for an affine layer that no term uses.
-    moved = set().union(*case.learners.values())
-    pair.zero_grad()
-    for phase, learners in enumerate(task.phases):
-        task(*make_batch('hard'), phase=phase)['loss'].backward()
-        for (group, key), parameter in parameters.items():
-            has_grad = parameter.grad is not None and bool(parameter.grad.any())
-            may_learn = group in moved and (group == 'affine' or group in learners)
-            assert has_grad == may_learn, (phase, group, key)
-        pair.zero_grad()
 
 
 # The frozen teacher
@@ -473,46 +411,6 @@ def test_teacher_stays_as_it_is(digits_folder, tmp_path, options):
     assert clipped == optimized
 
 
-def test_input_transform_normalises():
-    source = {'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD, 'input_size': (3, 16, 16)}
-    target = {'mean': (0.4, 0.5, 0.6), 'std': (0.5, 0.3, 0.2), 'input_size': (3, 16, 16)}
-    pixels = torch.rand(2, 3, 16, 16)
-
-    def normalised(config):
-        mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ('mean', 'std'))
-        return (pixels - mean) / std
-
-    transform = InputTransform(source, target)
-    assert_close(transform(normalised(source)), normalised(target), rtol=0, atol=1e-6)
-    input = normalised(source)
-    assert InputTransform(source, {**source, 'mean': list(IMAGENET_DEFAULT_MEAN)})(input) is input
-    # bfloat16 images stay bfloat16
-    assert transform(input.bfloat16()).dtype == torch.bfloat16
-    assert not dict(transform.state_dict())
-
-
-@pytest.mark.parametrize('interpolation', ['bicubic', 'bilinear'])
-@pytest.mark.parametrize('size', [(24, 24), (48, 48), (48, 24)])
-def test_input_transform_resizes(size, interpolation):
-    source = {'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'input_size': (3, 32, 32)}
-    target = {'mean': (0.,) * 3, 'std': (1.,) * 3, 'input_size': (3, *size), 'interpolation': interpolation}
-
-    def pattern(height, width):
-        rows, columns = (torch.arange(count).add(0.5) / count * 2 * torch.pi for count in (height, width))
-        return (0.5 + 0.4 * torch.sin(rows)[:, None] * torch.cos(columns)).expand(1, 3, -1, -1)
-
-    # Against the same pattern, drawn at that size.
-    got = InputTransform(source, target)((pattern(32, 32) - 0.5) / 0.5)
-    assert got.shape == (1, 3, *size)
-    assert_close(got, pattern(*size), rtol=0, atol=0.02)
-    # Against Pillow, which rounds to whole grey levels after each of two passes.
-    image = Image.fromarray((pattern(32, 32)[0] * 255).round().byte().permute(1, 2, 0).numpy())
-    resized = image.resize(size[::-1], getattr(Image.Resampling, interpolation.upper()))
-    image, resized = (create_transform(size_of.size[::-1], crop_pct=1., mean=(0.,) * 3, std=(1.,) * 3)(size_of)
-                      for size_of in (image, resized))
-    assert_close(InputTransform(source, target)((image[None] - 0.5) / 0.5), resized[None], rtol=0, atol=1.5 / 255)
-
-
 def test_teacher_sees_its_own_images(digits_folder, tmp_path):
     # The student's images, prepared for the teacher, against images that timm prepares for the teacher.
     model = save_teacher(tmp_path / 'teacher', size=32)
@@ -568,20 +466,6 @@ def test_sources_of_a_teacher(digits_folder, teacher_run, tmp_path):
 
 # Against timm's tasks
 
-def distilled_student(seed=0):
-    torch.manual_seed(seed)
-    return timm.create_model(
-        DEIT, num_classes=NUM_CLASSES, img_size=32, depth=2, embed_dim=48, num_heads=3).double()
-
-
-def frozen_models(mean, std):
-    """A teacher's model with BatchNorm, for us and for timm, and its data configuration."""
-    torch.manual_seed(1)
-    model = timm.create_model('test_resnet', num_classes=NUM_CLASSES).double().eval()
-    model.pretrained_cfg = {**model.pretrained_cfg, 'mean': mean, 'std': std}
-    return model, copy.deepcopy(model), {'mean': mean, 'std': std, 'input_size': (3, 32, 32)}
-
-
 def assert_same_training(task, timm_task, names, steps=4, **close):
     """Both tasks give equal losses and gradients, and go on from them."""
     students = task.trainable_module.model_b, timm_task.trainable_module
@@ -612,48 +496,46 @@ def assert_same_training(task, timm_task, names, steps=4, **close):
 STATISTICS = {'same statistics': (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), 'others': ((0.5,) * 3, (0.4, 0.5, 0.6))}
 
 
+# What we call a term, what timm does, and their ratio: timm's KL term has a factor T^2, ours has not (eq. 6).
+TIMMS = {
+    'hard': (['deit', '--distillation-type', 'hard'], TokenDistillationTask,
+             {'distill_type': 'hard', 'task_loss_weight': 0.5}, ('distill_b_loss', 'distill_loss', 1)),
+    'soft': (['deit', '--distillation-type', 'soft', '--distillation-tau', '2.5', '--distillation-alpha', '0.3'],
+             TokenDistillationTask, {'distill_type': 'soft', 'task_loss_weight': 0.7, 'temperature': 2.5},
+             ('distill_b_loss', 'distill_loss', 1)),
+    **{f'logits, T = {T}': (
+        ['distill', '--distill-terms', 'kl', '--rho', str(T), '--kl-weight', str(0.8 * T ** 2)], LogitDistillationTask,
+        {'distill_loss_weight': 0.8, 'temperature': T}, ('kl_loss', 'kd_loss', T ** -2)) for T in (1., 2.5)},
+}
+
+
 @pytest.mark.parametrize('statistics', STATISTICS)
-@pytest.mark.parametrize('kind', ['hard', 'soft'])
-def test_deit_is_timms_token_distillation(kind, statistics):
-    options = ['--distillation-tau', '2.5', '--distillation-alpha', '0.3'] if kind == 'soft' else []
-    args = parse_args(['--dataset', 'digits', '--method', 'deit', *STUDENT, '--teacher', 'test_resnet',
-                       '--distillation-type', kind, '--smoothing', '0', *options])
-    student, teacher, timm_teacher, config = distilled_student(), *frozen_models(*STATISTICS[statistics])
-    student.pretrained_cfg = {**student.pretrained_cfg, 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD}
-    timm_task = TokenDistillationTask(
-        copy.deepcopy(student), timm_teacher, nn.CrossEntropyLoss(), distill_type=kind,
-        task_loss_weight=0.7 if kind == 'soft' else 0.5, temperature=2.5, dtype=torch.float64, verbose=False)
+@pytest.mark.parametrize('kind', TIMMS)
+def test_distillation_is_timms(kind, statistics):
+    options, timm_task, timm_kwargs, (name, timm_name, ratio) = TIMMS[kind]
+    args = parse_args([
+        '--dataset', 'digits', *STUDENT, '--teacher', 'test_resnet', '--smoothing', '0', '--method', *options])
     args.student = 'b'
-    student.set_distilled_training(True)
-    student_config = {**config, 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD}
-    task = PairTask(
+    torch.manual_seed(0)
+    student = timm.create_model(
+        DEIT, num_classes=NUM_CLASSES, img_size=32, depth=2, embed_dim=48, num_heads=3).double()
+    teacher = timm.create_model('test_resnet', num_classes=NUM_CLASSES).double().eval()
+    mean, std = STATISTICS[statistics]
+    config = {'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD, 'input_size': (3, 32, 32)}
+    student.pretrained_cfg = {**student.pretrained_cfg, 'mean': config['mean'], 'std': config['std']}
+    teacher.pretrained_cfg = {**teacher.pretrained_cfg, 'mean': mean, 'std': std}
+    theirs = timm_task(
+        copy.deepcopy(student), copy.deepcopy(teacher), nn.CrossEntropyLoss(), dtype=torch.float64, verbose=False,
+        **timm_kwargs)
+    if options[0] == 'deit':
+        student.set_distilled_training(True)
+    ours = PairTask(
         PairWrapper(None, student), create_criterion(args, 1, CPU),
-        teacher=Teacher(teacher, 'a', config, student_config), verbose=False)
+        teacher=Teacher(teacher, 'a', {**config, 'mean': mean, 'std': std}, config), verbose=False)
     # The factors of the normalisation are float32 here.
     close = {} if statistics == 'same statistics' else {'rtol': 1e-5, 'atol': 1e-6}
-    names = {'loss': ('loss', 1), 'ce_b_loss': ('task_loss', 1), 'distill_b_loss': ('distill_loss', 1)}
-    assert_same_training(task, timm_task, names, **close)
-
-
-@pytest.mark.parametrize('statistics', STATISTICS)
-@pytest.mark.parametrize('temperature', [1., 2.5])
-def test_distill_with_kl_is_timms_logit_distillation(temperature, statistics):
-    # timm's term has a factor T^2, ours has not (eq. 6).
-    args = parse_args([
-        '--dataset', 'digits', '--method', 'distill', *STUDENT, '--teacher', 'test_resnet', '--distill-terms', 'kl',
-        '--smoothing', '0', '--rho', str(temperature), '--kl-weight', str(0.8 * temperature ** 2)])
-    student, teacher, timm_teacher, config = distilled_student(), *frozen_models(*STATISTICS[statistics])
-    student.pretrained_cfg = {**student.pretrained_cfg, 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD}
-    timm_task = LogitDistillationTask(
-        copy.deepcopy(student), timm_teacher, nn.CrossEntropyLoss(), distill_loss_weight=0.8, temperature=temperature,
-        dtype=torch.float64, verbose=False)
-    student_config = {**config, 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD}
-    task = PairTask(
-        PairWrapper(None, student), create_criterion(args, 1, CPU),
-        teacher=Teacher(teacher, 'a', config, student_config), verbose=False)
-    close = {} if statistics == 'same statistics' else {'rtol': 1e-5, 'atol': 1e-6}
-    names = {'loss': ('loss', 1), 'ce_b_loss': ('task_loss', 1), 'kl_loss': ('kd_loss', temperature ** -2)}
-    assert_same_training(task, timm_task, names, **close)
+    assert_same_training(
+        ours, theirs, {'loss': ('loss', 1), 'ce_b_loss': ('task_loss', 1), name: (timm_name, ratio)}, **close)
 
 
 # cosub
@@ -662,8 +544,7 @@ def test_distill_with_kl_is_timms_logit_distillation(temperature, statistics):
     (['test_vit'], 12),
     (['test_convnext'], 9),
     (['regnetx_002', '--model-kwargs-a', 'depth=6', 'w0=8', 'wa=8.', 'wm=1.7', 'group_size=4'], 6),
-    ([DEIT, '--model-kwargs-a', *SMALL_DEIT], 4),
-], ids=['test_vit', 'test_convnext', 'regnetx_002', 'deit'])
+], ids=['test_vit', 'test_convnext', 'regnetx_002'])
 def test_cosub_is_its_formula_on_one_forward(digits_folder, tmp_path, model, branches):
     run = start_run(
         digits_folder, tmp_path, '--method', 'cosub', '--model-a', *model, '--drop-path', '0.3', '--smoothing', '0.1')
@@ -692,14 +573,11 @@ def test_cosub_is_its_formula_on_one_forward(digits_folder, tmp_path, model, bra
     for name, value in want.items():
         assert_close(result[name], value)
     assert_close(result['loss'], sum(want.values()) / 4)
-    parameters = list(pair.parameters())
-    grads, wanted_grads = (
-        torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
-        for total in (result['loss'], sum(want.values()) / 4))
-    for grad, wanted in zip(grads, wanted_grads, strict=True):
-        assert (grad is None) == (wanted is None)
-        if grad is not None:
-            assert_close(grad, wanted)
+    parameters = [parameter for parameter in pair.parameters() if parameter.requires_grad]
+    for grad, wanted in zip(*(
+            torch.autograd.grad(total, parameters, retain_graph=True) for total in (
+                result['loss'], sum(want.values()) / 4)), strict=True):
+        assert_close(grad, wanted)
 
 
 # dml
@@ -729,18 +607,18 @@ def plain_kl(logits, reference):
     return F.kl_div(logits.log_softmax(-1), reference.softmax(-1), reduction='batchmean')
 
 
-def plain_dml(model_a, model_b, optimizer_a, optimizer_b, batches, ce=F.cross_entropy, kl=plain_kl):
+def plain_dml(model_a, model_b, optimizer_a, optimizer_b, batches):
     """Deep mutual learning as two networks with an optimizer each; returns each batch's losses."""
     losses = []
     for x, y in batches:
         logits_a, logits_b = model_a(x), model_b(x)
-        loss_a = ce(logits_a, y) + kl(logits_a, logits_b.detach())
+        loss_a = F.cross_entropy(logits_a, y) + plain_kl(logits_a, logits_b.detach())
         optimizer_a.zero_grad()
         loss_a.backward()
         optimizer_a.step()
         with torch.no_grad():
             logits_a = copy.deepcopy(model_a)(x)  # of a copy, which takes the update of the statistics with it
-        loss_b = ce(logits_b, y) + kl(logits_b, logits_a)
+        loss_b = F.cross_entropy(logits_b, y) + plain_kl(logits_b, logits_a)
         optimizer_b.zero_grad()
         loss_b.backward()
         optimizer_b.step()
@@ -865,19 +743,6 @@ def test_phases_share_an_optimizer_as_if_each_had_its_own():
                 assert_close(parameter, value, rtol=0, atol=1e-6, msg=lambda m, name=name: f'{name}: {m}')
 
 
-def test_dml_in_float32_to_the_bit(digits_folder, tmp_path):
-    run = start_dml(
-        digits_folder, tmp_path, '--opt', 'momentum', '--lr-a', '0.02', '--lr-b', '0.01', '--opt-kwargs', 'fused=False')
-    model_a, model_b = copy.deepcopy(run.pair.model_a).train(), copy.deepcopy(run.pair.model_b).train()
-    optimizers = [
-        OPTIMIZERS['momentum'](plain_groups(model, decay), lr)
-        for model, decay, lr in ((model_a, 0.05, 0.02), (model_b, 0.1, 0.01))]
-    train_one_epoch(run)
-    plain_dml(model_a, model_b, *optimizers, run.loader_train.batches, cross_entropy, kl_divergence)
-    for model, wanted in ((run.pair.model_a, model_a), (run.pair.model_b, model_b)):
-        assert_equal_weights(wanted.state_dict(), model.state_dict())
-
-
 def test_dml_with_a_gradient_scaler(digits_folder, tmp_path):
     options = ['--opt', 'momentum', '--lr', '0.01', '--clip-grad', '1.0']
     plain = start_dml(digits_folder, tmp_path, *options, num_batches=5)
@@ -961,8 +826,8 @@ def assert_trained(name, folder, epochs=2):
 
 @pytest.mark.parametrize('name', [
     *(pytest.param(name, marks=pytest.mark.slow) for name in METHOD_RUNS
-      if name not in ('dml', 'distill', 'deit', 'cosub')),
-    'dml', 'distill', 'deit', 'cosub'])
+      if name not in ('dml', 'deit')),
+    'dml', 'deit'])
 def test_resumed_run_is_the_uninterrupted_one(digits_folder, teacher_run, tmp_path, caplog, name):
     caplog.set_level(logging.INFO)
     options = [*NOISE, '--mixup', '0.2', '--mixup-off-epoch', '1', '--export', *method_options(name, teacher_run)]
@@ -997,8 +862,6 @@ def check_export(name, folder):
         if architecture == DEIT:
             kwargs.update(depth=2, embed_dim=48, num_heads=3)
         plain = timm.create_model(architecture, **kwargs).eval()
-        assert type(model) is type(plain)
-        assert [repr(module) for module in model.modules()] == [repr(module) for module in plain.modules()]
         plain.load_state_dict(model.state_dict())
         x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
@@ -1052,50 +915,6 @@ def assert_same_runs(name, output):
                 assert float(row[key]) == pytest.approx(float(value), rel=1e-4, abs=1e-4), key
     for key in ('state_dict', 'state_dict_ema'):
         assert_close_states(last(two)[key], last(one)[key], 1e-4)
-
-
-def run_as_a_process(rank, port, argv, folder):
-    """Train as one of two processes that torchrun has started."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
-        MASTER_PORT=str(port))
-    status = 1
-    try:
-        status = train(argv)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(('127.0.0.1', 0))
-        return found.getsockname()[1]
-
-
-def run_jobs(folder):
-    """Run each command line of FOLDER/jobs.json in two processes; forked, so that torch and timm are imported once."""
-    for argv in json.loads((folder / 'jobs.json').read_text()):
-        pids, port = [], free_port()
-        for rank in range(2):
-            pid = os.fork()
-            if pid == 0:
-                run_as_a_process(rank, port, argv, folder)
-            pids.append(pid)
-        print(argv, [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids], flush=True)
-
-
-def test_two_processes_train_as_one(digits_folder, teacher_run, tmp_path):
-    names = ('dml', 'distill')
-    jobs = [quiet_argv(name, digits_folder, teacher_run, tmp_path, 'two', 4) for name in names]
-    (tmp_path / 'jobs.json').write_text(json.dumps(jobs))
-    log = run_script(__file__, tmp_path)
-    assert log.count('[0, 0]') == 2, log
-    for name in names:
-        assert train(quiet_argv(name, digits_folder, teacher_run, tmp_path, 'one', 8)) == 0
-        assert_same_runs(name, tmp_path)
 
 
 @pytest.mark.slow
@@ -1192,7 +1011,3 @@ def test_teachers_that_do_not_fit(capsys, digits_folder, teacher_run, tmp_path):
     empty = tmp_path / 'empty'
     empty.mkdir()
     assert str(empty) in error_line(capsys, digits_folder, tmp_path, *distill, empty)
-
-
-if __name__ == '__main__':
-    run_jobs(Path(sys.argv[1]))
