@@ -154,5 +154,5 @@ def test_labels_that_are_one():
 
 
 def test_a_source_is_known_to_the_options():
-    from timm_vpl.options.options import DATASET_KINDS
+    from timm_vpl.options.sections import DATASET_KINDS
     assert set(SOURCES) == {'', 'digits', *DATASET_KINDS}

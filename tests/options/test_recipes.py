@@ -216,7 +216,7 @@ def two_steps(path, data_dir, output, *options, source=None):
         '--train-split', 'train', '--val-split', 'validation', '--img-size', '32', '-b', '16', '-j', '0',
         '--epochs', '2', '--start-epoch', '1', '--stop-epoch', '2', '--warmup-epochs', '0', '--device', 'cpu',
         '--no-amp', '--no-pin-mem', '--output', str(output), '--experiment', path.stem, '--no-export', '--model-kwargs']
-    if METHODS[args.method].has_teacher(args):
+    if METHODS[args.method].has_teacher(args.sides):
         argv += ['--teacher', str(source)]
     if path.stem.startswith('finetune'):
         argv.insert(0, '--no-pretrained')  # timm's weights of the tiny models are not here
