@@ -1,9 +1,10 @@
-"""Comparing runs: everything that a run leaves, but for times and places."""
+"""Comparing runs: everything that a run leaves, but for times and places; and the line with which a wrong one ends."""
 import csv
 from pathlib import Path
 
 import torch
 
+from timm_vpl.cli import train
 from timm_vpl.engine.checkpoint import read_checkpoint
 
 TIMES = ('seconds', 'eval_seconds', 'images_per_second')
@@ -45,3 +46,16 @@ def _compare(where, one, two, found):
             _compare(f'{where}[{i}]', *pair, found)
     elif one != two:
         found.append(f'{where}: {one!r} and {two!r}')
+
+
+def error_line(capsys, *argv) -> str:
+    """Return the one line with which a wrong command line of `train` ends, status 2."""
+    capsys.readouterr()
+    try:
+        status = train([str(arg) for arg in argv])
+    except SystemExit as e:
+        status = e.code
+    written = capsys.readouterr().err.strip()
+    lines = [line for line in written.splitlines() if line.startswith('train_vpl.py: error: ')]
+    assert status == 2 and len(lines) == 1 and written.endswith(lines[0]) and 'Traceback' not in written, written
+    return lines[0].removeprefix('train_vpl.py: error: ')

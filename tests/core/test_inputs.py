@@ -19,7 +19,6 @@ from timm_vpl.core.inputs import InputTransform
 from timm_vpl.data.loaders import PairEvalLoader, create_eval_loaders
 from timm_vpl.data.splits import create_split
 from timm_vpl.engine.build import create_branch, loader_config, resolve_data
-from timm_vpl.engine.checkpoint import read_checkpoint
 from timm_vpl.engine.device import init_device
 from timm_vpl.engine.train import create_run, epoch_terms, train_one_epoch
 from timm_vpl.options.options import parse_args
@@ -54,6 +53,10 @@ PAIRS = {
     'efficientvit_b0 + swin_tiny_patch4_window7_224': [
         '--img-size-a', '64', '--img-size-b', '56', *HALF_B, '--model-kwargs-b', 'embed_dim=24'],
 }
+SLOW = [
+    'test_byobnet + test_vit2', 'dla46x_c + levit_128s', 'ghostnet_050 + pit_ti_224',
+    'fasternet_t0 + vit_tiny_r_s16_p8_224', 'starnet_s050 + xcit_nano_12_p16_224',
+    'efficientvit_b0 + swin_tiny_patch4_window7_224']
 
 
 def parse(data, pair, *options):
@@ -106,7 +109,8 @@ def eval_batch(run):
 # what each branch sees
 
 
-@pytest.mark.parametrize('pair', PAIRS)
+@pytest.mark.parametrize('pair', [
+    pytest.param(pair, marks=[pytest.mark.slow] if pair in SLOW else []) for pair in PAIRS])
 def test_pairs_of_differing_inputs(digits_folder, tmp_path, pair):
     run, configs = start_run(digits_folder, tmp_path, pair, *PAIRS[pair])
     wrapper, source = run.pair, loader_config(configs)
@@ -180,9 +184,8 @@ def test_noise_is_resized_as_by_pillow(size, interpolation):
 
 @pytest.mark.parametrize('options', [
     [*SIZES, *HALF_B],
-    [*SWAPPED, *HALF_A],
     ['--img-size', '48', '--crop-pct-a', '0.8', '--interpolation-b', 'bilinear', *HALF_B],
-], ids=['a smaller', 'b smaller', 'other crop and interpolation'])
+], ids=['a smaller', 'other crop and interpolation'])
 def test_validation_is_timms_own_of_each_branch(digits_folder, tmp_path, options):
     args, configs = parse(digits_folder, 'test_resnet + test_vit', *options, '-vb', '5')
     init_device(args)
@@ -203,25 +206,19 @@ def test_validation_is_timms_own_of_each_branch(digits_folder, tmp_path, options
     for (images, target), batch_a, batch_b in zip(loader, alone['a'], alone['b'], strict=True):
         assert torch.equal(images['a'], batch_a[0]) and torch.equal(images['b'], batch_b[0])
         assert torch.equal(target, batch_a[1]) and torch.equal(target, batch_b[1])
-    whole = {side: torch.cat([images[side] for images, _ in loader]) for side in 'ab'}
-    for side in 'ab':
-        assert_close(whole[side], own_images(digits_folder, configs[side]), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize('options', [[], HALF_B + HALF_A, ['--crop-pct', '0.8', '--mean', '0.4']], ids=len)
+@pytest.mark.parametrize('options', [[], HALF_B + HALF_A], ids=len)
 def test_equal_inputs_cost_nothing(digits_folder, tmp_path, options):
     run, configs = start_run(digits_folder, tmp_path, 'test_resnet + test_vit', '--img-size', '32', *options)
     assert configs['a'] == configs['b'] and len(run.pair.inputs) == 0
     assert not isinstance(run.loader_eval, PairEvalLoader) and isinstance(eval_batch(run), torch.Tensor)
     images = own_images(digits_folder, configs['a'])
     assert all(run.pair.images(side, images) is images for side in 'ab')
-
-
-def test_other_crop_alone_needs_no_transform(digits_folder, tmp_path):
-    # It is one of validation, where each branch has its own images anyway.
-    run, _ = start_run(
-        digits_folder, tmp_path, 'test_resnet + test_vit', '--img-size', '32', '--crop-pct-b', '0.8')
-    assert len(run.pair.inputs) == 0 and isinstance(run.loader_eval, PairEvalLoader)
+    # Another crop alone is one of validation, where each branch has its own images anyway.
+    other, _ = start_run(
+        digits_folder, tmp_path, 'test_resnet + test_vit', '--img-size', '32', *options, '--crop-pct-b', '0.7')
+    assert len(other.pair.inputs) == 0 and isinstance(other.loader_eval, PairEvalLoader)
 
 
 def test_one_decode_an_image_in_training(digits_folder, tmp_path, monkeypatch):
@@ -238,7 +235,6 @@ def test_one_decode_an_image_in_training(digits_folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('options', [
     ['--in-chans', '1', *HALF_B],
-    ['--in-chans', '4', *RGBA, *HALF_B],
     ['--in-chans', '4', *RGBA, '--mean-a', '.1', '.2', '.3', '.4', '--std-a', '.4', '.3', '.2', '.1'],
     ['--input-size', '1', '32', '32', *HALF_A],
 ], ids=lambda options: '-'.join(options[:2] + options[-1:]))
@@ -284,12 +280,7 @@ def test_copies_keep_the_transform(digits_folder, tmp_path):
     run.pair.load_state_dict(state)
 
 
-@pytest.mark.parametrize(('dtype', 'size'), [
-    (torch.float64, 32),
-    (torch.bfloat16, 32),
-    (torch.float64, 48),
-    (torch.bfloat16, 48),
-])
+@pytest.mark.parametrize(('dtype', 'size'), [(torch.float64, 48), (torch.bfloat16, 32), (torch.bfloat16, 48)])
 def test_other_types(digits_folder, tmp_path, dtype, size):
     run, configs = start_run(
         digits_folder, tmp_path, 'test_resnet + test_vit', '--img-size-a', size, '--img-size-b', '32', *HALF_B)
@@ -363,17 +354,13 @@ def test_pretrained_branch_trains_and_validates_on_its_own_images(digits_folder,
         output = run.pair.eval()(eval_batch(run))
         assert torch.equal(output.logits_a, bare_model(run, 'a', configs)(own['a']))
         assert torch.equal(output.logits_b, bare_model(run, 'b', configs)(own['b']))
-
-
-def test_pretrained_branch_at_another_size(digits_folder, tmp_path):
-    save_pretrained(tmp_path / 'vit', **OWN)
-    run, configs = start_run(
-        digits_folder, tmp_path, f'test_resnet + local-dir:{tmp_path / "vit"}', '--img-size-a', '48', '--img-size-b',
-        '64', '--pretrained-b')
-    wanted = timm.create_model(f'local-dir:{tmp_path / "vit"}', pretrained=True, num_classes=4, img_size=64)
-    assert run.pair.model_b.pos_embed.shape == (1, 17, 48)
-    assert torch.equal(run.pair.model_b.pos_embed, wanted.pos_embed)
+    # And at another size.
+    args, configs = parse(
+        digits_folder, f'test_resnet + local-dir:{tmp_path / "vit"}', '--img-size-b', '64', '--pretrained-b')
     assert configs['b'] == {**configs['b'], 'input_size': (3, 64, 64), 'mean': OWN['mean'], 'std': OWN['std']}
+    wanted = timm.create_model(f'local-dir:{tmp_path / "vit"}', pretrained=True, num_classes=4, img_size=64)
+    args.num_classes = 4
+    assert torch.equal(create_branch(args, 'b', configs['b']).pos_embed, wanted.pos_embed)
 
 
 # a whole run
@@ -402,15 +389,6 @@ def validation_rows(tmp_path, *argv):
     return json.loads(path.read_text())
 
 
-def test_run_has_figures_of_both_branches(run_dir, summary):
-    for name in ('a', 'b', 'ens'):
-        for metric in ('loss', 'top1', 'top5'):
-            for weights in ('eval', 'eval_ema'):
-                assert math.isfinite(float(summary[f'{weights}_{metric}_{name}']))
-    configs = read_checkpoint(str(run_dir / 'last.pth.tar'))['branches']
-    assert [configs[side]['pretrained_cfg']['input_size'] for side in 'ab'] == [[3, 24, 24], [3, 32, 32]]
-
-
 @pytest.mark.parametrize(('side', 'name', 'size', 'statistics'), [
     ('a', 'test_resnet', 24, IMAGENET),
     ('b', 'test_vit', 32, {'mean': (0.5,) * 3, 'std': (0.5,) * 3}),
@@ -425,13 +403,6 @@ def test_export_keeps_its_own_inputs(digits_folder, tmp_path, run_dir, summary, 
     assert row['top5'] == float(summary[f'eval_ema_top5_{side}']) and row['img_size'] == size
     assert row['loss'] == pytest.approx(float(summary[f'eval_ema_loss_{side}']), rel=1e-6)
 
-    # The same by a loop of timm's parts alone.
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    config = resolve_model_data_config(model)
-    with torch.inference_mode():
-        right = model(own_images(digits_folder, config)).argmax(dim=1)
-    labels = torch.tensor([int(path.parent.name[-1]) for path in (digits_folder / 'validation').rglob('*.png')])
-    assert 100 * (right == labels.sort().values).sum().item() / 17 == row['top1']
 
 
 def test_run_validates_each_branch_its_own_way(digits_folder, tmp_path, run_dir, summary):

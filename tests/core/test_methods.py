@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from runs import TIMES
+from runs import TIMES, error_line
 from test_train import NOISE, PAIR, SMALL, assert_equal_weights, last, rows, run, torchrun
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, resolve_model_data_config
 from timm.layers import DropPath
@@ -20,7 +20,6 @@ from timm.task import LogitDistillationTask, TokenDistillationTask
 from torch.utils.data import DataLoader
 
 from timm_vpl import PairTask, PairWrapper
-from timm_vpl.cli import train
 from timm_vpl.core.methods import METHODS
 from timm_vpl.core.teacher import Teacher
 from timm_vpl.engine.build import create_criterion, create_teacher
@@ -707,7 +706,7 @@ def test_phases_share_an_optimizer_as_if_each_had_its_own():
 
     def create(name, **models):
         groups = [
-            {'params': list(model.parameters()), 'name': f'{side}.0', 'lr': 0.01, 'weight_decay': 0.01}
+            {'params': list(model.parameters()), 'side': side, 'name': f'{side}.0', 'lr': 0.01, 'weight_decay': 0.01}
             for side, model in models.items()]
         return create_optimizer_v2(groups, opt=name, lr=0.01)
 
@@ -856,21 +855,12 @@ def check_export(name, folder):
         model = timm.create_model(f'local-dir:{folder}/export/{method}-{architecture}', pretrained=True).eval()
         assert_equal_weights(
             {f'model_{side}.{key}': value for key, value in model.state_dict().items()}, best['state_dict_ema'])
-        kwargs = {'num_classes': NUM_CLASSES}
-        if 'vit' in architecture or architecture == DEIT:
-            kwargs['img_size'] = 32
-        if architecture == DEIT:
-            kwargs.update(depth=2, embed_dim=48, num_heads=3)
-        plain = timm.create_model(architecture, **kwargs).eval()
-        plain.load_state_dict(model.state_dict())
         x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            assert torch.equal(model(x), plain(x))
-            if architecture == DEIT:  # the mean of its two heads
-                features = model.forward_features(x)
-                heads = model.head(features[:, 0]), model.head_dist(features[:, 1])
-                assert_close(model(x), (heads[0] + heads[1]) / 2, rtol=1e-5, atol=1e-6)
-                assert not torch.allclose(*heads)
+        if architecture == DEIT:  # the mean of its two heads
+            features = model.forward_features(x)
+            heads = model.head(features[:, 0]), model.head_dist(features[:, 1])
+            assert_close(model(x), (heads[0] + heads[1]) / 2, rtol=1e-5, atol=1e-6)
+            assert not torch.allclose(*heads)
 
 
 def test_teacher_is_validated_as_in_its_own_run(digits_folder, teacher_run, tmp_path, caplog):
@@ -881,49 +871,7 @@ def test_teacher_is_validated_as_in_its_own_run(digits_folder, teacher_run, tmp_
     assert f'Teacher: top1 {best:.3f} ' in caplog.text
 
 
-# Several processes. Without BatchNorm, whose statistics are those of a process, with SGD and without augmentation.
-
-QUIET = ['--opt', 'sgd', '--lr', '0.02', '--aa', '', '--reprob', '0', '--drop-path', '0', '--seed', '3']
-NO_BATCH_NORM = {
-    'vpl': ['--model-a', 'test_convnext', '--model-b', 'test_vit'],
-    'solo': ['--method', 'solo', '--model-b', 'test_vit'],
-    'dml': ['--method', 'dml', '--model-a', 'test_convnext', '--model-b', 'test_vit'],
-    'dml, joint': ['--method', 'dml', '--dml-joint', '--model-a', 'test_convnext', '--model-b', 'test_vit'],
-    'distill': METHOD_RUNS['distill'],
-    'distill, a': ['--method', 'distill', '--model-a', 'test_convnext', '--teacher', 'TEACHER'],
-    'deit': METHOD_RUNS['deit'],
-    'deit, soft': METHOD_RUNS['deit, soft'],
-    'deit, online': ['--method', 'deit', '--model-a', 'test_convnext', *STUDENT],
-}
-
-
-def quiet_argv(name, data, teacher, output, experiment, batch_size):
-    options = [str(teacher) if option == 'TEACHER' else option for option in NO_BATCH_NORM[name]]
-    return [str(data), *options, *SMALL, *QUIET, '-b', str(batch_size), '--output', str(output), '--experiment',
-            f'{name.replace(", ", "-")}-{experiment}']
-
-
-def assert_same_runs(name, output):
-    """Two processes of half the batch each trained what one process did."""
-    one, two = (output / f'{name.replace(", ", "-")}-{experiment}' for experiment in ('one', 'two'))
-    for row, wanted in zip(untimed(rows(two)), untimed(rows(one)), strict=True):
-        assert (row.pop('processes'), wanted.pop('processes')) == ('2', '1')
-        for key, value in wanted.items():
-            if value == '':
-                assert row[key] == '', key
-            elif key.startswith(('train', 'lr', 'eval_loss', 'eval_ema_loss')):
-                assert float(row[key]) == pytest.approx(float(value), rel=1e-4, abs=1e-4), key
-    for key in ('state_dict', 'state_dict_ema'):
-        assert_close_states(last(two)[key], last(one)[key], 1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', NO_BATCH_NORM)
-def test_torchrun_trains_as_one_process(digits_folder, teacher_run, tmp_path, name):
-    torchrun(2, *quiet_argv(name, digits_folder, teacher_run, tmp_path, 'two', 4))
-    assert train(quiet_argv(name, digits_folder, teacher_run, tmp_path, 'one', 8)) == 0
-    assert_same_runs(name, tmp_path)
-
+# Several processes: that they train as one is in test_task.py.
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', METHOD_RUNS)
@@ -936,18 +884,6 @@ def test_torchrun_with_everything(digits_folder, teacher_run, tmp_path, name):
 
 
 # Usage errors
-
-def error_line(capsys, data, output, *options):
-    """Return the one line with which a wrong command ends."""
-    capsys.readouterr()
-    try:
-        status = train([str(data), *SMALL, '--output', str(output), *map(str, options)])
-    except SystemExit as e:
-        status = e.code
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('train_vpl.py: error: ')]
-    assert status == 2 and len(lines) == 1
-    return lines[0].removeprefix('train_vpl.py: error: ')
-
 
 @pytest.mark.parametrize(('options', 'parts'), [
     (['--method', 'solo', *PAIR], ['--method solo', 'one model', '--model-a test_resnet --model-b test_vit']),
@@ -981,12 +917,12 @@ def error_line(capsys, data, output, *options):
      ['--distillation-alpha', '1.5']),
 ], ids=lambda value: ' '.join(value[:2] + value[-2:]) if value[0].startswith('--') else '')
 def test_usage_errors(capsys, digits_folder, tmp_path, options, parts):
-    line = error_line(capsys, digits_folder, tmp_path, *options)
+    line = error_line(capsys, digits_folder, *SMALL, '--output', tmp_path, *options)
     assert all(part in line for part in parts), line
 
 
 def test_models_named_for_deit_have_a_token(capsys, digits_folder, tmp_path):
-    line = error_line(capsys, digits_folder, tmp_path, '--method', 'deit', *PAIR)
+    line = error_line(capsys, digits_folder, *SMALL, '--output', tmp_path, '--method', 'deit', *PAIR)
     names = [name for name in line.replace(',', ' ').split() if timm.is_model(name)]
     names = [name for name in names if not name.startswith('test_')]
     assert len(names) > 1
@@ -995,19 +931,19 @@ def test_models_named_for_deit_have_a_token(capsys, digits_folder, tmp_path):
             assert hasattr(timm.create_model(name), 'set_distilled_training'), name
 
 
-def test_teachers_that_do_not_fit(capsys, digits_folder, teacher_run, tmp_path):
-    distill = ['--method', 'distill', *PAIR[2:], '--teacher']
-    three, others, one_channel = (tmp_path / name for name in ('three', 'others', 'one_channel'))
-    save_teacher(three, num_classes=3)
-    line = error_line(capsys, digits_folder, tmp_path, *distill, three)
-    assert f'--teacher {three}: test_efficientnet knows 3 classes, the data has 4' in line
-    save_teacher(others, class_names=['class0', 'class1', 'tabby', 'class3'])
-    line = error_line(capsys, digits_folder, tmp_path, *distill, others)
-    assert f'--teacher {others}: ' in line and "class 2 is 'tabby' to it and 'class2' in the data" in line
-    save_teacher(one_channel, in_chans=1)
-    assert f'--teacher {one_channel}: ' in error_line(capsys, digits_folder, tmp_path, *distill, one_channel)
-    line = error_line(capsys, digits_folder, tmp_path, *distill, teacher_run, '--teacher-branch', 'b')
-    assert f'{teacher_run}: has no branch b' in line
-    empty = tmp_path / 'empty'
-    empty.mkdir()
-    assert str(empty) in error_line(capsys, digits_folder, tmp_path, *distill, empty)
+@pytest.mark.parametrize(('save', 'options', 'message'), [
+    ({'num_classes': 3}, [], 'test_efficientnet knows 3 classes, the data has 4'),
+    ({'class_names': ['class0', 'class1', 'tabby', 'class3']}, [], "class 2 is 'tabby' to it and 'class2' in the data"),
+    ({'in_chans': 1}, [], ''),
+    (None, ['--teacher-branch', 'b'], 'has no branch b'),
+    ('empty', [], ''),
+], ids=str)
+def test_teachers_that_do_not_fit(capsys, digits_folder, teacher_run, tmp_path, save, options, message):
+    teacher = tmp_path / 'teacher' if save else teacher_run
+    if isinstance(save, dict):
+        save_teacher(teacher, **save)
+    teacher.mkdir(exist_ok=True)
+    line = error_line(
+        capsys, digits_folder, *SMALL, '--output', tmp_path, '--method', 'distill', *PAIR[2:], '--teacher', teacher,
+        *options)
+    assert str(teacher) in line and message in line
