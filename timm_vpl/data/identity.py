@@ -28,9 +28,10 @@ def data_identity(dataset: Images | StreamImages, class_names: list[str] | None)
 
 def data_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """Return a line for each field in which two identities of one split differ, by field."""
-    lines = {}
+    lines: dict[str, str] = {}
     for field in ('images', 'classes', 'files') if before.get('version') == now['version'] else ('images', 'classes'):
-        then, present = before.get(field), now[field]
+        then: Any = before.get(field)
+        present: Any = now[field]
         if then == present or field == 'classes' and None in (then, present):
             continue
         if field == 'classes':

@@ -5,12 +5,12 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import IterableImageDataset
-from timm.data.readers.reader import Reader
 from torch.utils.data import Dataset
 
 from ..errors import RunError, first_line
@@ -45,7 +45,7 @@ class Images(Dataset):
     Raises:
         RunError: MAX_SKIPPED images in a row can't be read, or a label is none of the classes.
     """
-    reader: Reader
+    reader: Any
     source: Source
     mode: str
     transform: Callable | None = None
@@ -120,7 +120,7 @@ class StreamImages(IterableImageDataset):
     label_map = num_classes = None
     replaced = torch.zeros(0, dtype=torch.bool)
 
-    def __init__(self, reader: Reader, source: Source):
+    def __init__(self, reader, source: Source):
         super().__init__(None, reader=reader)
         self.source = source
 

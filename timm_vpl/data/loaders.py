@@ -36,13 +36,15 @@ def init_worker(worker_id: int) -> None:
 
 def _end_with_main() -> None:
     """End this worker when the main process sends SIGTERM, as Python does at its exit; from others it is ignored."""
-    main = multiprocessing.parent_process().pid
+    main = multiprocessing.parent_process().pid  # type: ignore[union-attr]
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != main:
         pass
     os._exit(0)
 
 
 def _batches(args, dataset: Dataset, **kwargs) -> DataLoader:
+    if isinstance(dataset, StreamImages):
+        dataset.set_loader_cfg(num_workers=args.workers)
     return DataLoader(
         dataset,
         num_workers=args.workers,
@@ -79,10 +81,9 @@ class TrainLoader(PrefetchLoader):
 
     def __init__(self, args, images: Images | StreamImages, collate: Callable, device: torch.device, **kwargs):
         self.images, self.world_size, self.skipped = images, args.world_size, 0
-        dataset, self.order = images, None
-        if images.source.is_stream:
-            images.set_loader_cfg(num_workers=args.workers)
-        else:
+        dataset: Dataset = images
+        self.order = None
+        if isinstance(images, Images):
             dataset = SeededDataset(images, args.seed)
             self.order = SeededSampler(
                 len(images), args.batch_size, args.seed, args.rank, args.world_size, args.aug_repeats)
@@ -91,7 +92,8 @@ class TrainLoader(PrefetchLoader):
             args, dataset, batch_size=args.batch_size, sampler=self.order, collate_fn=collate, drop_last=True)
         super().__init__(batches, device=device, **kwargs)
         if self.random_erasing is not None:
-            self.random_erasing = SeededErasing(self.random_erasing, args.seed, args.rank, device)
+            self.random_erasing = SeededErasing(  # type: ignore[assignment]
+                self.random_erasing, args.seed, args.rank, device)
 
     def epoch(self, epoch: int, first_batch: int = 0):
         """Yield (batch, input, target, sample_ids) from `first_batch` to the epoch's end.
@@ -100,7 +102,7 @@ class TrainLoader(PrefetchLoader):
         """
         self.skipped = 0
         if self.random_erasing is not None:
-            self.random_erasing.place = (epoch, first_batch)
+            self.random_erasing.place = (epoch, first_batch)  # type: ignore[attr-defined]
         if self.order is None:
             yield from self._stream_epoch(epoch, first_batch)
             return
@@ -133,7 +135,7 @@ def together(batches, device: torch.device):
 
 
 def create_train_loader(args, images: Images | StreamImages, data_config: dict, device: torch.device) -> TrainLoader:
-    """Create the training loader from timm's options, and give the images their transform.
+    """Create the training loader from timm's options.
 
     Raises:
         UsageError: An augmentation policy that timm does not know, or fewer images than a batch.
@@ -224,14 +226,11 @@ def create_eval_loader(args, images: Images | StreamImages, data_config: dict[st
     """Create a validation loader, with timm's transform for a data configuration."""
     images = copy.copy(images)  # with a transform of its own; what is replaced, they share
     images.transform = create_transform(**data_config, use_prefetcher=True)
-    if images.source.is_stream:
-        images.set_loader_cfg(num_workers=args.workers)
-    deal = args.distributed and not images.source.is_stream
     batches = _batches(
         args,
         images,
         batch_size=args.validation_batch_size or args.batch_size,
-        sampler=OrderedDistributedSampler(images) if deal else None,
+        sampler=OrderedDistributedSampler(images) if args.distributed and isinstance(images, Images) else None,
         collate_fn=fast_collate,
     )
     return EvalLoader(batches, **_normalization(data_config, device))

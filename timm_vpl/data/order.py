@@ -15,7 +15,7 @@ class Place(NamedTuple):
     """Where in a run a sample is drawn: what its augmentation is seeded with."""
     epoch: int
     position: int  # in the order of the epoch over all processes
-    index: int  # in the data set
+    index: int  # type: ignore[assignment]  # in the data set
 
 
 @dataclass(eq=False)

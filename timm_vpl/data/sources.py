@@ -79,10 +79,8 @@ class DigitsReader(Reader):
 
     def __init__(self, split: str = 'train'):
         super().__init__()
-        if split not in ('train', 'validation'):
-            raise ValueError(f"split is {split!r}, expected 'train' or 'validation'")
         with np.load(Path(__file__).parents[1] / 'assets' / 'digits.npz', allow_pickle=False) as archive:
-            part = slice(_DIGITS_TRAIN) if split == 'train' else slice(_DIGITS_TRAIN, None)
+            part = {'train': slice(_DIGITS_TRAIN), 'validation': slice(_DIGITS_TRAIN, None)}[split]
             self.images, self.targets = archive['images'][part], archive['labels'][part]
         self.class_to_idx = {str(digit): digit for digit in range(10)}
 
@@ -148,6 +146,9 @@ class ArrayReader(Reader):
         self.dataset, self.root, self.class_to_idx = dataset, dataset.root, getattr(dataset, 'class_to_idx', {})
         self.targets = np.asarray(getattr(dataset, 'targets', ())).tolist()
 
+    def _filename(self, index, basename=False, absolute=False):
+        return None
+
     def __getitem__(self, index):
         return self.dataset[index]
 
@@ -158,7 +159,7 @@ class ArrayReader(Reader):
 class Part(Reader):
     """Some images of a reader, by their indices in it."""
 
-    def __init__(self, reader: Reader, indices: Sequence[int]):
+    def __init__(self, reader, indices: Sequence[int]):
         super().__init__()
         self.reader, self.indices, self.class_to_idx = reader, indices, reader.class_to_idx
 
@@ -172,7 +173,7 @@ class Part(Reader):
         return self.reader.filename(self.indices[index])
 
 
-def _open_files(request: Request) -> Reader:
+def _open_files(request: Request) -> Any:
     args, (root, images, not_read) = request.args, request.find()
     for key, value in (('--target-key', args.target_key), ('--input-key', images is None and args.input_key)):
         if value:
@@ -188,7 +189,7 @@ def _open_files(request: Request) -> Reader:
     return FolderReader(root, samples, class_to_idx, not_read)
 
 
-def _open_torchvision(request: Request) -> Reader:
+def _open_torchvision(request: Request) -> Any:
     args = request.args
     if args.class_map:
         raise UsageError(f'--class-map {args.class_map}: torchvision numbers the classes of {args.dataset} itself')
@@ -203,11 +204,11 @@ def _open_torchvision(request: Request) -> Reader:
     return FolderReader(dataset.root, samples, dataset.class_to_idx) if samples else ArrayReader(dataset)
 
 
-def _open_timm(request: Request) -> Reader:
+def _open_timm(request: Request) -> Any:
     return request.create_dataset().reader
 
 
-def _open_shards(request: Request) -> Reader:
+def _open_shards(request: Request) -> Any:
     """Open shards with a webdataset that gives no address to a shell; their _info.json may be somebody else's."""
     try:
         from webdataset import __version__ as version
@@ -249,8 +250,8 @@ def _stream_entries(reader) -> Iterator[str]:
 
 class Source(NamedTuple):
     """A kind of data set."""
-    open: Callable[[Request], Reader]
-    entries: Callable[[Reader], Iterator[str]] = _image_entries  # lines that tell a split from others
+    open: Callable[[Request], Any]  # returns a reader
+    entries: Callable[[Any], Iterator[str]] = _image_entries  # lines that tell a split from others
     is_stream: bool = False  # images come in an order of the reader's own
 
 

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import tarfile
 from collections import defaultdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -129,14 +129,8 @@ def class_names(dataset: Images | StreamImages) -> list[str] | None:
     return names_of(class_to_idx) if class_to_idx else None
 
 
-class Classes(NamedTuple):
-    """The classes of the data: their number, and their names in the order of their indices if it has any."""
-    number: int
-    names: list[str] | None
-
-
-def resolve_classes(args, train: Images | StreamImages, held_out: Images | StreamImages) -> Classes:
-    """Return the classes of two splits: as many as --num-classes says, or as the data names.
+def resolve_classes(args, train: Images | StreamImages, held_out: Images | StreamImages) -> tuple[int, list[str] | None]:
+    """Return how many classes two splits have, by --num-classes or by their names, and the names if any.
 
     From now on the splits refuse other labels.
 
@@ -148,26 +142,26 @@ def resolve_classes(args, train: Images | StreamImages, held_out: Images | Strea
     Raises:
         UsageError: The splits have different classes, or the data does not have --num-classes.
     """
-    names, eval_names, number = class_names(train), class_names(held_out), args.num_classes
+    names, eval_names = class_names(train), class_names(held_out)
     if names and eval_names and names != eval_names:
         missing, extra = sorted(set(names) - set(eval_names))[:3], sorted(set(eval_names) - set(names))[:3]
         raise UsageError(
             f'--data-dir: {len(names)} classes in {args.train_split!r} and {len(eval_names)} in {args.val_split!r} '
             f'are not the same (only in the first: {missing}, only in the second: {extra}), so labels would disagree')
-    if number is None and not names:
+    number = args.num_classes or len(names or ())
+    if not number:
         raise UsageError('--num-classes: needed, the data set does not name its classes')
-    number = len(names) if number is None else number
     if names and len(names) > number:
         raise UsageError(f'--num-classes {number}: the data has {len(names)} classes')
     if names and len(names) < number:
         _logger.warning(f'--num-classes {number}: the data has only {len(names)} classes')
     train.num_classes = held_out.num_classes = number
-    return Classes(number, names)
+    return number, names
 
 
 def shared_images(dataset: Images, other: Images) -> list[tuple[int, int]]:
     """Return the pairs of images of two data sets whose files have the same content; files of one size are read."""
-    groups = [(range(len(dataset)), range(len(other)))]
+    groups: list[Any] = [(range(len(dataset)), range(len(other)))]
     for key in (
             lambda file: file.seek(0, 2),
             lambda file: hashlib.sha256(file.read(4096)).digest(),
