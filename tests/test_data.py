@@ -13,11 +13,15 @@ import yaml
 from PIL import Image
 from timm.data import create_transform
 from timm.utils.misc import natural_key
+from torch.utils.data import Dataset
 
 from timm_vpl.checkpoint import read_checkpoint
 from timm_vpl.cli import train
 from timm_vpl.data import (
     DigitsReader,
+    Place,
+    SeededDataset,
+    SeededErasing,
     SeededSampler,
     _guard_posterize,
     class_names,
@@ -58,8 +62,9 @@ def global_batches(world_size, batch_size, epoch=3, **kwargs):
 
 def test_a_global_batch_is_the_same_for_any_number_of_processes():
     assert global_batches(1, 12) == global_batches(2, 6) == global_batches(3, 4) == global_batches(4, 3)
-    assert global_batches(1, 12) != global_batches(1, 12, epoch=4)
-    indices = [place.index for batch in global_batches(2, 6) for place in batch]
+    indices, other = (
+        [place.index for batch in global_batches(2, 6, epoch=epoch) for place in batch] for epoch in (3, 4))
+    assert indices != other
     assert len(set(indices)) == len(indices) == 48  # whole batches of the 50, none twice
 
 
@@ -80,6 +85,28 @@ def test_an_epoch_entered_later_goes_on_where_it_would_be():
     whole = list(sampler)
     sampler.set_epoch(2, first_batch=3)
     assert list(sampler) == whole[18:] and len(sampler) == 48
+
+
+class Draws(Dataset):
+    """What is drawn where an image would be."""
+
+    def __getitem__(self, index):
+        return float(torch.rand(())), index
+
+
+def test_draws_are_those_of_a_place():
+    dataset = SeededDataset(Draws(), seed=1)
+    drawn = {(epoch, position): dataset[Place(epoch, position, 5)][0] for epoch in (0, 1) for position in (0, 1)}
+    assert len(set(drawn.values())) == 4 and dataset[Place(1, 0, 6)][0] == drawn[1, 0]
+    assert SeededDataset(Draws(), seed=2)[Place(0, 0, 5)][0] not in drawn.values()
+
+    def erased(epoch, batch, count, rank=0):
+        erasing = SeededErasing(lambda input: float(torch.rand(())), 1, rank, torch.device('cpu'))
+        erasing.place = (epoch, batch)
+        return [erasing(None) for _ in range(count)]
+    whole = erased(0, 0, 3)
+    assert erased(0, 1, 2) == whole[1:]
+    assert len({*whole, *erased(1, 0, 3), *erased(0, 0, 3, rank=1)}) == 9
 
 
 @pytest.mark.parametrize('policy', ['v0', 'v0r', 'original', 'originalr', '3a', 'rand-m9-mstd0.5-inc1', 'rand-m2'])
