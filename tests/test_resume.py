@@ -124,7 +124,7 @@ def test_two_processes_go_on_in_a_folder(digits_folder, tmp_path):
 
 
 def test_recovery_checkpoints(digits_folder, tmp_path):
-    options = [*SHORT, '--checkpoint-hist', '3', '--recovery-interval', '2']
+    options = [*SHORT, '--checkpoint-hist', '3', '--recovery-interval', '2', '--sched-on-updates']
     whole = run(digits_folder, tmp_path / 'whole', *options)
     assert {path.name for path in whole.glob('recovery-*')} == {'recovery-2-3.pth.tar', 'recovery-2-4.pth.tar'}
     for name in ('recovery-2-3', 'recovery-2-4'):

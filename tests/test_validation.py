@@ -189,10 +189,11 @@ def plain_accuracy(model, folder, class_to_idx=None):
 
 def test_classes_by_name(capsys, digits_folder, tmp_path):
     # In another order, and more of them than the data has.
-    names = ['other', 'class3', 'class0', 'class2', 'more', 'class1']
+    names = ['other', 'class0', 'class3', 'class2', 'class1', 'more']
     model = save_model(tmp_path / 'model', num_classes=6, class_names=names)
-    wanted = plain_accuracy(timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval(),
-                            digits_folder / 'validation', {name: i for i, name in enumerate(names)})
+    plain = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
+    wanted = plain_accuracy(plain, digits_folder / 'validation', {name: i for i, name in enumerate(names)})
+    assert wanted > 0 == plain_accuracy(plain, digits_folder / 'validation')  # guards the comparison
     path = tmp_path / 'results.json'
     validate(capsys, tmp_path / 'model', digits_folder, '--results-file', path)
     assert results(path)[0]['top1'] == wanted and model.num_classes == 6

@@ -15,13 +15,13 @@ import torch
 from loading import CONFIG, CPU, eval_loader, options, split, train_loader
 from processes import load_results, run_ranks
 from timm.data import FastCollateMixup, ImageDataset, create_loader
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from timm_vpl.core.seeding import seed_all
 from timm_vpl.data.failures import data_errors
 from timm_vpl.data.images import StreamImages
 from timm_vpl.data.loaders import create_eval_loader, create_eval_loaders, create_train_loader
-from timm_vpl.data.order import SeededSampler
+from timm_vpl.data.order import Place, SeededDataset, SeededErasing, SeededSampler
 from timm_vpl.data.sources import SOURCES
 from timm_vpl.data.splits import split_card
 from timm_vpl.engine.evaluate import evaluate
@@ -67,6 +67,28 @@ def global_batches(world_size, batch_size, epoch=3, **kwargs):
         for step in range(steps)]
 
 
+class Draws(Dataset):
+    """What is drawn where an image would be."""
+
+    def __getitem__(self, index):
+        return float(torch.rand(())), index
+
+
+def test_draws_are_those_of_a_place():
+    dataset = SeededDataset(Draws(), seed=1)
+    drawn = {(epoch, position): dataset[Place(epoch, position, 5)][0] for epoch in (0, 1) for position in (0, 1)}
+    assert len(set(drawn.values())) == 4 and dataset[Place(1, 0, 6)][0] == drawn[1, 0]
+    assert SeededDataset(Draws(), seed=2)[Place(0, 0, 5)][0] not in drawn.values()
+
+    def erased(epoch, batch, count, rank=0):
+        erasing = SeededErasing(lambda input: float(torch.rand(())), 1, rank, torch.device('cpu'))
+        erasing.place = (epoch, batch)
+        return [erasing(None) for _ in range(count)]
+    whole = erased(0, 0, 3)
+    assert erased(0, 1, 2) == whole[1:]
+    assert len({*whole, *erased(1, 0, 3), *erased(0, 0, 3, rank=1)}) == 9
+
+
 def test_mixup_ends_with_its_epoch(digits_folder):
     loader = train_loader(
         digits_folder, '--mixup', '0.8', '--smoothing', '0', '--mixup-off-epoch', '1')
@@ -77,8 +99,9 @@ def test_mixup_ends_with_its_epoch(digits_folder):
 
 def test_a_global_batch_is_the_same_for_any_number_of_processes():
     assert global_batches(1, 12) == global_batches(2, 6) == global_batches(3, 4) == global_batches(4, 3)
-    assert global_batches(1, 12) != global_batches(1, 12, epoch=4)
-    indices = [place.index for batch in global_batches(2, 6) for place in batch]
+    indices, other = (
+        [place.index for batch in global_batches(2, 6, epoch=epoch) for place in batch] for epoch in (3, 4))
+    assert indices != other
     assert len(set(indices)) == len(indices) == 48  # whole batches of the 50, none twice
 
 
