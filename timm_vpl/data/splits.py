@@ -129,7 +129,11 @@ def class_names(dataset: Images | StreamImages) -> list[str] | None:
     return names_of(class_to_idx) if class_to_idx else None
 
 
-def resolve_classes(args, train: Images | StreamImages, held_out: Images | StreamImages) -> tuple[int, list[str] | None]:
+def resolve_classes(
+        args,
+        train: Images | StreamImages,
+        held_out: Images | StreamImages,
+) -> tuple[int, list[str] | None]:
     """Return how many classes two splits have, by --num-classes or by their names, and the names if any.
 
     From now on the splits refuse other labels.
