@@ -141,37 +141,37 @@ FAULTS = [
         'data', 'each epoch has the order of the first',
         'default_rng((self.seed, epoch))',
         'default_rng((self.seed, 0))',
-        ('test_data.py::test_a_global_batch_is_the_same_for_any_number_of_processes',)),
+        ('test_loaders.py::test_a_global_batch_is_the_same_for_any_number_of_processes',)),
     Fault(
         'data', 'the images of a global batch depend on the number of processes',
         'order[self.rank::self.world_size][:len(self)]',
         'order[self.rank * len(self):][:len(self)]',
-        ('test_data.py::test_a_global_batch_is_the_same_for_any_number_of_processes',)),
+        ('test_loaders.py::test_a_global_batch_is_the_same_for_any_number_of_processes',)),
     Fault(
         'data', 'an epoch that is entered later begins with its first images again',
         'range(self.first_batch * self.batch_size, len(self))',
         'range(len(self))',
-        ('test_data.py::test_an_epoch_entered_later_goes_on_where_it_would_be',)),
+        ('test_loaders.py::test_an_epoch_entered_later_goes_on_where_it_would_be',)),
     Fault(
         'data', 'an image draws the same augmentation in each epoch',
         "seed_all(self.seed, 'sample', place.epoch, place.position)",
         "seed_all(self.seed, 'sample', place.index)",
-        ('test_data.py::test_draws_are_those_of_a_place',)),
+        ('test_loaders.py::test_draws_are_those_of_a_place',)),
     Fault(
         'data', 'Random Erasing draws the same for each batch',
         'self.place = (epoch, batch + 1)',
         'self.place = (epoch, batch)',
-        ('test_data.py::test_draws_are_those_of_a_place',)),
+        ('test_loaders.py::test_draws_are_those_of_a_place',)),
     Fault(
         'data', '--mixup-off-epoch has no effect',
         'self.collate.mixup_enabled = epoch < self.mixup_off_epoch',
         'self.collate.mixup_enabled = True',
-        ('test_data.py::test_mixup_ends_with_its_epoch',)),
+        ('test_loaders.py::test_mixup_ends_with_its_epoch',)),
     Fault(
         'data', "classes are numbered in the order of the alphabet, not in timm's",
         'enumerate(sorted(paths, key=lambda name: (natural_key(name), name)))',
         'enumerate(sorted(paths))',
-        ('test_data.py::test_class_order_is_total',)),
+        ('test_splits.py::test_class_order_is_total',)),
 
     # engine: building, optimizer, loop, step, evaluation, checkpoints, going on
     Fault(

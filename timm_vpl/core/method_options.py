@@ -44,8 +44,7 @@ class ContrastiveOptions:
     similarity: str = option(
         'cosine', 'dot product of two embeddings with (cosine) or without (dot) L2 normalisation (paper: dot product, '
         'normalisation not given)', choices=SIMILARITIES, idle=_NO_CONTRASTIVE)
-    contrastive_weight: NonNegative = option(
-        1., 'weight of the contrastive term (paper: 1)', idle=_NO_CONTRASTIVE[1:])
+    contrastive_weight: NonNegative = option(1., 'weight of the contrastive term (paper: 1)', idle=_NO_CONTRASTIVE[1:])
     same_class: str = option(
         'negative', "other images of the anchor's class in the contrastive term (paper: negative)",
         choices=SAME_CLASS, idle=_NO_CONTRASTIVE)

@@ -47,8 +47,7 @@ class Validate(Source):
         None, "score ImageNet's validation images by their ReaL labels too (timm's, or those of a JSON file)",
         const='', metavar='FILE')
     imagenet_v2: bool = option(False, 'the folders are the class numbers 0 to 999, as ImageNet-V2 has them')
-    file_list: str | None = option(
-        None, 'validate only on the files that this file names, one a line', metavar='FILE')
+    file_list: str | None = option(None, 'validate only on the files that this file names, one a line', metavar='FILE')
     per_class: str | None = option(
         None, "each class's accuracy too: the mean and the lowest on screen, all in a CSV file if one is named",
         const='', metavar='FILE')
@@ -62,8 +61,7 @@ class Validate(Source):
     crop_pct: Positive | None = option(None, 'centre crop', shown="the model's")
     mean: tuple[Number, ...] | None = option(None, 'mean of the pixels', shown="the model's")
     std: tuple[Positive, ...] | None = option(None, 'deviation of the pixels', shown="the model's")
-    interpolation: str = option(
-        '', 'interpolation', shown="the model's", choices=('', *INTERPOLATIONS), metavar='NAME')
+    interpolation: str = option('', 'interpolation', shown="the model's", choices=('', *INTERPOLATIONS), metavar='NAME')
     batch_size: Count = option(256, 'images a step, of each process', '-b')
     channels_last: bool = option(False, 'use the channels-last memory layout')
     results_file: str | None = option(
@@ -92,8 +90,7 @@ class Study:
     output: str | None = option(None, 'folder of all runs', shown='./output/study/PLAN', metavar='PATH')
     jobs: Count = option(1, 'runs at a time')
     limit_minutes: Positive | None = option(None, 'start no run that would not end in this time')
-    print_commands: bool = option(
-        False, 'print the commands of the runs that are left, one a line, and run none')
+    print_commands: bool = option(False, 'print the commands of the runs that are left, one a line, and run none')
     dry_run: bool = option(False, 'print what the runs that are left would take, after an epoch of each row')
 
 

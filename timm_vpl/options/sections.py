@@ -39,16 +39,14 @@ class MethodChoice:
 @dataclass(frozen=True)
 class Source:
     """Dataset parameters."""
-    data: str | None = option(
-        None, 'same as --data-dir', metavar='DIR', positional=True, how=True, recipe=False)
+    data: str | None = option(None, 'same as --data-dir', metavar='DIR', positional=True, how=True, recipe=False)
     data_dir: str | None = option(
         None, 'folder or .tar of images; of a named data set, where it lies or is cached', metavar='DIR', how=True)
     dataset: str = option(
         '', f'KIND/NAME with KIND one of {", ".join(DATASET_KINDS)}; or digits, which comes with the package',
         shown='a folder or .tar', metavar='NAME', resume='fixed')
     dataset_download: bool = option(False, 'allow torch/, tfds/ and hfids/ data sets to be downloaded', how=True)
-    class_map: str = option(
-        '', 'file that maps class names to indices', metavar='FILENAME', resume='fixed', card=False)
+    class_map: str = option('', 'file that maps class names to indices', metavar='FILENAME', resume='fixed', card=False)
     input_img_mode: str | None = option(None, 'mode that images are converted to', shown='RGB', metavar='MODE')
     input_key: str | None = option(None, 'key of the images in a data set', metavar='KEY')
     target_key: str | None = option(None, 'key of the labels in a data set', metavar='KEY')
@@ -82,8 +80,7 @@ class Branch:
     freeze_depth: Whole = option(
         0, 'layer groups, from the input, that keep their weights: the stem is the first, then stages or blocks',
         resume='fixed')
-    gp: str | None = option(
-        None, 'global pooling: fast, avg, max, avgmax, ...', shown="the model's", metavar='POOL')
+    gp: str | None = option(None, 'global pooling: fast, avg, max, avgmax, ...', shown="the model's", metavar='POOL')
     img_size: Count | None = option(None, 'height and width of the images', shown="the model's")
     crop_pct: Positive | None = option(None, 'centre crop of validation images', shown="the model's")
     mean: tuple[Number, ...] | None = option(None, 'mean of the pixels (1 or 1 a channel)', shown="the model's")
@@ -121,13 +118,11 @@ class Branch:
 @dataclass(frozen=True)
 class Input:
     """Input and compilation parameters of both branches."""
-    num_classes: Count | None = option(
-        None, 'number of classes', shown="the data set's", resume='fixed', card=False)
+    num_classes: Count | None = option(None, 'number of classes', shown="the data set's", resume='fixed', card=False)
     in_chans: Count | None = option(None, 'channels of the images', shown='3', resume='fixed')
     input_size: tuple[Count, Count, Count] | None = option(
         None, 'channels, height, width of the images', shown="the models'")
-    torchcompile: str | None = option(
-        None, 'compile each branch (inductor)', const='inductor', metavar='BACKEND')
+    torchcompile: str | None = option(None, 'compile each branch (inductor)', const='inductor', metavar='BACKEND')
     torchcompile_mode: str | None = option(
         None, 'mode of torch.compile', metavar='MODE',
         idle=(Idle('--torchcompile is off', lambda o: not o.torchcompile),))
@@ -142,8 +137,7 @@ class Input:
 class Loader:
     """Loader parameters."""
     batch_size: Count = option(128, 'images a step, of each process', '-b', resume='free')  # judged with the processes
-    validation_batch_size: Count | None = option(
-        None, 'the same in validation', '-vb', shown='--batch-size', how=True)
+    validation_batch_size: Count | None = option(None, 'the same in validation', '-vb', shown='--batch-size', how=True)
     workers: Whole = option(4, 'processes that load data', '-j', how=True)
     pin_mem: bool = option(False, 'pin the memory of the loader', how=True)
 
@@ -238,8 +232,7 @@ class Augmentation:
         False, 'binary cross-entropy for both branches',
         idle=(Idle('it is the loss of --method cosub anyway', lambda o: METHODS[o.method].bce),))
     bce_sum: bool = option(False, 'sum the binary cross-entropy over the classes', idle=(_NO_BCE,))
-    bce_target_thresh: Probability | None = option(
-        None, 'make soft targets binary at this threshold', idle=(_NO_BCE,))
+    bce_target_thresh: Probability | None = option(None, 'make soft targets binary at this threshold', idle=(_NO_BCE,))
     bce_pos_weight: Positive | None = option(None, 'weight of the positive targets', idle=(_NO_BCE,))
     reprob: Probability = option(
         0.25, 'probability of Random Erasing', timm=0., why='the paper (Random Erasing; the probability is not given)',
@@ -255,8 +248,7 @@ class Augmentation:
     mixup_switch_prob: Probability = option(0.5, 'probability of cutmix where both are on', idle=(_NO_MIXUP,))
     mixup_mode: str = option(
         'batch', 'one mix a batch, a pair of images or an image', choices=('batch', 'pair', 'elem'), idle=(_NO_MIXUP,))
-    mixup_off_epoch: Whole = option(
-        0, 'epoch from which mixup and cutmix are off', shown='never', idle=(_NO_MIXUP,))
+    mixup_off_epoch: Whole = option(0, 'epoch from which mixup and cutmix are off', shown='never', idle=(_NO_MIXUP,))
     smoothing: BelowOne = option(0.1, 'label smoothing')
     train_interpolation: str = option(
         'random', 'interpolation of training images', choices=('random', *INTERPOLATIONS), metavar='NAME')
@@ -306,8 +298,7 @@ class Run:
     accept_data_change: bool = option(
         False, 'let a resumed run go on with other images of the same classes', how=True, recipe=False)
     start_epoch: Whole | None = option(None, 'first epoch, for a restart by hand', how=True, recipe=False)
-    stop_epoch: Count | None = option(
-        None, 'end after so many completed epochs, on the schedule of --epochs', how=True)
+    stop_epoch: Count | None = option(None, 'end after so many completed epochs, on the schedule of --epochs', how=True)
     seed: Whole = option(42, 'random seed', how=True, resume='fixed', card=True)
     deterministic: bool = option(
         False, 'let a GPU compute the same bits each time, at some cost', how=True, resume='warned')
@@ -322,12 +313,10 @@ class Run:
     hang_timeout: NonNegative = option(
         1800., 'seconds without an update after which a process prints all its stacks and ends; 0 for never', how=True)
     checkpoint_hist: Count = option(10, 'checkpoints to keep', how=True)
-    save_epochs: tuple[Count, ...] | None = option(
-        None, 'completed epochs after which to keep a checkpoint', how=True)
+    save_epochs: tuple[Count, ...] | None = option(None, 'completed epochs after which to keep a checkpoint', how=True)
     save_images: bool = option(False, 'save the first images of each log interval', how=True)
     traceback: bool = option(False, 'print the traceback of an error, which else goes to a file', how=True)
-    output: str = option(
-        '', 'folder of all runs', shown='./output/train', metavar='PATH', how=True, recipe=False)
+    output: str = option('', 'folder of all runs', shown='./output/train', metavar='PATH', how=True, recipe=False)
     experiment: str = option(
         '', "name of the run's folder", shown='from the time and the models', metavar='NAME', how=True)
     eval_metric: str = option(
@@ -337,5 +326,4 @@ class Run:
     log_wandb: bool = option(False, 'log to Weights & Biases', how=True)
     wandb_project: str | None = option(None, 'name of the project there', metavar='NAME', how=True, idle=(_NO_WANDB,))
     wandb_tags: tuple[str, ...] = option((), 'tags of the run there', metavar='TAG', how=True, idle=(_NO_WANDB,))
-    wandb_resume_id: str = option(
-        '', 'run to continue there', metavar='ID', how=True, recipe=False, idle=(_NO_WANDB,))
+    wandb_resume_id: str = option('', 'run to continue there', metavar='ID', how=True, recipe=False, idle=(_NO_WANDB,))
