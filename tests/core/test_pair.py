@@ -8,8 +8,8 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from models import TinyModel
 from timm.optim import create_optimizer_v2
+from tiny_model import TinyModel
 from torch._dynamo.utils import counters
 
 from timm_vpl import PairOutput, PairWrapper
