@@ -24,11 +24,15 @@ class Wrapped(torch.nn.Module):
         return self.base(x)
 
 
-@pytest.mark.parametrize('kwargs', [{}, {'foreach': False}], ids=str)
-def test_ema_follows_what_was_replaced(kwargs):
+def pair_and_averages(**kwargs):
     torch.manual_seed(0)
     pair = PairWrapper(timm.create_model('test_resnet', num_classes=5), timm.create_model('test_vit', num_classes=5))
-    emas = [ModelEmaV3(pair, decay=0.9, **kwargs), Ema(pair, decay=0.9, **kwargs)]
+    return pair, [ModelEmaV3(pair, decay=0.9, **kwargs), Ema(pair, decay=0.9, **kwargs)]
+
+
+@pytest.mark.parametrize('kwargs', [{}, {'foreach': False}], ids=str)
+def test_ema_follows_what_was_replaced(kwargs):
+    pair, emas = pair_and_averages(**kwargs)
     wrapped = Wrapped(pair.model_b)
     shape = pair.model_a.layer1[0].conv1.weight.shape
     wrapped.num_classes = 5
@@ -53,9 +57,7 @@ def test_ema_follows_what_was_replaced(kwargs):
 
 @pytest.mark.parametrize('kwargs', [{}, {'use_warmup': True}, {'foreach': False}], ids=str)
 def test_ema_is_that_of_timm(kwargs):
-    torch.manual_seed(0)
-    pair = PairWrapper(timm.create_model('test_resnet', num_classes=5), timm.create_model('test_vit', num_classes=5))
-    emas = [ModelEmaV3(pair, decay=0.9, **kwargs), Ema(pair, decay=0.9, **kwargs)]
+    pair, emas = pair_and_averages(**kwargs)
     for step in range(1, 7):
         for tensor in [*pair.parameters(), *pair.buffers()]:
             tensor.data.add_(torch.randn(tensor.shape) if tensor.is_floating_point() else 1)

@@ -227,9 +227,7 @@ def test_distinct_ids_and_no_ids_are_the_same():
 @pytest.mark.parametrize('contrastive_to', SIDES)
 def test_who_learns(contrastive_to, kl_to, stopped):
     output = make_output(stopped=stopped)
-    directions = {'contrastive_to': contrastive_to, 'kl_to': kl_to}
-    default = (contrastive_to, kl_to) == ('b', 'a')
-    terms = make_criterion(**({} if default else directions)).terms(output, make_target())
+    terms = make_criterion(contrastive_to=contrastive_to, kl_to=kl_to).terms(output, make_target())
     assert learners(terms['ce_a_loss'], output) == {'logits_a'}
     assert learners(terms['ce_b_loss'], output) == {'logits_b'}
     both = {'a', 'b'}
@@ -239,6 +237,13 @@ def test_who_learns(contrastive_to, kl_to, stopped):
     want = {f'embed_{side}' for side in learning}
     want |= {f'stopped_{side}' for side in both - learning if side in stopped}
     assert learners(terms['contrastive_loss'], output) == want
+
+
+def test_default_directions():
+    output = make_output()
+    terms = make_criterion().terms(output, make_target())
+    assert learners(terms['contrastive_loss'], output) == {'embed_b'}
+    assert learners(terms['kl_loss'], output) == {'logits_a'}
 
 
 # the sum

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
+from tiny_model import TinyModel
 from torch._dynamo.utils import counters
 
 from timm_vpl import PairOutput, PairWrapper
@@ -59,22 +60,6 @@ def first_classifier(model):
 
 def nothing_held(pair):
     return all(pair.parts[side]._tap.inputs == [] and not pair.parts[side]._tap.on for side in pair.sides)
-
-
-class TinyModel(nn.Module):
-    """A model that is not timm's, with what a branch needs."""
-
-    def __init__(self, num_classes=NUM_CLASSES, width=6, classifier=None):
-        super().__init__()
-        self.num_classes = num_classes
-        self.stem = nn.Conv2d(3, width, 8, stride=8)
-        self.head = nn.Linear(width, num_classes) if classifier is None else classifier
-
-    def get_classifier(self):
-        return self.head
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.stem(x)).mean((2, 3)))
 
 
 class FourDimensional(TinyModel):
@@ -183,19 +168,6 @@ def test_each_part_runs_once(affine_side):
         calls.clear()
     pair(images(), project=False)
     assert calls == ['a', 'b']
-
-
-def test_run_replaces_the_call_of_a_part():
-    pair = make_pair().eval()
-    calls = []
-
-    def run(name, input):
-        calls.append((name, tuple(input.shape)))
-        return pair.run(name, input)
-
-    output = pair(images(), run=run)
-    assert calls == [('a', (4, 3, SIZE, SIZE)), ('b', (4, 3, SIZE, SIZE)), ('affine', (8, 64))]
-    assert torch.equal(output.embed_b, pair(images()).embed_b)
 
 
 # the affine layer
@@ -451,7 +423,7 @@ def test_forward_that_failed_leaves_nothing_behind():
      r'model_a \(TinyModel\): the width of its embedding is not known'),
     (lambda: None, lambda: None, {}, 'model_a and model_b are both None'),
     *(('test_resnet', 'test_vit', {'affine_side': side}, f'affine_side is {side!r}') for side in ('c', None, 'both')),
-], ids=str)
+], ids=lambda value: value if isinstance(value, str) else '')
 def test_models_that_are_no_pair_are_refused(model_a, model_b, kwargs, message):
     models = [make_model(model) if isinstance(model, str) else model() for model in (model_a, model_b)]
     with pytest.raises(ValueError, match=message):

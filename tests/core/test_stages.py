@@ -67,8 +67,12 @@ def test_boundaries_decimals():
             assert on(schedule, epoch) == pair_terms_on(epoch, epochs, x, y), (epochs, x, y, epoch)
 
 
+def test_paper_default():
+    schedule = StageSchedule(300)
+    assert [schedule.stage(epoch) for epoch in range(300)] == [1] * 60 + [2] * 180 + [3] * 60
+
+
 @pytest.mark.parametrize('epochs, x, y, stages', [
-    (300, 20, 20, [1] * 60 + [2] * 180 + [3] * 60),  # the paper's
     (10, 0, 100, [3] * 12),  # distillation from b
     (10, 100, 0, [1] * 12),  # past the end too, where the bare inequality would turn KL on
     (10, 0, 0, [2] * 12),
