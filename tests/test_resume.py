@@ -58,7 +58,7 @@ def stop_at(pattern, data, output, *options, **kwargs):
     ['--mixup', '0.2', '--cutmix', '1.0', '--workers', '2'],
     ['--method', 'dml', '--aug-repeats', '3'],
     ['--grad-accum-steps', '2', '--opt', 'lookahead_adamw', '--sched-on-updates', '--no-prefetcher', '--mixup', '0.8'],
-    ['--sched', 'plateau', '--patience-epochs', '0', '--lr-noise', '0.1', '--val-interval', '2'],
+    ['--sched', 'cosine', '--lr-noise', '0.1', '--val-interval', '2'],
     ['--amp', '--amp-dtype', 'bfloat16', '--on-nonfinite', 'skip', '--no-model-ema'],
     ['--torchcompile', 'eager'],
 ], ids=' '.join)

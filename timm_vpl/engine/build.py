@@ -2,7 +2,6 @@
 import logging
 import math
 import re
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,11 +33,8 @@ from ..data.data import names_of
 from ..errors import RunError, UsageError
 from ..options.options import INPUT_OPTIONS, mixup_active, no_token
 from .trained import create_named, load_trained
-from .zero import ShardedOptimizer
 
 _logger = logging.getLogger(__name__)
-
-UNSHARDABLE = ('Kron', 'Lookahead')  # one generator for all parameters; weights of its own
 
 
 def resolve_data(args) -> dict[str, dict[str, Any]]:
@@ -406,9 +402,8 @@ def create_optimizer(args, pair: PairWrapper, lrs: dict[str, float]) -> torch.op
         kwargs['fused'] = True  # one kernel for all parameters, on a CPU too
     kwargs.update({
         key: value for key, value in (args.opt_kwargs or {}).items() if not key.startswith('fallback_')})
-    create = partial(create_optimizer_v2, lr=max(lrs.values()), **kwargs)
     try:
-        optimizer = create(param_groups(args, pair, lrs))
+        optimizer = create_optimizer_v2(param_groups(args, pair, lrs), lr=max(lrs.values()), **kwargs)
     except (AssertionError, TypeError, ValueError) as e:
         raise UsageError(f'--opt {args.opt}: {e}') from e
     if getattr(optimizer, 'is_second_order', False):
@@ -419,13 +414,6 @@ def create_optimizer(args, pair: PairWrapper, lrs: dict[str, float]) -> torch.op
             f'--opt {args.opt} clips gradients by one norm over both branches ({clips[0]}='
             f'{optimizer.defaults[clips[0]]}), which couples them; --opt-kwargs {clips[0]}=None and --clip-grad clip '
             f'each branch by its own norm')
-    if args.zero and not args.distributed:
-        _logger.warning('--zero: no effect with one process')
-    elif args.zero:
-        if clips or type(optimizer).__name__ in UNSHARDABLE:
-            raise UsageError(f'--opt {args.opt}: --zero can not share it out, its update of a parameter depends on '
-                             f'others{f" (--opt-kwargs {clips[0]}=None does without)" if clips else ""}')
-        optimizer = ShardedOptimizer(optimizer, create)
     return optimizer
 
 

@@ -56,17 +56,16 @@ class FiniteCheck:
         the host waits for the flag where updates are to be skipped, but not in a run that stops anyway.
         """
         bad = torch.stack(list(found.values())).amax()
-        inner = getattr(optimizer, 'optim', optimizer)  # of a sharded one
         if self.device.type == 'cpu':
             if not bad:
                 optimizer.step()
         # torch's fused SGD would leave the momentum of a first step that is left out uninitialised.
-        elif getattr(inner, '_step_supports_amp_scaling', False) and not isinstance(inner, torch.optim.SGD):
-            inner.grad_scale, inner.found_inf = None, bad
+        elif getattr(optimizer, '_step_supports_amp_scaling', False) and not isinstance(optimizer, torch.optim.SGD):
+            optimizer.grad_scale, optimizer.found_inf = None, bad
             try:
                 optimizer.step()
             finally:
-                del inner.grad_scale, inner.found_inf
+                del optimizer.grad_scale, optimizer.found_inf
         elif not self.skip or not bad:
             optimizer.step()
 

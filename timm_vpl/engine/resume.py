@@ -108,9 +108,6 @@ def resume(run, checkpoint: dict[str, Any], options: dict[str, Any]) -> None:
             run.optimizer.load_state_dict(_adapted(checkpoint['optimizer'], own, keys, uniform))
             if run.scaler.is_enabled() and 'amp_scaler' in checkpoint:
                 run.scaler.load_state_dict(checkpoint['amp_scaler'])
-            if checkpoint.get('scheduler') and hasattr(run.scheduler, 'lr_scheduler'):
-                run.scheduler.lr_scheduler.load_state_dict(checkpoint['scheduler']['plateau'])
-                run.scheduler.restore_lr = checkpoint['scheduler']['restore_lr']
         place = checkpoint.get('progress') or {}
         run.progress = Progress(
             checkpoint.get('epoch', -1) + 1, place.get('batch', 0), seconds=place.get('seconds', 0.),
@@ -236,8 +233,6 @@ def restore_ranks(run, checkpoint: dict[str, Any]) -> None:
 def run_state(run) -> dict[str, Any]:
     """Return what a checkpoint needs, beside weights and optimizer, to go on exactly; all processes call it."""
     args, progress = run.args, run.progress
-    if args.zero and args.distributed:
-        run.optimizer.consolidate_state_dict()  # for the first process to save
     own = torch.cat([
         *(buffer.flatten().to(run.device) for buffer in run.statistics),
         *(total[None] for total in progress.sums.values()),
@@ -247,7 +242,6 @@ def run_state(run) -> dict[str, Any]:
     if args.distributed:
         rows = [torch.empty_like(own) for _ in range(args.world_size)] if args.rank == 0 else None
         torch.distributed.gather(own, rows)
-    plateau = getattr(run.scheduler, 'lr_scheduler', None)
     return {
         'progress': {
             'batch': progress.batch,
@@ -258,7 +252,6 @@ def run_state(run) -> dict[str, Any]:
         'ranks': torch.stack(rows).cpu() if rows else None,
         'run': {
             'processes': args.world_size, 'batches an epoch': len(run.loader_train), 'epochs in all': run.num_epochs},
-        'scheduler': plateau and {'plateau': plateau.state_dict(), 'restore_lr': run.scheduler.restore_lr},
         'data': run.data,
         'summary': run.rows,
     }

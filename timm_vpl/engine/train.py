@@ -456,7 +456,7 @@ def fit(run: Run) -> None:
     """
     args, task, saver = run.args, run.task, run.saver
     start_epoch, num_batches = run.progress.epoch, len(run.loader_train)
-    if run.scheduler is not None and start_epoch > 0 and not hasattr(run.scheduler, 'lr_scheduler'):
+    if run.scheduler is not None and start_epoch > 0:
         run.scheduler.step(start_epoch)
         run.scheduler.step_update(_num_updates(run))
     write_summary(run)
@@ -480,7 +480,7 @@ def fit(run: Run) -> None:
         eval_metrics = validate(run) if evaluated else {}
         skipped = run.progress.skipped + (skipped_images(run.loader_eval) if evaluated else 0)
         if run.scheduler is not None:
-            run.scheduler.step(epoch + 1, eval_metrics.get(args.eval_metric))
+            run.scheduler.step(epoch + 1)
         row.update((f'eval_{name}', eval_metrics.get(name, '')) for name in run.columns)
         row.update(epoch_costs(run, sum(from_all(args, skipped)), time.time() - trained))
         run.rows.append(row)
