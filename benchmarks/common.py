@@ -21,8 +21,10 @@ from PIL import Image  # noqa: E402
 
 import timm_vpl  # noqa: E402
 from timm_vpl.engine.device import init_device  # noqa: E402
-from timm_vpl.engine.resume import Progress  # noqa: E402
-from timm_vpl.engine.train import create_run, start, train_one_epoch  # noqa: E402
+from timm_vpl.engine.loop import train_one_epoch  # noqa: E402
+from timm_vpl.engine.run import create_run  # noqa: E402
+from timm_vpl.engine.step import Progress  # noqa: E402
+from timm_vpl.engine.train import begin  # noqa: E402
 from timm_vpl.options.options import parse_args  # noqa: E402
 
 # Data named as more classes than it has: the width of the classifiers is what is measured.
@@ -135,7 +137,7 @@ def create(argv: list[str], epoch: int = STAGE_2, started: bool = True):
     args.output = args.output or scratch()
     run = create_run(args, device)
     if started:
-        start(run, None)
+        begin(run, None)
     run.task.set_epoch(epoch)
     return run
 

@@ -24,8 +24,6 @@ import torch.multiprocessing
 from common import arguments, block, create_fixed, create_parser, interleave, parse
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_vpl.engine.train import update
-
 
 class Counter:
     """Counts calls and bytes of the collectives that Python code calls, whole numbers (decisions) for themselves."""
@@ -84,8 +82,8 @@ def plain_step(options):
         for _, input, target, _ in run.loader_train.epoch(0):
             with run.autocast():
                 loss = run.task.criterion.terms(ddp(input), target)['loss']
-            run.scaler.scale(loss).backward()
-            update(run, 'ab', {'a': None, 'b': None})
+            loss.backward()
+            run.update.step('ab')
     return step
 
 

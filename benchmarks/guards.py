@@ -10,17 +10,23 @@ import os
 from common import STAGE_2, Report, arguments, block, create_fixed, create_parser, interleave, parse
 
 from timm_vpl.engine.control import GO_ON, Control
-from timm_vpl.engine.finite import FiniteCheck
+from timm_vpl.engine.optim import only
+from timm_vpl.engine.step import Update
+
+
+def plain_step(self, learners):
+    """Step without a look at the gradients."""
+    with only(self.optimizer, learners):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 @contextlib.contextmanager
 def without_guards():
     """Take the checks and votes out of the loop."""
     taken = {
-        (FiniteCheck, 'gradients'): lambda self, groups: {},
-        (FiniteCheck, 'step'): lambda self, optimizer, found: optimizer.step(),
-        (FiniteCheck, 'record'): lambda self, where, losses, found: None,
-        (FiniteCheck, 'kept'): lambda self, losses, batches: losses,
+        (Update, 'step'): plain_step,
+        (Update, '_account'): lambda self, progress, size: None,
         (Control, 'decide'): lambda self, wish=GO_ON: GO_ON,
     }
     kept = {key: getattr(*key) for key in taken}

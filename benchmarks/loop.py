@@ -23,7 +23,7 @@ from timm.task import ClassificationTask
 from timm.utils import AverageMeter, NativeScaler
 
 from timm_vpl.data.splits import create_split
-from timm_vpl.engine import build
+from timm_vpl.engine import models, optim
 
 _logger = logging.getLogger('plain')
 
@@ -48,15 +48,15 @@ class Plain:
     def __init__(self, run):
         args, side = run.args, 'a'
         self.args, self.device, self.num_epoch = args, run.device, 0
-        config = build.loader_config(build.resolve_data(args))
-        size = build.size_kwargs(build.pretrained_cfg_of(args.model_a, '--model-a'), config['input_size'])
+        config = models.loader_config(models.resolve_data(args))
+        size = models.size_kwargs(models.pretrained_cfg_of(args.model_a, '--model-a'), config['input_size'])
         model = timm.create_model(args.model_a, num_classes=args.num_classes, **size)
         model.load_state_dict(run.pair.branch(side).state_dict())
         memory_format = torch.channels_last if args.channels_last_a else torch.contiguous_format
         model.to(self.device, memory_format=memory_format)
         self.memory_format = memory_format
         self.optimizer = create_optimizer_v2(
-            model, opt=args.opt, lr=build.learning_rates(args)[side], weight_decay=args.weight_decay_a,
+            model, opt=args.opt, lr=optim.learning_rates(args)[side], weight_decay=args.weight_decay_a,
             fused=run.optimizer.defaults.get('fused'))
         if args.data_dir:
             dataset = create_dataset('', root=args.data_dir, split=args.train_split, is_training=True)
@@ -89,7 +89,7 @@ class Plain:
         if args.torchcompile:
             self.task.compile(backend=args.torchcompile)
         self.autocast = run.autocast
-        self.scaler = NativeScaler(device=self.device.type) if run.scaler.is_enabled() else None
+        self.scaler = NativeScaler(device=self.device.type) if run.update.scaler is not None else None
 
     def epoch(self):
         """Train one epoch."""

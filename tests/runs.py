@@ -1,5 +1,8 @@
-"""Comparing runs: everything that a run leaves, but for times and places; and the line with which a wrong one ends."""
+"""Runs on small real images, in this process or under torchrun, all that they leave, and the line of a wrong one."""
 import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -7,7 +10,46 @@ import torch
 from timm_vpl.cli import train
 from timm_vpl.engine.checkpoint import read_checkpoint
 
+ROOT = Path(__file__).resolve().parent.parent
+
 TIMES = ('seconds', 'eval_seconds', 'images_per_second')
+PAIR = ['--model-a', 'test_resnet', '--model-b', 'test_vit']
+SMALL = [
+    '--img-size', '32', '-b', '8', '--epochs', '2', '--warmup-epochs', '0', '--lr', '0.001', '--workers', '0',
+    '--device', 'cpu', '--checkpoint-hist', '2', '--model-ema-decay', '0.5', '--no-export',
+]
+NOISE = ['--drop', '0.2', '--drop-path', '0.2', '--aa', 'rand-m5-n1', '--reprob', '0.5', '--seed', '7']
+
+
+def run(data, output, *options, name='run', models=PAIR):
+    """Train in this process and return the run's folder."""
+    argv = [str(data), *models, *SMALL, '--output', str(output), '--experiment', name, *options]
+    assert train(argv) == 0
+    return Path(output) / name
+
+
+def last(folder):
+    return read_checkpoint(str(folder / 'last.pth.tar'))
+
+
+def rows(folder):
+    with open(folder / 'summary.csv', newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def assert_equal_weights(state, other, prefix=''):
+    keys = [key for key in state if key.startswith(prefix)]
+    assert keys and all(torch.equal(state[key], other[key]) for key in keys)
+
+
+def torchrun(processes, *argv):
+    """Run the training script under torchrun."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
+    result = subprocess.run(
+        [*command, str(ROOT / 'train_vpl.py'), *map(str, argv)],
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)},
+        capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def summary(folder: Path) -> list[dict]:

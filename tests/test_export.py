@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 from timm_vpl.cli import main, train
 from timm_vpl.core.task import PairTask
-from timm_vpl.engine import build
-from timm_vpl.engine.checkpoint import PairCheckpointSaver, read_checkpoint
-from timm_vpl.engine.trained import branch_config, load_branches
+from timm_vpl.engine.checkpoint import Saver, read_checkpoint
+from timm_vpl.engine.models import branch_config, create_pair, resolve_data
+from timm_vpl.engine.optim import create_criterion, create_optimizer, learning_rates
+from timm_vpl.engine.trained import load_branches
 from timm_vpl.options.options import parse_args, recipe_values
 
 OPTIONS = [
@@ -192,27 +193,26 @@ def save_pair(folder, *options):
     args = parse_args(['--dataset', 'digits', '--batch-size', '2', *options])
     args.world_size, args.distributed = 1, False
     args.num_classes = args.num_classes or 7
-    configs = build.resolve_data(args)
-    pair = build.create_pair(args, configs, torch.device('cpu'))
+    configs = resolve_data(args)
+    pair = create_pair(args, configs, torch.device('cpu'))
     generator = torch.Generator().manual_seed(0)
     for name, buffer in pair.named_buffers():
         if 'running_' in name:
             buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
-    task = PairTask(pair, build.create_criterion(args, 2, torch.device('cpu')), verbose=False)
+    task = PairTask(pair, create_criterion(args, 2, torch.device('cpu')), verbose=False)
     task.setup_ema(decay=0.5)
     pair.averaged = [task.get_trainable_module(ema=True).module]  # a list: not part of the pair
     with torch.no_grad():
         for parameter in pair.averaged[0].parameters():
             parameter.mul_(0.9)
-    saver = PairCheckpointSaver(
+    saver = Saver(
+        str(folder),
         task,
-        build.create_optimizer(args, pair, build.learning_rates(args)),
+        create_optimizer(args, pair, learning_rates(args)),
         recipe_values(args),
         {side: branch_config(pair.branch(side), configs[side], None) for side in pair.sides},
-        checkpoint_dir=str(folder),
-        recovery_dir=str(folder),
     )
-    saver.save(0, {}, metric=1., branch_metrics=dict.fromkeys(pair.sides, 1.))
+    saver.save(0, {}, {'model_best': 1., **{f'best_{side}': 1. for side in pair.sides}})
     return pair, configs, str(folder / 'last.pth.tar')
 
 

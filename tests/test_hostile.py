@@ -26,7 +26,8 @@ from timm.data import resolve_model_data_config
 
 from timm_vpl.cli import main
 from timm_vpl.data.sources import DigitsReader
-from timm_vpl.engine.trained import branch_config, load_branches
+from timm_vpl.engine.models import branch_config
+from timm_vpl.engine.trained import load_branches
 from timm_vpl.options.options import parse_args, recipe_values
 from timm_vpl.text import code, code_block, markdown
 from timm_vpl.tools.card import model_card
@@ -538,15 +539,16 @@ def test_runs_of_others_in_a_report(options, cell, capsys):
 
 def test_a_saver_of_others_names_files_of_its_folder():
     """What a checkpoint lists as its history is deleted in time: nothing elsewhere, nothing of another name."""
-    from timm_vpl.engine import checkpoint as module
+    from timm_vpl.engine.checkpoint import Ranks
+    from timm_vpl.errors import RunError
     own = {'checkpoint_files': [
         ('../mine.txt', 1.), ('/etc/hosts', 1.), ('last.pth.tar', 1.), ('checkpoint-3.pth.tar', 2.)],
         'best_branches': {'a': (1., 3), '/../../x': (1., 3)}, 'pending': (3, 1.)}
-    found = module._own(own, ('a', 'b'))
-    assert found['checkpoint_files'] == [('checkpoint-3.pth.tar', 2.)] and list(found['best_branches']) == ['a']
-    for bad in ({'pending': ('x/../y', 1.)}, {'checkpoint_files': 5}, {'checkpoint_files': [(1, 2)]}, 5):
-        with pytest.raises(module.RunError, match="'saver' of the checkpoint is not that of a run"):
-            module._own(bad, ('a', 'b'))
+    found = Ranks.from_state(own, ('a', 'b'))
+    assert found.files == {'checkpoint-3': 2.} and found.bests == {'best_a': (1., 3)}
+    for bad in ({'best_metric': 1., 'best_epoch': '..'}, {'checkpoint_files': 5}, {'checkpoint_files': [(1, 2)]}, 5):
+        with pytest.raises(RunError, match="'saver' of the checkpoint is not that of a run"):
+            Ranks.from_state(bad, ('a', 'b'))
 
 
 # The token

@@ -1,14 +1,12 @@
 """The command line: `timm-vpl SUBCOMMAND`, `python -m timm_vpl SUBCOMMAND`, and train_vpl.py."""
 import os
 import sys
-import tempfile
 import time
-import traceback
 from argparse import Namespace
 from collections.abc import Callable
 
 from . import __version__
-from .errors import RunError, UsageError, first_line
+from .errors import RunError, UsageError
 from .options.commands import COMMANDS, parse_command
 from .options.train import namespace, parse_args, speaks
 from .text import one_line
@@ -21,8 +19,9 @@ def train(argv: list[str] | None = None, prog: str = 'train_vpl.py') -> int:
     def work():
         from .engine.control import Stopped  # torch and timm, once the options are known to be good
         from .engine.train import train
+        from .tools.trackers import observers_of
         try:
-            train(args)
+            train(args, observers_of(args))
         except Stopped as e:
             if args.rank == 0:
                 print(f'{prog}: {e}', file=sys.stderr)
@@ -72,11 +71,8 @@ def _finish(prog: str, work: Callable[[], None]) -> int:
             print(f'{prog}: interrupted', file=sys.stderr)
         return 130
     except Exception as e:  # of this package, of another, or of user code
-        with tempfile.NamedTemporaryFile(
-                'w', prefix='timm-vpl-', suffix='.txt', encoding='utf-8', errors='replace', delete=False) as file:
-            traceback.print_exc(file=file)
-        message = one_line(f'{type(e).__name__}: {first_line(e)}')
-        print(f'{prog}: error: {message} (traceback: {file.name})', file=sys.stderr)
+        from .engine.boundary import as_line
+        print(f'{prog}: error: {one_line(as_line(e))}', file=sys.stderr)
         return RunError.exit_status
     return 0
 

@@ -10,9 +10,13 @@ import torch
 import torch.nn as nn
 from PIL import Image, ImageOps
 from timm.data.dataset_factory import _search_split as search_split  # if it goes: copy its 20 lines
+from timm.models._hub import save_config_for_hf
 from timm.utils import ModelEmaV3
+from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ['children_of', 'compile_apart', 'guard_posterize', 'lerp_', 'search_split', 'tensor_places']
+__all__ = [
+    'children_of', 'compile_apart', 'compile_modes', 'found_bad', 'guard_posterize', 'has_batch_norm', 'lerp_',
+    'let_scaler_skip', 'search_split', 'tensor_places', 'write_config']
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
@@ -73,3 +77,45 @@ def _posterize(img: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
     if bits_to_keep < 1:
         return Image.new(img.mode, img.size)
     return ImageOps.posterize(img, bits_to_keep)
+
+
+def write_config(model: nn.Module, path: str, **kwargs: Any) -> None:
+    """Write timm's config.json of a model without its weights.
+
+    timm.models._hub.save_config_for_hf. If it goes: timm.models.save_for_hf, which writes the weights too.
+    """
+    save_config_for_hf(model, path, **kwargs)
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Return whether a model has BatchNorm of any kind.
+
+    torch.nn.modules.batchnorm._BatchNorm. If it goes: name each class.
+    """
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def compile_modes() -> list[str]:
+    """Return the modes of torch.compile.
+
+    torch._inductor.list_mode_options. If it goes: torch.compile refuses an unknown mode at the first step.
+    """
+    return list(torch._inductor.list_mode_options())
+
+
+def found_bad(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    """Return whether `unscale_` found a gradient that is not finite: 0-d on the device, above 0 if so.
+
+    GradScaler._per_optimizer_states. If it goes: look at each gradient, a second pass.
+    """
+    return sum(scaler._per_optimizer_states[id(optimizer)]['found_inf_per_device'].values())
+
+
+def let_scaler_skip(optimizer: torch.optim.Optimizer) -> None:
+    """Let a GradScaler leave out a step of torch's fused SGD, not the kernel.
+
+    The kernel leaves the momentum uninitialised where it skips the first step.
+    Optimizer._step_supports_amp_scaling. If it goes: refuse fused SGD under a GradScaler.
+    """
+    if isinstance(optimizer, torch.optim.SGD) and hasattr(optimizer, '_step_supports_amp_scaling'):
+        optimizer._step_supports_amp_scaling = False

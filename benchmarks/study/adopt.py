@@ -13,7 +13,7 @@ import yaml
 
 from timm_vpl.engine.device import init_device
 from timm_vpl.engine.environment import environment
-from timm_vpl.engine.train import create_run
+from timm_vpl.engine.run import create_run
 from timm_vpl.files import replacing
 from timm_vpl.options.options import parse_args
 from timm_vpl.tools.runs import read_run

@@ -15,15 +15,10 @@ from timm.optim import create_optimizer_v2
 from timm_vpl import PairWrapper
 from timm_vpl.cli import train
 from timm_vpl.core.task import PairTask
-from timm_vpl.engine.build import (
-    create_criterion,
-    create_optimizer,
-    create_pair,
-    learning_rates,
-    resolve_data,
-)
 from timm_vpl.engine.checkpoint import read_checkpoint
 from timm_vpl.engine.device import init_device
+from timm_vpl.engine.models import create_pair, resolve_data
+from timm_vpl.engine.optim import create_criterion, create_optimizer, learning_rates
 from timm_vpl.options.options import parse_args
 
 SIZE = 32

@@ -18,9 +18,11 @@ from timm_vpl.cli import main, train
 from timm_vpl.core.inputs import InputTransform
 from timm_vpl.data.loaders import PairEvalLoader, create_eval_loaders
 from timm_vpl.data.splits import create_split
-from timm_vpl.engine.build import create_branch, loader_config, resolve_data
 from timm_vpl.engine.device import init_device
-from timm_vpl.engine.train import create_run, epoch_terms, train_one_epoch
+from timm_vpl.engine.log import epoch_terms
+from timm_vpl.engine.loop import train_one_epoch
+from timm_vpl.engine.models import create_branch, loader_config, resolve_data
+from timm_vpl.engine.run import create_run
 from timm_vpl.options.options import parse_args
 
 CPU = torch.device('cpu')

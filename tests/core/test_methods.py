@@ -10,8 +10,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from runs import TIMES, error_line
-from test_train import NOISE, PAIR, SMALL, assert_equal_weights, last, rows, run, torchrun
+from runs import NOISE, PAIR, SMALL, TIMES, assert_equal_weights, error_line, last, rows, run, torchrun
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, resolve_model_data_config
 from timm.layers import DropPath
 from timm.models import save_for_hf
@@ -22,9 +21,12 @@ from torch.utils.data import DataLoader
 from timm_vpl import PairTask, PairWrapper
 from timm_vpl.core.methods import METHODS
 from timm_vpl.core.teacher import Teacher
-from timm_vpl.engine.build import create_criterion, create_teacher
 from timm_vpl.engine.device import init_device
-from timm_vpl.engine.train import create_run, epoch_terms, train_one_epoch, update
+from timm_vpl.engine.log import epoch_terms
+from timm_vpl.engine.loop import train_one_epoch
+from timm_vpl.engine.optim import create_criterion, only
+from timm_vpl.engine.run import create_run
+from timm_vpl.engine.trained import create_teacher
 from timm_vpl.options.options import parse_args
 
 NUM_CLASSES = 4
@@ -706,7 +708,7 @@ def test_phases_share_an_optimizer_as_if_each_had_its_own():
 
     def create(name, **models):
         groups = [
-            {'params': list(model.parameters()), 'side': side, 'name': f'{side}.0', 'lr': 0.01, 'weight_decay': 0.01}
+            {'params': list(model.parameters()), 'side': side, 'lr': 0.01, 'weight_decay': 0.01}
             for side, model in models.items()]
         return create_optimizer_v2(groups, opt=name, lr=0.01)
 
@@ -727,14 +729,17 @@ def test_phases_share_an_optimizer_as_if_each_had_its_own():
     assert len(names) > 30
     for name in names:
         model_a, model_b = models()
-        run = SimpleNamespace(
-            optimizer=create(name, a=model_a, b=model_b),
-            scaler=torch.amp.GradScaler('cpu', enabled=False),
-            task=SimpleNamespace(clip_gradients=lambda *args: None),
-            args=SimpleNamespace(clip_mode='norm'),
-        )
-        step(model_a, model_b, lambda run=run: update(run, 'a', {}), lambda run=run: update(run, 'b', {}))
-        assert [group['name'] for group in run.optimizer.param_groups] == ['a.0', 'b.0']
+        optimizer = create(name, a=model_a, b=model_b)
+
+        def of(side, optimizer=optimizer):
+            def update():
+                with only(optimizer, side):
+                    optimizer.step()
+                    optimizer.zero_grad()
+            return update
+
+        step(model_a, model_b, of('a'), of('b'))
+        assert [group['side'] for group in optimizer.param_groups] == ['a', 'b']
         plain_a, plain_b = models()
         step(plain_a, plain_b, own_update(create(name, a=plain_a)), own_update(create(name, b=plain_b)))
         for model, wanted in ((model_a, plain_a), (model_b, plain_b)):
@@ -746,19 +751,19 @@ def test_dml_with_a_gradient_scaler(digits_folder, tmp_path):
     options = ['--opt', 'momentum', '--lr', '0.01', '--clip-grad', '1.0']
     plain = start_dml(digits_folder, tmp_path, *options, num_batches=5)
     scaled = start_dml(digits_folder, tmp_path, *options, num_batches=5)
-    scaled.scaler = torch.amp.GradScaler('cpu', init_scale=2., growth_interval=1)
+    scaled.update.scaler = torch.amp.GradScaler('cpu', init_scale=2., growth_interval=1)
     train_one_epoch(plain)
     train_one_epoch(scaled)
-    assert scaled.scaler.get_scale() == 2 ** 11  # it grew after each of two phases a batch
+    assert scaled.update.scaler.get_scale() == 2 ** 11  # it grew after each of two phases a batch
     assert_close_states(scaled.pair.state_dict(), plain.pair.state_dict(), 1e-7)
     # An overflow in one phase costs that phase's step alone.
     run = start_dml(digits_folder, tmp_path, *options, num_batches=1)
-    run.scaler = torch.amp.GradScaler('cpu', init_scale=2.)
+    run.update.scaler = torch.amp.GradScaler('cpu', init_scale=2.)
     parameter = next(run.pair.model_a.parameters())
     parameter.register_hook(lambda grad: grad * float('inf'))
     before = copy.deepcopy(run.pair.state_dict())
     train_one_epoch(run)
-    assert run.scaler.get_scale() == 1.
+    assert run.update.scaler.get_scale() == 1.
     for key, parameter in run.pair.named_parameters():
         assert torch.equal(parameter, before[key]) == (not key.startswith('model_b')), key
 

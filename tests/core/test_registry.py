@@ -12,7 +12,7 @@ import torch.nn as nn
 import yaml
 
 from timm_vpl import PairWrapper
-from timm_vpl.engine.build import size_kwargs
+from timm_vpl.engine.models import size_kwargs
 
 NUM_CLASSES = 10
 MODULES = timm.list_modules()  # the files of timm.models that register models

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from PIL import Image
-from test_train import rows, torchrun
+from runs import rows, torchrun
 from timm.data import ImageDataset, create_transform
 
 from timm_vpl.cli import train

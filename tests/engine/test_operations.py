@@ -6,8 +6,8 @@ import torch
 import torch.nn as nn
 
 from timm_vpl import PairTask, PairWrapper, StagedLoss, Teacher, VPLLoss, base_term
-from timm_vpl.engine.build import training_flops
 from timm_vpl.engine.environment import environment
+from timm_vpl.engine.models import training_flops
 
 CONFIG = {'input_size': (3, 32, 32), 'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'interpolation': 'bicubic'}
 

@@ -99,7 +99,7 @@ def recipe(rng: random.Random, real: Path):
     import yaml
 
     from timm_vpl.engine.device import init_device
-    from timm_vpl.engine.train import create_run
+    from timm_vpl.engine.run import create_run
     from timm_vpl.options.options import parse_args
     source = rng.choice(sorted((ROOT / 'hparams').glob('*.yaml')))
     if rng.random() < 0.4:
@@ -265,7 +265,7 @@ def run_case(watch: Watch, kind: str, number: int, seed: int, real: Path, inside
     wrong = '\n'.join(filter(None, [wrong, *watch.found]))
     if not wrong and list(inside.rglob('ran')):
         wrong = 'a command was executed'
-    if not wrong and '(traceback: ' in shown.getvalue():  # one line, but of no check
+    if not wrong and 'traceback: ' in shown.getvalue():  # one line, but of no check
         wrong = f'{UNEXPECTED}{shown.getvalue().strip()[-300:]}'
     os.chdir(real)
     shutil.rmtree(inside, ignore_errors=True)

@@ -138,7 +138,7 @@ def killed(folder):
     nodes.check(nodes.wait(0, 30) == 1, 'the other machine should fail')
     print(f'the other ended after {time.monotonic() - begin:.1f} s')
     nodes.wait(1)
-    nodes.check(f'error: process 0: {LOST}' in nodes.text(0), 'no line')
+    nodes.check(f'error: {LOST}' in nodes.text(0), 'no line')
     nodes.finish()
     nodes.check(re.search(r'goes on with epoch 1, batch [2-4] of 6', nodes.text(0)), 'it did not go on')
 

@@ -98,7 +98,8 @@ def lost(folder):
     kill(pids[1:])
     check(wait(pids) == [1, -signal.SIGKILL], scenario, 'lost')
     text = log.read_text()
-    check('error: process 0: another process ended or can not be reached' in text, scenario, 'lost')
+    said = 'error: another process ended or can not be reached' in text and 'process 0, epoch 0' in text
+    check(said, scenario, 'lost')
     check('Traceback' not in text, scenario, 'lost')
 
 

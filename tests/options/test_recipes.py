@@ -16,7 +16,9 @@ from timm.data import dataset_factory
 
 from timm_vpl.cli import train
 from timm_vpl.core.methods import METHODS
-from timm_vpl.engine import build
+from timm_vpl.core.pair import PairWrapper
+from timm_vpl.engine.models import create_branch, loader_config, resolve_data
+from timm_vpl.engine.optim import learning_rates
 from timm_vpl.options.options import build_parser, parse_args
 from timm_vpl.options.parsing import read_recipe
 
@@ -139,11 +141,11 @@ def test_real_models_on_the_meta_device(path, digits_folder):
     key = str([args.img_size, args.num_classes, METHODS[args.method].uniform_drop_path] + [
         getattr(args, f'{name}_{side}') for side in args.sides for name in ('model', 'model_kwargs', 'drop_path')])
     if key not in built:
-        configs = build.resolve_data(args)
+        configs = resolve_data(args)
         with torch.device('meta'):
-            models = {side: build.create_branch(args, side, configs[side]) for side in args.sides}
-            pair = build.PairWrapper(models.get('a'), models.get('b'), affine_side=args.affine_side).eval()
-            output = pair(torch.zeros(2, *build.loader_config(configs)['input_size']))
+            models = {side: create_branch(args, side, configs[side]) for side in args.sides}
+            pair = PairWrapper(models.get('a'), models.get('b'), affine_side=args.affine_side).eval()
+            output = pair(torch.zeros(2, *loader_config(configs)['input_size']))
         built[key] = {side: tuple(getattr(output, f'logits_{side}').shape) for side in args.sides}
         assert not METHODS[args.method].distilled or hasattr(models['b'], 'set_distilled_training')
     assert built[key] == dict.fromkeys(args.sides, (2, args.num_classes))
@@ -152,7 +154,7 @@ def test_real_models_on_the_meta_device(path, digits_folder):
 @each_recipe
 def test_learning_rates(path, digits_folder):
     args = options_of(path, digits_folder)
-    lrs = build.learning_rates(args)
+    lrs = learning_rates(args)
     images = args.batch_size * args.world_size
     decays = {getattr(args, f'weight_decay_{side}') for side in args.sides}
     others = [value for part, value in OTHERS.items() if part in path.stem]
@@ -170,7 +172,7 @@ def test_learning_rates(path, digits_folder):
 def test_learning_rates_scale_with_the_batch(digits_folder):
     args = options_of(VPL, digits_folder)
     args.batch_size = 50  # a quarter of the batch, AdamW: half the learning rate
-    assert build.learning_rates(args) == pytest.approx({'a': 0.0025, 'b': 0.001})
+    assert learning_rates(args) == pytest.approx({'a': 0.0025, 'b': 0.001})
 
 
 @pytest.mark.parametrize('prefix, others', [

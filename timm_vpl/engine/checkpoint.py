@@ -1,6 +1,7 @@
-"""Checkpoints: timm's saver, made safe against interruption, with each branch's own best epoch; reading them back."""
+"""Checkpoints in timm's format, written so that an interruption leaves files that load; reading them back."""
 import argparse
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -8,12 +9,13 @@ import pickle
 import re
 import shutil
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from timm.utils import CheckpointSaver
+from timm.task import TrainingTask
 
 from .. import __version__
 from ..errors import RunError, first_line
@@ -22,223 +24,248 @@ from ..files import replace, replacing
 _logger = logging.getLogger(__name__)
 
 RECIPE = 'args.yaml'
+EXTENSION = '.pth.tar'
 
 
-class PairCheckpointSaver(CheckpointSaver):
-    """timm's CheckpointSaver for a PairTask.
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """The bookkeeping of a run's folder, by the names of its files."""
+    files: dict[str, float | None] = dataclasses.field(default_factory=dict)  # metric of each checkpoint-N, best first
+    bests: dict[str, tuple[float, int]] = dataclasses.field(default_factory=dict)  # metric and epoch of the others
 
-    Every file is written under another name, flushed to disk and renamed, so that an interruption leaves the previous
-    one. `best_a` and `best_b` hold each branch's own best epoch, as hard links where the file system has them.
+    def add(self, epoch: int, metrics: dict[str, float], max_history: int, decreasing: bool) -> 'Ranks':
+        """Return the bookkeeping with one more epoch, ranked as timm does: of two equal ones the earlier is better.
+
+        Epochs without a metric follow the others, the newest first.
+
+        Args:
+            epoch: The epoch.
+            metrics: What the files of `bests` are chosen by, and by that of 'model_best' the numbered ones.
+            max_history: Numbered ones to keep.
+            decreasing: A lower metric is better, for 'model_best' and the numbered ones.
+        """
+        sign = -1 if decreasing else 1
+        files = {**self.files, f'checkpoint-{epoch}': metrics.get('model_best')}
+        ranked = sorted(files.items(), key=lambda entry: (
+            (0, -sign * entry[1]) if entry[1] is not None else (1, -int(entry[0].rpartition('-')[2]))))
+        new = {
+            name: (value, epoch) for name, value in metrics.items()
+            if name not in self.bests or (value - self.bests[name][0]) * (sign if name == 'model_best' else 1) > 0}
+        return Ranks(dict(ranked[:max_history]), {**self.bests, **new})
+
+    def names(self, epoch: int) -> list[str]:
+        """Return the names that the checkpoint of an epoch has, beside `last`."""
+        return [name for name in self.files if name == f'checkpoint-{epoch}'] + [
+            name for name, (_, best) in self.bests.items() if best == epoch]
+
+    def there(self, folder: str) -> 'Ranks':
+        """Return the bookkeeping of the files that are there."""
+        return Ranks(*(
+            {name: value for name, value in part.items() if os.path.exists(os.path.join(folder, name + EXTENSION))}
+            for part in (self.files, self.bests)))
+
+    def state_dict(self, epoch: int | None = None, metric: float | None = None) -> dict[str, Any]:
+        """Return what a checkpoint holds of it, in timm's words."""
+        bests = dict(self.bests)
+        best_metric, best_epoch = bests.pop('model_best', (None, None))
+        return {
+            'checkpoint_files': [(name + EXTENSION, value) for name, value in self.files.items()],
+            'best_metric': best_metric,
+            'best_epoch': best_epoch,
+            'best_branches': {name.removeprefix('best_'): best for name, best in bests.items()},
+            'pending': (epoch, metric),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], sides: Iterable[str]) -> 'Ranks':
+        """Return that of a checkpoint, without names that lead out of its folder: what it names, a run deletes.
+
+        Raises:
+            RunError: It is none.
+        """
+        try:
+            files = {
+                name.removesuffix(EXTENSION): None if value is None else float(value)
+                for name, value in state.get('checkpoint_files', [])
+                if re.fullmatch(r'checkpoint-\d+\.pth\.tar', name, re.ASCII)}
+            bests = {f'best_{side}': state.get('best_branches', {}).get(side) for side in sides}
+            if state.get('best_metric') is not None:
+                bests['model_best'] = (state['best_metric'], state['best_epoch'])
+            return cls(files, {name: (float(best[0]), int(best[1])) for name, best in bests.items() if best})
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+            raise RunError("the 'saver' of the checkpoint is not that of a run") from e
+
+
+class Saver:
+    """Writes the checkpoints of a run into its folder.
+
+    A checkpoint is written under another name and flushed to disk, gets all its names but `last` as hard links, and
+    then the name `last`: a run that is killed before that goes on from the one before, and does the epoch again.
 
     Args:
+        folder: The folder.
         task: The task to save.
         optimizer: Its optimizer.
         args: Options of the run, a plain dict.
         branches: timm's config of each branch, by side: what rebuilds it as a plain timm model.
-        **kwargs: timm's further arguments.
+        scaler: Gradient scaler, if there is one.
+        decreasing: A lower metric is better.
+        max_history: Numbered checkpoints to keep.
+        milestones: Numbers of completed epochs whose checkpoints are kept for good.
     """
 
-    def __init__(self, task, optimizer, args: dict[str, Any], branches: dict[str, dict], **kwargs):
-        super().__init__(task.get_trainable_module(), optimizer, task=task, **kwargs)
-        self.options = args
+    def __init__(
+            self,
+            folder: str,
+            task: TrainingTask,
+            optimizer: torch.optim.Optimizer,
+            args: dict[str, Any],
+            branches: dict[str, dict],
+            scaler: torch.amp.GradScaler | None = None,
+            decreasing: bool = False,
+            max_history: int = 10,
+            milestones: Iterable[int] = (),
+    ):
+        self.folder = folder
+        self.task = task
+        self.optimizer = optimizer
         self.branches = branches
-        self.best_branches = {side: (None, None) for side in branches}  # (metric, epoch)
+        self.scaler = scaler
+        self.decreasing = decreasing
+        self.max_history = max_history
+        self.milestones = milestones
+        self.ranks = Ranks()
         self.failed = False  # the last attempt to save an epoch
-        self._state: dict[str, Any] = {}
-        self._pending: dict[str, Any] = {}
-        self._written = False  # `last` is there already, only its place among the others is open
-        recipe = Path(self.checkpoint_dir, RECIPE)
-        self._recipe = recipe.read_bytes() if recipe.exists() else None
+        self._header = {
+            'arch': '+'.join(config['architecture'] for config in branches.values()),
+            'args': args,
+            'branches': branches,
+            'version': 2,
+            'timm_vpl_version': __version__,
+        }
         self._recovered = None  # (epoch, batch) of the last recovery checkpoint of this process
-        found, _ = _by_saves([self._path('last'), *recovery_files(self.recovery_dir)])
+        self._recipe = Path(folder, RECIPE).read_bytes() if os.path.exists(os.path.join(folder, RECIPE)) else None
+        found, _ = _by_saves([self._path('last'), *recovery_files(folder)])
         self._saves = found[-1][0] if found else 0  # of the folder, whatever checkpoint the run goes on from
-        for path in Path(self.checkpoint_dir).glob('*tmp*'):  # of an earlier attempt that was killed
-            if re.fullmatch(r'(recovery_)?tmp\.pth\.tar|.*\.pth\.tar\.tmp|.*\.\d+\.tmp', path.name):
+        self._recoveries = [path for *_, path in found if path != self._path('last')]
+        for path in Path(folder).glob('*tmp*'):  # of an earlier attempt that was killed
+            if re.fullmatch(r'tmp\.pth\.tar|.*\.pth\.tar\.tmp|.*\.\d+\.tmp', path.name):
                 path.unlink()
 
-    def save(
-            self,
-            epoch: int,
-            state: dict[str, Any],
-            metric: float | None = None,
-            branch_metrics: dict[str, float] | None = None,
-            milestone: bool = False,
-    ) -> None:
+    def save(self, epoch: int, state: dict[str, Any], metrics: dict[str, float | None]) -> None:
         """Save a completed epoch; where that fails, say so and keep the older files.
 
         Args:
             epoch: The epoch.
             state: Further entries of the checkpoint.
-            metric: What the checkpoint is ranked by; one that is not finite is none.
-            branch_metrics: What each branch's best epoch is chosen by, likewise.
-            milestone: Keep it for good, as `milestone-N`, N the completed epochs.
+            metrics: What 'model_best' and the numbered checkpoints are ranked by, and 'best_a' and 'best_b'; one that
+                is not finite is none.
         """
-        self._state = {'epoch': epoch, **state}
-        if metric is not None and not math.isfinite(metric):
-            metric = None
-        branch_metrics = {side: value for side, value in (branch_metrics or {}).items() if math.isfinite(value)}
-        self._pending = {'branch_metrics': branch_metrics, 'milestone': milestone}
-        self.failed = not self._attempt(self._finish, epoch, metric)
+        metrics = {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
+        metric = metrics.get('model_best')
+
+        def save():
+            ranks = self.ranks.add(epoch, metrics, self.max_history, self.decreasing)
+            written = self._write({
+                'epoch': epoch, 'saver': ranks.state_dict(epoch, metric), **state,
+                **({} if metric is None else {'metric': metric})})
+            for name in self._names(ranks, epoch):
+                self._link(written, name)
+            for name in self.ranks.files.keys() - ranks.files.keys():
+                Path(self._path(name)).unlink(missing_ok=True)
+            replace(written, self._path('last'))
+            self.ranks = ranks
+        self.failed = not self._attempt(save)
 
     def save_recovery(self, epoch: int, batch: int, state: dict[str, Any]) -> bool:
         """Save within an epoch, after `batch` of its batches; return whether that went well."""
-        if self._recovered == (epoch, batch) and os.path.exists(self.curr_recovery_file):
+        path = self._path(f'recovery-{epoch}-{max(batch - 1, 0)}')
+        if self._recovered == (epoch, batch) and os.path.exists(path):
             return True  # nothing has changed since
-        index = max(batch - 1, 0)
-        name = f'{self.recovery_prefix}-{epoch}-{index}{self.extension}'
-        # A file of this name is written over; timm would then delete it as its own predecessor.
-        before = [path for path in (self.prev_recovery_file, self.curr_recovery_file) if os.path.basename(path) != name]
-        self.prev_recovery_file, self.curr_recovery_file = ['', *before][-2:]
-        self._state = {'epoch': epoch - 1, **state}  # the last one completed
-        self._pending = {}
-        saved = self._attempt(super().save_recovery, epoch, index)
-        if saved:
-            self._recovered = (epoch, batch)
-        return saved
 
-    def _attempt(self, save, *args) -> bool:
+        def save():
+            # The epoch is the last one completed.
+            replace(self._write({'epoch': epoch - 1, 'saver': self.ranks.state_dict(), **state}), path)
+            self._recovered = (epoch, batch)
+            self._recoveries = [*(other for other in self._recoveries if other != path), path]
+            for other in self._recoveries[:-2]:
+                Path(other).unlink(missing_ok=True)
+        return self._attempt(save)
+
+    def resume(self, state: dict[str, Any], source: str, epoch: int) -> None:
+        """Take up the bookkeeping of a checkpoint, and give it the names that an interruption kept it from having.
+
+        Args:
+            state: Its entry 'saver'.
+            source: Its file, in this folder.
+            epoch: Its epoch.
+        """
+        self.ranks = Ranks.from_state(state, self.branches)
+        if state.get('pending', (None,))[0] == epoch:  # not one within an epoch
+            self._attempt(lambda: [
+                self._link(source, name) for name in [*self._names(self.ranks, epoch), 'last']
+                if not os.path.exists(self._path(name))])
+        self.ranks = self.ranks.there(self.folder)
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.folder, name + EXTENSION)
+
+    def _names(self, ranks: Ranks, epoch: int) -> list[str]:
+        return ranks.names(epoch) + [f'milestone-{epoch + 1}'] * (epoch + 1 in self.milestones)
+
+    def _attempt(self, save: Callable[[], Any]) -> bool:
         try:
             self._make_again()
-            save(*args)
+            save()
             return True
         except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into a RuntimeError
-            for name in ('tmp', 'recovery_tmp'):
-                with contextlib.suppress(OSError):
-                    os.unlink(self._path(name))
-            _logger.error(f'Not saved: {self.checkpoint_dir}: {_cause(e)}; the run goes on, older checkpoints are kept')
+            with contextlib.suppress(OSError):
+                os.unlink(self._path('tmp'))
+            _logger.error(f'Not saved: {self.folder}: {_cause(e)}; the run goes on, older checkpoints are kept')
             return False
 
     def _make_again(self):
         """Make the folder again if it was removed, and forget what is not in it any more."""
-        folder, recipe = self.checkpoint_dir, os.path.join(self.checkpoint_dir, RECIPE)
-        if os.path.isdir(folder) and (self._recipe is None or os.path.exists(recipe)):
+        recipe = os.path.join(self.folder, RECIPE)
+        if os.path.isdir(self.folder) and (self._recipe is None or os.path.exists(recipe)):
             return
-        os.makedirs(folder, exist_ok=True)
+        os.makedirs(self.folder, exist_ok=True)
         if self._recipe is not None:
             with replacing(recipe, 'wb') as file:
                 file.write(self._recipe)
-        _logger.error(f'{folder}: was removed, made again; it will hold what is saved from now on')
-        self.checkpoint_files = [entry for entry in self.checkpoint_files if os.path.exists(entry[0])]
-        if not os.path.exists(self._path('model_best')):
-            self.best_metric = self.best_epoch = None
-        for side in self.branches:
-            if not os.path.exists(self._path(f'best_{side}')):
-                self.best_branches[side] = (None, None)
+        _logger.error(f'{self.folder}: was removed, made again; it will hold what is saved from now on')
+        self.ranks = self.ranks.there(self.folder)
 
-    def _finish(self, epoch, metric):
-        """Save, rank and link, each step in a way that can be repeated."""
-        self.save_checkpoint(epoch, metric)
-        for side, value in self._pending.get('branch_metrics', {}).items():
-            if self.best_branches[side][0] is None or value > self.best_branches[side][0]:
-                self.best_branches[side] = (value, epoch)
-                self._duplicate(self._path('last'), self._path(f'best_{side}'))
-        if self._pending.get('milestone'):
-            self.save_milestone(epoch + 1)
-
-    def _path(self, name):
-        return os.path.join(self.checkpoint_dir, name + self.extension)
-
-    def _save(self, save_path, epoch, metric=None):
-        if self._written:
-            return
+    def _write(self, state: dict[str, Any]) -> str:
+        """Write a checkpoint to a temporary file and return its path."""
         self._saves += 1
         state = {
-            'arch': '+'.join(config['architecture'] for config in self.branches.values()),
-            'args': self.options,
-            'branches': self.branches,
+            **self._header,
             'optimizer': self.optimizer.state_dict(),
-            'version': 2,
-            'timm_vpl_version': __version__,
-            **self.task.get_checkpoint_state(unwrap_fn=self.unwrap_fn),
-            **self.task.get_checkpoint_state(ema=True, unwrap_fn=self.unwrap_fn),
-            'saver': {**self.state_dict(epoch, metric), **self._pending},
+            **self.task.get_checkpoint_state(),
+            **self.task.get_checkpoint_state(ema=True),
+            **({} if self.scaler is None else {'amp_scaler': self.scaler.state_dict()}),
             'saves': self._saves,
             'time': time.time(),
-            **self._state,
+            **state,
         }
-        if self.amp_scaler is not None:
-            state['amp_scaler'] = self.amp_scaler.state_dict()
-        if metric is not None:
-            state['metric'] = metric
-        with open(save_path, 'wb') as file:
+        with open(self._path('tmp'), 'wb') as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        return self._path('tmp')
 
-    def _replace(self, src, dst):
-        if not self._written:
-            replace(src, dst)
-
-    def _duplicate(self, src, dst):
-        if os.path.exists(dst) and os.path.samefile(src, dst):
-            return  # a rename of one name of a file to another would leave both
-        temporary = f'{dst}.tmp'
+    def _link(self, source: str, name: str) -> None:
+        """Give a file another name, in the place of what has it: a hard link where the file system has them."""
+        temporary = self._path(name) + '.tmp'
         Path(temporary).unlink(missing_ok=True)
         try:
-            try:
-                os.link(src, temporary)
-            except (OSError, NotImplementedError):
-                shutil.copy2(src, temporary)
-                with open(temporary, 'rb') as file:
-                    os.fsync(file.fileno())
-            replace(temporary, dst)
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-
-    def state_dict(self, epoch=None, metric=None):
-        """Return timm's bookkeeping and the branches' best epochs."""
-        return {**super().state_dict(epoch, metric), 'best_branches': dict(self.best_branches)}
-
-    def load_state_dict(self, state_dict, source: str | None = None):
-        """Restore the bookkeeping, and do what an interruption kept from being done after the file was written.
-
-        Args:
-            state_dict: The entry 'saver' of a checkpoint of this folder.
-            source: The checkpoint's file.
-        """
-        if not state_dict:
-            return
-        state_dict = _own(state_dict, self.branches)
-        last, completed = self._path('last'), 'branch_metrics' in state_dict
-        is_last = completed and source is not None and os.path.exists(last) and os.path.samefile(source, last)
-        # timm counts the checkpoint itself in if its link is there; the latest one's may be missing.
-        super().load_state_dict(state_dict if completed and not is_last else {**state_dict, 'pending': (None, None)})
-        self.best_branches.update({side: tuple(best) for side, best in state_dict.get('best_branches', {}).items()})
-        recoveries = [path for *_, path in _by_saves(recovery_files(self.recovery_dir))[0]]
-        for path in recoveries[:-2]:
-            Path(path).unlink(missing_ok=True)
-        self.prev_recovery_file, self.curr_recovery_file = ['', '', *recoveries][-2:]
-        if is_last:
-            self._pending = {name: state_dict[name] for name in ('branch_metrics', 'milestone')}
-            self._written = True
-            self._attempt(self._finish, *state_dict['pending'])
-            self._written = False
-        elif completed:
-            for side, value in state_dict['branch_metrics'].items():
-                if self.best_branches[side][0] is None or value > self.best_branches[side][0]:
-                    self.best_branches[side] = (value, state_dict['pending'][0])
-
-
-def _own(state_dict: dict[str, Any], sides) -> dict[str, Any]:
-    """Return a saver's bookkeeping without names that lead out of its folder: what it names, it replaces and deletes.
-
-    Raises:
-        RunError: It is none.
-    """
-    try:
-        own = {**state_dict, 'checkpoint_files': [
-            (name, metric) for name, metric in state_dict.get('checkpoint_files', [])
-            if re.fullmatch(r'checkpoint-\d+\.pth\.tar', name, re.ASCII)]}
-        for key in ('best_branches', 'branch_metrics'):
-            if key in own:
-                own[key] = {side: value for side, value in own[key].items() if side in sides}
-        epoch = own.get('pending', (None, None))[0]
-        if epoch is not None and not isinstance(epoch, int):
-            raise TypeError
-    except (AttributeError, IndexError, TypeError, ValueError) as e:
-        raise RunError("the 'saver' of the checkpoint is not that of a run") from e
-    return own
+            os.link(source, temporary)
+        except (OSError, NotImplementedError):
+            shutil.copy2(source, temporary)
+            with open(temporary, 'rb') as file:
+                os.fsync(file.fileno())
+        replace(temporary, self._path(name))
 
 
 def _cause(error: BaseException) -> str:

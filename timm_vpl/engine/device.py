@@ -7,6 +7,8 @@ from timm.utils import init_distributed_device
 
 from ..errors import RunError, UsageError, first_line
 
+LOST = 'another process ended or can not be reached, see the lines before this one, of the other machines too'
+
 
 @contextlib.contextmanager
 def agreement(args):

@@ -1,7 +1,7 @@
 """Going on: what a run saves of itself beside weights and optimizer, and how it continues from that exactly."""
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -11,26 +11,25 @@ from ..data.identity import data_changes
 from ..errors import RunError, UsageError, first_line
 from ..options.options import changed_options
 from .checkpoint import newest_checkpoint, read_checkpoint
+from .step import Progress
 
 _logger = logging.getLogger('train')
 
 
-@dataclass
-class Progress:
-    """How far a run has come: the present epoch, and of it what this process has done."""
-    epoch: int = 0
-    batch: int = 0  # batches done
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)  # of each loss term over them
-    skipped: int = 0  # unreadable images
-    seconds: float = 0.
-    lrs: dict[str, float] = field(default_factory=dict)  # of each branch, at its start
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+    path: str = ''  # of the checkpoint that it goes on from
+    auto: bool = False  # it goes on in its own folder
+    epoch: int | None = None  # restart by hand, with this epoch
+    optimizer: bool = True  # go on with that of the checkpoint
 
 
-def find_checkpoint(args, restarted: bool = False) -> str:
-    """Return the checkpoint to go on from, '' for none; called by one process.
+def find_start(args, restarted: bool = False) -> Start:
+    """Return where to begin; called by one process.
 
-    It is that of --resume; with --resume auto or a folder, and where torchrun has restarted the processes, the newest
-    one of the run's folder.
+    The checkpoint is that of --resume; with --resume auto or a folder, and where torchrun has restarted the processes,
+    the newest one of the run's folder.
 
     Args:
         args: Options.
@@ -39,43 +38,46 @@ def find_checkpoint(args, restarted: bool = False) -> str:
     if restarted and not args.experiment:
         _logger.warning(
             'Restarted by torchrun, from the beginning: only a run with --experiment NAME goes on by itself')
-    folder = os.path.join(args.output, args.experiment)
+    folder, auto = os.path.join(output_of(args), args.experiment), args.resume_auto
     if int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)):
         if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
             # Its store keeps the addresses of processes that have ended, which a restart then tries to reach.
             _logger.warning('torchrun --max-restarts: start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or the '
                             'processes of a restart will not find each other')
         if args.experiment and not args.resume:
-            args.resume_auto = True  # a restart could not tell an older run of this name from its own
-    if not args.resume_auto and not (restarted and args.experiment):
-        return args.resume
+            auto = True  # a restart could not tell an older run of this name from its own
+    by_hand = Start(args.resume, auto, args.start_epoch, not args.no_resume_opt)
+    if not auto and not (restarted and args.experiment):
+        return by_hand
     path = newest_checkpoint(folder)
-    if path is None and args.resume not in ('', 'auto') and args.resume_auto:
+    if path is None and args.resume not in ('', 'auto') and auto:
         raise UsageError(f'--resume {args.resume}: no checkpoint in this folder')
     _logger.info(f'--resume auto: {path}' if path else f'--resume auto: nothing to resume in {folder}, a fresh start')
     if path is None:
-        return '' if args.resume_auto else args.resume
-    if restarted:
-        # These held for the first start, which has saved since.
-        args.start_epoch, args.no_resume_opt = None, False
-    args.resume_auto = True
-    return path
+        return replace(by_hand, path='') if auto else by_hand
+    # What was given by hand held for the first start, which has saved since.
+    return Start(path, True) if restarted else replace(by_hand, path=path, auto=True)
 
 
-def load_checkpoint(args) -> dict[str, Any]:
+def output_of(args) -> str:
+    """Return the folder of all runs."""
+    return args.output or './output/train'
+
+
+def load_checkpoint(start: Start) -> dict[str, Any]:
     """Return the checkpoint of --resume.
 
     Raises:
         RunError: It can't be read, or lacks what a run needs to go on.
     """
-    if not os.path.exists(args.resume):
-        raise RunError(f'--resume {args.resume}: not there for process {args.rank}; all machines read the same folder')
-    checkpoint = read_checkpoint(args.resume)
+    if not os.path.exists(start.path):
+        raise RunError(f'--resume {start.path}: not there for a process; all machines read the same folder')
+    checkpoint = read_checkpoint(start.path)
     missing = [key for key, needed in (
-        ('epoch', args.start_epoch is None), ('optimizer', not args.no_resume_opt)) if needed and key not in checkpoint]
+        ('epoch', start.epoch is None), ('optimizer', start.optimizer)) if needed and key not in checkpoint]
     if missing:
         raise RunError(
-            f'--resume {args.resume}: holds weights, but no {" and no ".join(missing)}; --no-resume-opt and '
+            f'--resume {start.path}: holds weights, but no {" and no ".join(missing)}; --no-resume-opt and '
             f'--start-epoch N go on without')
     return checkpoint
 
@@ -92,41 +94,47 @@ def resume(run, checkpoint: dict[str, Any], options: dict[str, Any]) -> None:
         RunError: The checkpoint is one of other models.
         UsageError: The run would not be the one that it was.
     """
-    args, task = run.args, run.task
-    own = [dict(group) for group in run.optimizer.param_groups]
+    task, start = run.task, run.start
     try:
         _check_same_run(run, checkpoint, options)
         task.load_checkpoint_state(checkpoint['state_dict'], task_state=checkpoint.get('task_state'))
         if task.has_ema():
             task.load_checkpoint_state(checkpoint.get('state_dict_ema', checkpoint['state_dict']), ema=True)
-        if not args.no_resume_opt:
-            # How an optimizer computes is not part of the run; what a restart by hand gives holds.
-            keys = ['fused', 'foreach', *(['lr'] if run.scheduler is None else [])]
-            if args.start_epoch is not None:
-                keys += ['lr', 'initial_lr', 'lr_scale', 'weight_decay', 'betas', 'eps', 'momentum']
-            uniform = type(run.optimizer).__module__.startswith('torch.optim.')
-            run.optimizer.load_state_dict(_adapted(checkpoint['optimizer'], own, keys, uniform))
-            if run.scaler.is_enabled() and 'amp_scaler' in checkpoint:
-                run.scaler.load_state_dict(checkpoint['amp_scaler'])
-            if checkpoint.get('scheduler') and hasattr(run.scheduler, 'lr_scheduler'):
-                run.scheduler.lr_scheduler.load_state_dict(checkpoint['scheduler']['plateau'])
-                run.scheduler.restore_lr = checkpoint['scheduler']['restore_lr']
-        place = checkpoint.get('progress') or {}
-        run.progress = Progress(
-            checkpoint.get('epoch', -1) + 1, place.get('batch', 0), seconds=place.get('seconds', 0.),
-            lrs=place.get('lrs', {}))
-        whole = isinstance(run.progress.epoch, int) and isinstance(run.progress.batch, int)
-        if not (whole and run.progress.epoch >= 0 <= run.progress.batch <= len(run.loader_train)):
-            raise ValueError(f'it stands at epoch {run.progress.epoch}, batch {run.progress.batch}')
+        if start.optimizer:
+            _load_optimizer(run, checkpoint)
+        run.progress = _place(checkpoint, len(run.loader_train))
+        if start.epoch is not None:
+            run.progress = Progress(start.epoch)
         run.rows = [row for row in checkpoint.get('summary', []) if row['epoch'] < run.progress.epoch]
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        raise RunError(f'--resume {args.resume}: does not fit this pair ({first_line(e)})') from e
-    if args.start_epoch is not None:
-        run.progress = Progress(args.start_epoch)
-        run.rows = [row for row in run.rows if row['epoch'] < args.start_epoch]
+        raise RunError(f'--resume {start.path}: does not fit this pair ({first_line(e)})') from e
     _logger.info(
-        f'Resumed {args.resume}: goes on with epoch {run.progress.epoch}, batch {run.progress.batch} of '
+        f'Resumed {start.path}: goes on with epoch {run.progress.epoch}, batch {run.progress.batch} of '
         f'{len(run.loader_train)}')
+
+
+def _place(checkpoint, num_batches) -> Progress:
+    """Return where a checkpoint stands, without what each process has of its own."""
+    place = checkpoint.get('progress') or {}
+    progress = Progress(
+        checkpoint.get('epoch', -1) + 1, place.get('batch', 0), seconds=place.get('seconds', 0.),
+        lrs=place.get('lrs', {}))
+    whole = isinstance(progress.epoch, int) and isinstance(progress.batch, int)
+    if not (whole and progress.epoch >= 0 <= progress.batch <= num_batches):
+        raise ValueError(f'it stands at epoch {progress.epoch}, batch {progress.batch}')
+    return progress
+
+
+def _load_optimizer(run, checkpoint):
+    # How an optimizer computes is not part of the run; what a restart by hand gives holds.
+    keys = ['fused', 'foreach', *(['lr'] if run.scheduler is None else [])]
+    if run.start.epoch is not None:
+        keys += ['lr', 'initial_lr', 'lr_scale', 'weight_decay', 'betas', 'eps', 'momentum']
+    own = [dict(group) for group in run.optimizer.param_groups]
+    uniform = type(run.optimizer).__module__.startswith('torch.optim.')
+    run.optimizer.load_state_dict(_adapted(checkpoint['optimizer'], own, keys, uniform))
+    if run.update.scaler is not None and 'amp_scaler' in checkpoint:
+        run.update.scaler.load_state_dict(checkpoint['amp_scaler'])
 
 
 def _adapted(saved: dict[str, Any], own: list[dict], keys: list[str], uniform: bool) -> dict[str, Any]:
@@ -165,7 +173,7 @@ def _adapted(saved: dict[str, Any], own: list[dict], keys: list[str], uniform: b
 
 def _check_same_run(run, checkpoint, options):
     """Refuse what would make a continued run another one, warn of what changes its course."""
-    args = run.args
+    args, start = run.args, run.start
     then = checkpoint.get('run', {})
     processes, batch_size = then.get('processes'), checkpoint['args'].get('batch_size') if then else None
     # A checkpoint of timm's own script has options of another kind.
@@ -183,12 +191,12 @@ def _check_same_run(run, checkpoint, options):
     for name, value in (('batches an epoch', len(run.loader_train)), ('epochs in all', run.num_epochs)):
         if then.get(name, value) != value and not (refused or others):  # else that is why
             refused.append(f'{then[name]} {name} before, now {value}')
-    if refused == others and others and args.start_epoch is None:
-        raise UsageError(f'--resume {args.resume}: {"; ".join(others)}; --accept-data-change goes on with them from a '
+    if refused == others and others and start.epoch is None:
+        raise UsageError(f'--resume {start.path}: {"; ".join(others)}; --accept-data-change goes on with them from a '
                          f'checkpoint at the end of an epoch')
-    if refused and args.start_epoch is None:
+    if refused and start.epoch is None:
         raise UsageError(
-            f'--resume {args.resume}: not the run that it was: {"; ".join(refused)}; a run goes on as it began '
+            f'--resume {start.path}: not the run that it was: {"; ".join(refused)}; a run goes on as it began '
             f'(--start-epoch {checkpoint.get("epoch", -1) + 1} restarts by hand with other options)')
     for line in refused + warned:
         _logger.warning(f'--resume: changed: {line}')
@@ -205,7 +213,7 @@ def _check_data(run, checkpoint: dict[str, Any]) -> list[str]:
         now = run.data[role]
         changes = data_changes(then, now)
         if 'classes' in changes:
-            raise UsageError(f'--resume {run.args.resume}: {role} data: {changes["classes"]}; the weights have learnt '
+            raise UsageError(f'--resume {run.start.path}: {role} data: {changes["classes"]}; the weights have learnt '
                              f'the classes of before')
         if changes:
             lines.append(f'{role} data: {next(iter(changes.values()))}')
@@ -225,40 +233,39 @@ def restore_ranks(run, checkpoint: dict[str, Any]) -> None:
     else:
         own = rows.mean(dim=0)
         own[-1] = rows[:, -1].sum() if run.args.rank == 0 else 0
+    terms = checkpoint['progress']['terms']
     *statistics, sums, skipped = own.split([
-        *(buffer.numel() for buffer in run.statistics), len(checkpoint['progress']['terms']), 1])
+        *(buffer.numel() for buffer in run.statistics), len(terms) + bool(terms), 1])
     for buffer, values in zip(run.statistics, statistics, strict=True):
         buffer.copy_(values.view_as(buffer))
-    run.progress.sums = dict(zip(checkpoint['progress']['terms'], sums.to(run.device), strict=True))
+    if terms:
+        sums = sums.to(run.device)
+        run.progress.terms, run.progress.sums, run.progress.kept = terms, sums[:-1], sums[-1]
     run.progress.skipped = int(skipped)
 
 
 def run_state(run) -> dict[str, Any]:
     """Return what a checkpoint needs, beside weights and optimizer, to go on exactly; all processes call it."""
     args, progress = run.args, run.progress
-    if args.zero and args.distributed:
-        run.optimizer.consolidate_state_dict()  # for the first process to save
     own = torch.cat([
         *(buffer.flatten().to(run.device) for buffer in run.statistics),
-        *(total[None] for total in progress.sums.values()),
+        *([] if progress.sums is None else [progress.sums, progress.kept[None]]),
         torch.tensor([progress.skipped], device=run.device),
     ]).float()
     rows = [own]
     if args.distributed:
         rows = [torch.empty_like(own) for _ in range(args.world_size)] if args.rank == 0 else None
         torch.distributed.gather(own, rows)
-    plateau = getattr(run.scheduler, 'lr_scheduler', None)
     return {
         'progress': {
             'batch': progress.batch,
             'seconds': progress.seconds,
             'lrs': progress.lrs,
-            'terms': list(progress.sums),
+            'terms': progress.terms,
         },
         'ranks': torch.stack(rows).cpu() if rows else None,
         'run': {
             'processes': args.world_size, 'batches an epoch': len(run.loader_train), 'epochs in all': run.num_epochs},
-        'scheduler': plateau and {'plateau': plateau.state_dict(), 'restore_lr': run.scheduler.restore_lr},
         'data': run.data,
         'summary': run.rows,
     }

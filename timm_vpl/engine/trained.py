@@ -1,22 +1,21 @@
 """Trained models, each a plain timm model, from where they are: a run, a checkpoint, an export, the Hub, timm."""
 import json
 import logging
-import math
 import os
-import pickle
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.nn as nn
 from timm.data import resolve_model_data_config
-from timm.models import clean_state_dict, create_model
-from timm.models._hub import save_config_for_hf
+from timm.models import clean_state_dict
 
-from ..core.names import SIDES
-from ..errors import RunError, UsageError, first_line
-from ..options.options import INTERPOLATIONS
+from ..core.methods import METHODS
+from ..core.names import SIDES, partner_of
+from ..core.teacher import Teacher
+from ..errors import RunError, UsageError
 from .checkpoint import read_checkpoint
+from .models import create_named, first_difference, try_images
 
 _logger = logging.getLogger(__name__)
 
@@ -38,26 +37,6 @@ class TrainedModel(NamedTuple):
         if self.side is None:
             return self.architecture
         return f'{self.architecture} ({self.side}{"" if self.ema is None else ", EMA" if self.ema else ", raw"})'
-
-
-# What timm's configuration says of the weights that it would have downloaded, not of ours.
-_PROVENANCE = (
-    'tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes', 'label_names',
-    'label_descriptions')
-
-
-def branch_config(model: nn.Module, data_config: dict[str, Any], class_names: list[str] | None) -> dict[str, Any]:
-    """Return timm's config.json of a model: what rebuilds it and prepares its images, without its weights."""
-    cfg = model.pretrained_cfg
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / 'config.json'
-        model.pretrained_cfg = {key: value for key, value in cfg.items() if key not in _PROVENANCE}
-        try:
-            save_config_for_hf(
-                model, str(path), model_config={'label_names': class_names or None}, data_config=data_config)
-        finally:
-            model.pretrained_cfg = cfg
-        return json.loads(path.read_text())  # with lists for tuples, as whoever loads it will have it
 
 
 def load_branches(
@@ -183,52 +162,6 @@ def _build(config, where) -> nn.Module:
         return create_named(f'local-dir:{folder}', where)
 
 
-def create_named(name: str, where: str, **kwargs) -> nn.Module:
-    """Create a model with timm.
-
-    Raises:
-        UsageError: timm can't; the message begins with `where`.
-    """
-    try:
-        model = create_model(name, **kwargs)
-    except Exception as e:  # timm checks little of what a config.json or a file of weights holds
-        if isinstance(e.__cause__, pickle.UnpicklingError):
-            raise UsageError(f'{where}: refused, a file of its weights holds more than tensors and plain types') from e
-        raise UsageError(f'{where}: can not be built: {first_line(e, 300)}') from e
-    if ':' in name:
-        _check_config(model.pretrained_cfg, where)
-    return model
-
-
-def _is_number(value):
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-_VALID = {
-    'architecture': lambda value: isinstance(value, str),
-    'input_size': lambda value: len(value) == 3 and all(isinstance(size, int) and 0 < size <= 4096 for size in value),
-    'mean': lambda value: len(value) > 0 and all(map(_is_number, value)),
-    'std': lambda value: len(value) > 0 and all(_is_number(std) and std > 0 for std in value),
-    'crop_pct': lambda value: _is_number(value) and value > 0,
-    'crop_mode': lambda value: value in ('center', 'squash', 'border'),
-    'interpolation': lambda value: value in ('random', *INTERPOLATIONS),
-    'num_classes': lambda value: isinstance(value, int) and value >= 0,
-    'label_names': lambda value: not isinstance(value, str) and all(isinstance(name, str) for name in value),
-}
-
-
-def _check_config(cfg: dict[str, Any], where: str) -> None:
-    """Raise UsageError where a config.json of others says what timm would trip over later."""
-    for key, valid in _VALID.items():
-        value = cfg.get(key)
-        try:
-            good = value is None or valid(value)
-        except TypeError:
-            good = False
-        if not good:
-            raise UsageError(f'{where}: its configuration can not be right: {key} is {str(value)[:80]!r}')
-
-
 def load_trained(source: str, ema: bool | None = None, side: str | None = None) -> list[TrainedModel]:
     """Load what a source names, with its trained weights.
 
@@ -254,3 +187,45 @@ def load_trained(source: str, ema: bool | None = None, side: str | None = None) 
         data_config=resolve_model_data_config(model),
         class_names=cfg.get('label_names'),
     )]
+
+
+def create_teacher(args, data_config: dict[str, Any], class_names: list[str] | None) -> Teacher | None:
+    """Create the frozen teacher of a method that has one, in the place of the branch that the pair has not.
+
+    Args:
+        args: Options.
+        data_config: Data configuration of the images that the student gets.
+        class_names: Names of the classes in the data, if they are known.
+
+    Raises:
+        UsageError: The teacher can't be read, is several, or knows other classes.
+    """
+    if not METHODS[args.method].has_teacher(args.sides):
+        return None
+    [student] = args.sides
+    side = partner_of(student)
+    try:
+        found = load_trained(args.teacher, side=args.teacher_branch)
+    except (RunError, UsageError) as e:
+        raise type(e)(f'--teacher: {e}') from e
+    if len(found) > 1:
+        found = [branch for branch in found if branch.side == side]
+    [trained] = found
+    if args.teacher_branch and trained.side is None:
+        _logger.warning('--teacher-branch: no effect, the teacher is one model')
+    name = f'--teacher {args.teacher}: {trained.label}'
+    for what, known, there in (
+            ('classes', trained.model.num_classes, args.num_classes),
+            ('channels', trained.data_config['input_size'][0], data_config['input_size'][0]),
+    ):
+        if known != there:
+            raise UsageError(f'{name} knows {known} {what}, the data has {there}')
+    if difference := first_difference(trained.class_names, class_names):
+        raise UsageError(f'{name} knows other classes, {difference}')
+    try:
+        teacher = Teacher(trained.model, side, trained.data_config, data_config)
+    except ValueError as e:
+        raise UsageError(f'--teacher {args.teacher}: {trained.label} can not teach: {e}') from e
+    try_images(teacher, data_config['input_size'], f'--teacher {args.teacher}: {trained.label}')
+    _logger.info(f'Teacher: {trained.label} of {trained.source}')
+    return teacher

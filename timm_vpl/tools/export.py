@@ -14,8 +14,8 @@ from timm.models import create_model, save_for_hf
 
 from ..core.names import SIDES
 from ..data.splits import names_of, read_class_map
-from ..engine.build import pretrained_cfg_of, size_kwargs
-from ..engine.trained import TrainedModel, branch_config, create_named, load_branches
+from ..engine.models import branch_config, create_named, pretrained_cfg_of, size_kwargs
+from ..engine.trained import TrainedModel, load_branches
 from ..errors import RunError, UsageError, first_line
 from .card import MARK, is_unedited, model_card
 
@@ -317,3 +317,18 @@ def _reason(error) -> str:
         return f'{known[status]} ({status})'
     message = getattr(error, 'server_message', None) or str(error.__cause__ or error)
     return f'{type(error).__name__}: {" ".join(message.split())[:160]}'
+
+
+class ExportObserver:
+    """Exports each branch of a run from its best epoch when the run ends."""
+
+    def finished(self, folder: str) -> bool:
+        """Return whether a run's folder holds the exports."""
+        return not missing_exports(folder)
+
+    def end(self, run) -> None:
+        """Export; where that fails, say so: what was trained is kept."""
+        try:
+            export_run(run.output_dir)
+        except (OSError, RunError, UsageError, ValueError) as e:
+            _logger.error(f'Not exported: {e}')

@@ -11,9 +11,8 @@ import pytest
 import timm.optim
 import torch
 import yaml
-from runs import differences, summary
+from runs import NOISE, PAIR, SMALL, differences, last, rows, run, summary, torchrun
 from safetensors.torch import load_file, save_file
-from test_train import NOISE, PAIR, SMALL, last, rows, run, torchrun
 
 import timm_vpl.files
 from timm_vpl.cli import train
@@ -58,7 +57,7 @@ def stop_at(pattern, data, output, *options, **kwargs):
     ['--mixup', '0.2', '--cutmix', '1.0', '--workers', '2'],
     ['--method', 'dml', '--aug-repeats', '3'],
     ['--grad-accum-steps', '2', '--opt', 'lookahead_adamw', '--sched-on-updates', '--mixup', '0.8'],
-    ['--sched', 'plateau', '--patience-epochs', '0', '--lr-noise', '0.1', '--val-interval', '2'],
+    ['--sched', 'cosine', '--lr-noise', '0.1', '--val-interval', '2'],
     ['--amp', '--amp-dtype', 'bfloat16', '--on-nonfinite', 'skip', '--no-model-ema'],
     ['--torchcompile', 'eager'],
 ], ids=' '.join)
@@ -208,7 +207,7 @@ def test_killed_while_saving(digits_folder, tmp_path, monkeypatch, whole, instan
         return call
 
     with monkeypatch.context() as patch:
-        for name in ('replace', 'link', 'remove'):
+        for name in ('replace', 'link', 'unlink'):
             patch.setattr(os, name, interrupted(name))
         try:
             run(digits_folder, tmp_path / 'part', *SHORT, '--save-epochs', '2', '--stop-epoch', '2')
@@ -267,7 +266,6 @@ def test_another_run_is_refused(digits_folder, begun, capsys, options, message):
     from timm_vpl.cli import train
     before = (begun / 'run' / 'last.pth.tar').stat().st_mtime_ns
     argv = [str(digits_folder), '--model-a', 'test_resnet', '--model-b', 'test_vit']
-    from test_train import SMALL
     argv += [*SMALL, *SHORT, '--output', str(begun), '--resume', 'auto', *options]
     assert train(argv) == 2
     line = capsys.readouterr().err

@@ -1,48 +1,12 @@
 """Whole runs of the training command on small real images."""
-import csv
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from runs import TIMES
+from runs import NOISE, PAIR, SMALL, TIMES, assert_equal_weights, last, rows, run, torchrun
 
 from timm_vpl.cli import train
-from timm_vpl.engine.checkpoint import read_checkpoint
-
-ROOT = Path(__file__).resolve().parent.parent
-
-PAIR = ['--model-a', 'test_resnet', '--model-b', 'test_vit']
-SMALL = [
-    '--img-size', '32', '-b', '8', '--epochs', '2', '--warmup-epochs', '0', '--lr', '0.001', '--workers', '0',
-    '--device', 'cpu', '--checkpoint-hist', '2', '--model-ema-decay', '0.5', '--no-export',
-]
-NOISE = ['--drop', '0.2', '--drop-path', '0.2', '--aa', 'rand-m5-n1', '--reprob', '0.5', '--seed', '7']
-
-
-def run(data, output, *options, name='run', models=PAIR):
-    """Train in this process and return the run's folder."""
-    argv = [str(data), *models, *SMALL, '--output', str(output), '--experiment', name, *options]
-    assert train(argv) == 0
-    return Path(output) / name
-
-
-def last(folder):
-    return read_checkpoint(str(folder / 'last.pth.tar'))
-
-
-def rows(folder):
-    with open(folder / 'summary.csv', newline='') as f:
-        return list(csv.DictReader(f))
-
-
-def assert_equal_weights(state, other, prefix=''):
-    keys = [key for key in state if key.startswith(prefix)]
-    assert keys and all(torch.equal(state[key], other[key]) for key in keys)
 
 
 def test_run_folder(digits_folder, tmp_path):
@@ -183,16 +147,6 @@ def test_a_schedule_by_updates(digits_folder, tmp_path):
 def test_class_pairs_other_than_cnn_and_vit(digits_folder, tmp_path, caplog):
     run(digits_folder, tmp_path, '--epochs', '1', models=['--model-a', 'test_vit', '--model-b', 'test_resnet'])
     assert 'roles are swapped' in caplog.text
-
-
-def torchrun(processes, *argv):
-    """Run the training script under torchrun."""
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
-    result = subprocess.run(
-        [*command, str(ROOT / 'train_vpl.py'), *map(str, argv)],
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)},
-        capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def test_two_processes_train_as_one(digits_folder, tmp_path):

@@ -2,14 +2,13 @@
 import pytest
 import timm
 import torch
-from runs import summary
-from test_train import NOISE, PAIR, SMALL, last, run
+from runs import NOISE, PAIR, SMALL, last, run, summary
 
+from timm_vpl import PairTask, PairWrapper, StagedLoss, base_term
 from timm_vpl.cli import train
-from timm_vpl.core.task import PairTask
-from timm_vpl.engine import train as train_module
+from timm_vpl.core.seeding import BranchStreams
 from timm_vpl.engine.checkpoint import read_checkpoint
-from timm_vpl.engine.finite import FiniteCheck
+from timm_vpl.engine.step import Update
 
 OPTIONS = [*NOISE, '--epochs', '2', '--x', '0', '--opt', 'adamw', '--clip-grad', '1.0']
 
@@ -45,14 +44,15 @@ def fail(capsys, data, output, *options):
 
 
 @pytest.mark.parametrize('spoil, names', [
-    (everywhere, 'kl_loss, loss, gradient of branch a, gradient of branch b'),
-    (in_b, 'loss, gradient of branch b'),
+    (everywhere, 'kl_loss, loss, gradients'),
+    (in_b, 'loss, gradients'),
 ])
 def test_stop_names_what_is_bad(digits_folder, tmp_path, monkeypatch, capsys, spoil, names):
     poison(monkeypatch, {7}, spoil)
     error = fail(capsys, digits_folder, tmp_path, '--recovery-interval', '1')
-    assert 'epoch 1, batch 2: not finite: ' in error and error.count('not finite') == 1
-    assert set(names.split(', ')) == set(error.partition('not finite: ')[2].partition(' (process')[0].split(', '))
+    assert 'epoch 1, up to batch 2: not finite: ' in error and error.count('not finite') == 1
+    found = error.partition('not finite: ')[2].partition(', in 1 update(s)')[0]
+    assert set(names.split(', ')) == set(found.split(', '))
     assert 'older checkpoints are as they were' in error
     assert sorted(path.name for path in (tmp_path / 'run').glob('recovery*')) == [
         'recovery-1-0.pth.tar', 'recovery-1-1.pth.tar']
@@ -73,19 +73,18 @@ def test_skip_leaves_the_update_out(digits_folder, tmp_path, monkeypatch, caplog
     with monkeypatch.context() as patch:
         poison(patch, bad, spoil)
         skipped = run(digits_folder, tmp_path, *options, name='skipped')
-    assert caplog.text.count('this update is left out (1 in a row)') == 1
-    assert 'epoch 0, batch 3: not finite: ' in caplog.text
+    assert 'epoch 0, up to batch 4: not finite: ' in caplog.text and '; 1 left out, at most 1 in a row' in caplog.text
 
     # The same, with the update taken out by hand.
-    calls, update = [0], train_module.update
+    step, calls = Update.step, [0]
 
-    def without(run, learners, clip_limits):
+    def without(self, learners):
         calls[0] += 1
-        if calls[0] - 1 in bad:
-            run.optimizer.zero_grad()
-            return {side: torch.ones(()) for side in learners}
-        return update(run, learners, clip_limits)
-    monkeypatch.setattr(train_module, 'update', without)
+        if calls[0] - 1 not in bad:
+            return step(self, learners)
+        self.optimizer.zero_grad()
+        self._found.append(torch.ones(()))
+    monkeypatch.setattr(Update, 'step', without)
     by_hand = run(digits_folder, tmp_path, *options, name='by_hand')
     for key in ('state_dict', 'state_dict_ema'):
         state, other = last(skipped)[key], last(by_hand)[key]
@@ -95,14 +94,16 @@ def test_skip_leaves_the_update_out(digits_folder, tmp_path, monkeypatch, caplog
 
 def test_skip_has_a_limit(digits_folder, tmp_path, monkeypatch, capsys, caplog):
     poison(monkeypatch, {1, *range(3, 99)}, everywhere)
-    error = fail(capsys, digits_folder, tmp_path, '--on-nonfinite', 'skip', '--nonfinite-limit', '2')
-    assert 'epoch 1, batch 0: not finite: ' in error and '3 updates in a row' in error
-    assert caplog.text.count('left out (1 in a row)') == 2 and caplog.text.count('left out (2 in a row)') == 1
+    options = ['--on-nonfinite', 'skip', '--nonfinite-limit', '2', '--log-interval', '1']
+    error = fail(capsys, digits_folder, tmp_path, *options)
+    assert 'epoch 1, up to batch 0: not finite: ' in error and '3 in a row (--nonfinite-limit 2)' in error
+    assert caplog.text.count('1 left out, at most 1 in a row') == 2
+    assert caplog.text.count('1 left out, at most 2 in a row') == 1
 
 
 def test_a_run_that_diverges(digits_folder, tmp_path, capsys):
     error = fail(capsys, digits_folder, tmp_path, '--opt', 'sgd', '--lr', '1e30')
-    assert 'epoch 0, batch ' in error and 'not finite: ' in error
+    assert 'epoch 0, up to batch ' in error and 'not finite: ' in error
 
 
 def test_a_validation_that_is_not_finite_is_no_result(digits_folder, tmp_path, caplog):
@@ -119,7 +120,8 @@ def test_a_validation_that_is_not_finite_is_no_result(digits_folder, tmp_path, c
         'eval_top1', *(f'eval_{ema}{metric}_{name}' for ema in ('', 'ema_') for metric in ('loss', 'top1', 'top5')
                        for name in ('a', 'ens'))}
     checkpoint = last(folder)
-    assert checkpoint['saver']['branch_metrics'] == {'b': float(row['eval_ema_top1_b'])} and 'metric' not in checkpoint
+    assert checkpoint['saver']['best_branches'] == {'b': (float(row['eval_ema_top1_b']), 0)}
+    assert 'metric' not in checkpoint
     found = {path.name for path in folder.glob('*.pth.tar')}
     assert found == {'last.pth.tar', 'checkpoint-0.pth.tar', 'best_b.pth.tar'}
     assert {path.name for path in (folder / 'export').iterdir()} == {'vpl-test_vit'}
@@ -129,16 +131,18 @@ def test_a_validation_that_is_not_finite_is_no_result(digits_folder, tmp_path, c
         checkpoint[key]['model_a.bn1.running_mean'].zero_()
     torch.save({**checkpoint, 'ranks': checkpoint['ranks'].nan_to_num()}, folder / 'last.pth.tar')
     run(digits_folder, tmp_path, *options, '--resume', 'auto')
-    assert last(folder)['saver']['best_epoch'] is None and (folder / 'model_best.pth.tar').exists()
+    assert last(folder)['saver']['best_epoch'] == 1 and (folder / 'model_best.pth.tar').exists()
     assert read_checkpoint(str(folder / 'best_a.pth.tar'))['epoch'] == 1
     assert {path.name for path in (folder / 'export').iterdir()} == {'vpl-test_resnet', 'vpl-test_vit'}
 
 
 def test_large_gradients_are_finite():
-    parameter = torch.nn.Parameter(torch.zeros(4))
-    parameter.grad = torch.full((4,), 3e38)
-    check = FiniteCheck(torch.device('cpu'))
-    groups = [{'name': 'a.0', 'params': [parameter]}]
-    assert check.gradients(groups) == {'a': 0} and torch.equal(parameter.grad, torch.full((4,), 3e38))
-    parameter.grad[2] = -torch.inf
-    assert check.gradients(groups) == {'a': 1}
+    pair = PairWrapper(timm.create_model('test_vit', num_classes=2, img_size=32), None)
+    task = PairTask(pair, StagedLoss([base_term('a')]), streams=BranchStreams(0, 0, torch.device('cpu')), verbose=False)
+    groups = [{'params': list(pair.parameters()), 'side': 'a'}]
+    for spoil, counted in ((0., 0), (3e38, 0), (-torch.inf, 1), (torch.nan, 1)):
+        update = Update(task, torch.optim.SGD(groups, lr=0.), 1)
+        for parameter in pair.parameters():
+            parameter.grad = torch.full_like(parameter, spoil)
+        update.step('a')
+        assert [int(found) for found in update._found] == [counted]

@@ -1,8 +1,13 @@
-"""From options to the parts of a run: models, pair, optimizer, criterion, task."""
+"""The one place that builds models: branches, the pair of a run, and what their images are prepared by."""
+import json
 import logging
 import math
+import pickle
 import re
+import tempfile
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,36 +15,22 @@ import torch.nn as nn
 from timm.data import resolve_data_config
 from timm.data.loader import adapt_to_chs
 from timm.layers import convert_sync_batchnorm
-from timm.loss import create_classification_loss
-from timm.models import get_pretrained_cfg
-from timm.optim import (
-    create_optimizer_v2,
-    get_optimizer_class,
-    optimizer_kwargs,
-    param_groups_layer_decay,
-    param_groups_weight_decay,
-)
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.models import create_model, get_pretrained_cfg
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..core.criterion import StagedLoss
-from ..core.methods import METHODS, Setting
-from ..core.names import partner_of
+from ..compat import has_batch_norm, write_config
+from ..core.methods import METHODS
 from ..core.pair import PairWrapper, classifiers_of
 from ..core.seeding import seed_all
 from ..core.stochastic_depth import set_uniform_drop_path
 from ..core.task import PairTask
 from ..core.teacher import Teacher
 from ..data.splits import names_of
-from ..errors import RunError, UsageError
-from ..options.options import INPUT_OPTIONS, mixup_active, no_token
-from .trained import create_named, load_trained
-from .zero import ShardedOptimizer
+from ..errors import UsageError, first_line
+from ..options.options import INPUT_OPTIONS, INTERPOLATIONS, no_token
 
 _logger = logging.getLogger(__name__)
-
-UNSHARDABLE = ('Kron', 'Lookahead')  # one generator for all parameters; weights of its own
 
 
 def resolve_data(args) -> dict[str, dict[str, Any]]:
@@ -98,6 +89,72 @@ def size_kwargs(cfg: dict[str, Any], input_size) -> dict[str, Any]:
     return {'img_size': height if height == width else (height, width)}
 
 
+def create_named(name: str, where: str, **kwargs) -> nn.Module:
+    """Create a model with timm.
+
+    Raises:
+        UsageError: timm can't; the message begins with `where`.
+    """
+    try:
+        model = create_model(name, **kwargs)
+    except Exception as e:  # timm checks little of what a config.json or a file of weights holds
+        if isinstance(e.__cause__, pickle.UnpicklingError):
+            raise UsageError(f'{where}: refused, a file of its weights holds more than tensors and plain types') from e
+        raise UsageError(f'{where}: can not be built: {first_line(e, 300)}') from e
+    if ':' in name:
+        _check_config(model.pretrained_cfg, where)
+    return model
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+_VALID = {
+    'architecture': lambda value: isinstance(value, str),
+    'input_size': lambda value: len(value) == 3 and all(isinstance(size, int) and 0 < size <= 4096 for size in value),
+    'mean': lambda value: len(value) > 0 and all(map(_is_number, value)),
+    'std': lambda value: len(value) > 0 and all(_is_number(std) and std > 0 for std in value),
+    'crop_pct': lambda value: _is_number(value) and value > 0,
+    'crop_mode': lambda value: value in ('center', 'squash', 'border'),
+    'interpolation': lambda value: value in ('random', *INTERPOLATIONS),
+    'num_classes': lambda value: isinstance(value, int) and value >= 0,
+    'label_names': lambda value: not isinstance(value, str) and all(isinstance(name, str) for name in value),
+}
+
+
+def _check_config(cfg: dict[str, Any], where: str) -> None:
+    """Raise UsageError where a config.json of others says what timm would trip over later."""
+    for key, valid in _VALID.items():
+        value = cfg.get(key)
+        try:
+            good = value is None or valid(value)
+        except TypeError:
+            good = False
+        if not good:
+            raise UsageError(f'{where}: its configuration can not be right: {key} is {str(value)[:80]!r}')
+
+
+# What timm's configuration says of the weights that it would have downloaded, not of ours.
+_PROVENANCE = (
+    'tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes', 'label_names',
+    'label_descriptions')
+
+
+def branch_config(model: nn.Module, data_config: dict[str, Any], class_names: list[str] | None) -> dict[str, Any]:
+    """Return timm's config.json of a model: what rebuilds it and prepares its images, without its weights."""
+    cfg = model.pretrained_cfg
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'config.json'
+        model.pretrained_cfg = {key: value for key, value in cfg.items() if key not in _PROVENANCE}
+        try:
+            write_config(
+                model, str(path), model_config={'label_names': class_names or None}, data_config=data_config)
+        finally:
+            model.pretrained_cfg = cfg
+        return json.loads(path.read_text())  # with lists for tuples, as whoever loads it will have it
+
+
 def create_branch(args, side: str, data_config: dict[str, Any]) -> nn.Module:
     """Create a branch's model with timm, its weights drawn from a stream of their own.
 
@@ -153,52 +210,6 @@ def _initialize_head(model, scale, bias):
             nn.init.constant_(layer.bias, bias)
 
 
-def create_teacher(args, data_config: dict[str, Any], class_names: list[str] | None) -> Teacher | None:
-    """Create the frozen teacher of a method that has one, in the place of the branch that the pair has not.
-
-    Args:
-        args: Options.
-        data_config: Data configuration of the images that the student gets.
-        class_names: Names of the classes in the data, if they are known.
-
-    Raises:
-        UsageError: The teacher can't be read, is several, or knows other classes.
-    """
-    if not METHODS[args.method].has_teacher(args.sides):
-        return None
-    [student] = args.sides
-    side = partner_of(student)
-    try:
-        found = load_trained(args.teacher, side=args.teacher_branch)
-    except (RunError, UsageError) as e:
-        raise type(e)(f'--teacher: {e}') from e
-    if len(found) > 1:
-        found = [branch for branch in found if branch.side == side]
-    [trained] = found
-    if args.teacher_branch and trained.side is None:
-        _logger.warning('--teacher-branch: no effect, the teacher is one model')
-    name = f'--teacher {args.teacher}: {trained.label}'
-    for what, known, there in (
-            ('classes', trained.model.num_classes, args.num_classes),
-            ('channels', trained.data_config['input_size'][0], data_config['input_size'][0]),
-    ):
-        if known != there:
-            raise UsageError(f'{name} knows {known} {what}, the data has {there}')
-    names = trained.class_names or ()
-    names = names_of(names) if isinstance(names, dict) else names
-    for i, (known, there) in enumerate(zip(names, class_names or (), strict=False)):
-        if known != there:
-            raise UsageError(f'{name} knows other classes, class {i} is {known!r} to it and {there!r} in the data')
-    try:
-        teacher = Teacher(trained.model, side, trained.data_config, data_config)
-        with torch.no_grad():
-            teacher(torch.zeros(1, *data_config['input_size']))
-    except (AssertionError, IndexError, RuntimeError, ValueError) as e:
-        raise UsageError(f'--teacher {args.teacher}: {trained.label} can not teach: {str(e).splitlines()[0]}') from e
-    _logger.info(f'Teacher: {trained.label} of {trained.source}')
-    return teacher
-
-
 def create_pair(
         args,
         configs: dict[str, dict[str, Any]],
@@ -223,8 +234,7 @@ def create_pair(
         _logger.warning('--sync-bn: no effect with one process')
     models = {side: create_branch(args, side, configs[side]) for side in args.sides}
     for side, model in models.items():
-        batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-        if batch_norm and args.batch_size == 1 and not sync_bn:
+        if args.batch_size == 1 and not sync_bn and has_batch_norm(model):
             raise UsageError(f'--batch-size 1: --model-{side} {getattr(args, f"model_{side}")} has BatchNorm, which '
                              f'needs at least 2 images a process')
     if METHODS[args.method].distilled:
@@ -234,7 +244,7 @@ def create_pair(
         pair = PairWrapper(
             models.get('a'),
             models.get('b'),
-            affine_side=getattr(args, 'affine_side', 'b'),
+            affine_side=args.affine_side,
             partner_dim=None if teacher is None else teacher.embed_dim,
             affine=METHODS[args.method].projects(args.options.own, args.sides),
         )
@@ -246,7 +256,10 @@ def create_pair(
     for side in pair.sides:
         _freeze(args, pair, side)
     pair.set_inputs(loader_config(configs), configs)
-    _try_forward(args, pair, configs)
+    pair.eval()
+    for side in pair.sides:
+        try_images(
+            partial(pair.run, side), configs[side]['input_size'], f'--model-{side} {getattr(args, f"model_{side}")}')
     for side, model in models.items():
         if getattr(args, f'channels_last_{side}'):
             model.to(memory_format=torch.channels_last)
@@ -263,12 +276,20 @@ def check_pretrained_classes(args, pair: PairWrapper, class_names: list[str] | N
     """Warn where a pretrained branch keeps a classifier of as many other classes."""
     for side in pair.sides if class_names else ():
         names = pair.branch(side).pretrained_cfg.get('label_names') if _is_pretrained(args, side) else None
-        names = names_of(names) if isinstance(names, dict) else list(names or ())
-        if len(names) == len(class_names) and names != class_names:
-            i = next(i for i, pair in enumerate(zip(names, class_names, strict=True)) if pair[0] != pair[1])
+        difference = first_difference(names, class_names)
+        if len(names or ()) == len(class_names) and difference:
             _logger.warning(
-                f'--model-{side} {getattr(args, f"model_{side}")}: its classifier knows other classes, class {i} is '
-                f'{names[i]!r} to it and {class_names[i]!r} in the data; training begins with it all the same')
+                f'--model-{side} {getattr(args, f"model_{side}")}: its classifier knows other classes, {difference}; '
+                f'training begins with it all the same')
+
+
+def first_difference(names: Sequence[str] | dict | None, class_names: list[str] | None) -> str | None:
+    """Return in what class a model's names of the classes are not those of the data, None where they agree."""
+    names = names_of(names) if isinstance(names, dict) else names
+    for i, (known, there) in enumerate(zip(names or (), class_names or (), strict=False)):
+        if known != there:
+            return f'class {i} is {known!r} to it and {there!r} in the data'
+    return None
 
 
 def _freeze(args, pair, side):
@@ -293,17 +314,21 @@ def _set_distilled(args, models):
 
 
 @torch.no_grad()
-def _try_forward(args, pair, configs):
-    """Run each branch once on a blank image, so that a model that can't take the input is named before the run."""
-    pair.eval()
-    for side in pair.sides:
-        input_size = configs[side]['input_size']
-        try:
-            pair.run(side, torch.zeros(1, *input_size))
-        except (AssertionError, IndexError, RuntimeError, ValueError) as e:
-            raise UsageError(
-                f'--model-{side} {getattr(args, f"model_{side}")}: can not take images of size {tuple(input_size)}: '
-                f'{(str(e).strip() or type(e).__name__).splitlines()[0]}') from e
+def try_images(forward: Callable, input_size: tuple[int, ...], what: str) -> None:
+    """Run a model once on a blank image on the CPU, so that one that can't take it is named before the run.
+
+    Raises:
+        UsageError: It can't; the message begins with `what`.
+    """
+    try:
+        forward(torch.zeros(1, *input_size))
+    except (AssertionError, IndexError, RuntimeError, ValueError) as e:
+        raise UsageError(f'{what}: can not take images of size {tuple(input_size)}: {first_line(e)}') from e
+
+
+def _has_attention(model) -> bool:
+    """Return whether a model mixes positions by attention, by the names that timm's modules have."""
+    return any(re.search('attn|attention|xca|gpsa', type(module).__name__, re.IGNORECASE) for module in model.modules())
 
 
 def training_flops(task: PairTask, configs: dict[str, dict[str, Any]]) -> int:
@@ -342,141 +367,3 @@ def _count_flops(model: nn.Module, input_size: tuple[int, ...]) -> tuple[int, in
             sum(learning).backward()
     model.zero_grad(set_to_none=True)
     return forward, counter.get_total_flops()
-
-
-def _has_attention(model) -> bool:
-    """Return whether a model mixes positions by attention, by the names that timm's modules have."""
-    return any(re.search('attn|attention|xca|gpsa', type(module).__name__, re.IGNORECASE) for module in model.modules())
-
-
-def learning_rates(args) -> dict[str, float]:
-    """Return each branch's learning rate: as given, or its base scaled to the global batch by timm's rule."""
-    global_batch = args.batch_size * args.world_size * args.grad_accum_steps
-    ratio = global_batch / args.lr_base_size
-    scale = args.lr_base_scale or ('sqrt' if any(name in args.opt.lower() for name in ('ada', 'lamb')) else 'linear')
-    if scale == 'sqrt':
-        ratio = ratio ** 0.5
-    return {
-        side: lr if (lr := getattr(args, f'lr_{side}')) is not None else getattr(args, f'lr_base_{side}') * ratio
-        for side in args.sides
-    }
-
-
-def param_groups(args, pair: PairWrapper, lrs: dict[str, float]) -> list[dict[str, Any]]:
-    """Return the optimizer's groups, with their branch as 'side', each branch's as timm makes them for the model alone.
-
-    The affine layer has the learning rate and weight decay of branch b, or of the only one.
-    """
-    opt_kwargs = args.opt_kwargs or {}
-    fallback = {key: opt_kwargs[key] for key in ('fallback_list', 'fallback_no_weight_decay') if key in opt_kwargs}
-    groups = []
-    for side in pair.sides:
-        model = pair.branch(side)
-        kwargs = {
-            'weight_decay': getattr(args, f'weight_decay_{side}'),
-            'no_weight_decay_list': getattr(model, 'no_weight_decay', set)(),
-            **fallback,
-        }
-        layer_decay = getattr(args, f'layer_decay_{side}')
-        if layer_decay is None:
-            branch_groups = param_groups_weight_decay(model, **kwargs)
-        else:
-            branch_groups = param_groups_layer_decay(
-                model,
-                layer_decay=layer_decay,
-                min_scale=getattr(args, f'layer_decay_min_scale_{side}') or 0.,
-                no_opt_scale=getattr(args, f'layer_decay_no_opt_scale_{side}'),
-                **kwargs,
-            )
-        if side == pair.sides[-1] and pair.affine is not None:
-            branch_groups += param_groups_weight_decay(pair.affine, weight_decay=kwargs['weight_decay'])
-        groups += [
-            {**group, 'lr': lrs[side], 'side': side, 'name': f'{side}.{i}'} for i, group in enumerate(branch_groups)]
-    return groups
-
-
-def create_optimizer(args, pair: PairWrapper, lrs: dict[str, float]) -> torch.optim.Optimizer:
-    """Create the one optimizer of both branches.
-
-    Raises:
-        UsageError: An optimizer that timm does not know, or options that it does not take.
-    """
-    kwargs = optimizer_kwargs(args)
-    for key in ('lr', 'weight_decay', 'layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale'):
-        kwargs.pop(key, None)
-    if _has_fused(args.opt) and not {'foreach', 'capturable', 'differentiable'} & set(args.opt_kwargs or {}):
-        kwargs['fused'] = True  # one kernel for all parameters, on a CPU too
-    kwargs.update({
-        key: value for key, value in (args.opt_kwargs or {}).items() if not key.startswith('fallback_')})
-    create = partial(create_optimizer_v2, lr=max(lrs.values()), **kwargs)
-    try:
-        optimizer = create(param_groups(args, pair, lrs))
-    except (AssertionError, TypeError, ValueError) as e:
-        raise UsageError(f'--opt {args.opt}: {e}') from e
-    if getattr(optimizer, 'is_second_order', False):
-        raise UsageError(f'--opt {args.opt}: not available, fused attention and the gather have no second derivative')
-    clips = [key for key in ('max_grad_norm', 'grad_clip_norm') if optimizer.defaults.get(key)]
-    if clips and len(pair.sides) > 1 and METHODS[args.method].updates(args.options.own) == 1:
-        _logger.warning(
-            f'--opt {args.opt} clips gradients by one norm over both branches ({clips[0]}='
-            f'{optimizer.defaults[clips[0]]}), which couples them; --opt-kwargs {clips[0]}=None and --clip-grad clip '
-            f'each branch by its own norm')
-    if args.zero and not args.distributed:
-        _logger.warning('--zero: no effect with one process')
-    elif args.zero:
-        if clips or type(optimizer).__name__ in UNSHARDABLE:
-            raise UsageError(f'--opt {args.opt}: --zero can not share it out, its update of a parameter depends on '
-                             f'others{f" (--opt-kwargs {clips[0]}=None does without)" if clips else ""}')
-        optimizer = ShardedOptimizer(optimizer, create)
-    return optimizer
-
-
-def _has_fused(name: str) -> bool:
-    """Return whether an optimizer is one of torch's that has a fused implementation on every device."""
-    try:
-        optimizer_class = get_optimizer_class(name.removeprefix('lookahead_'), bind_defaults=False)
-    except ValueError:
-        return False
-    return optimizer_class in (torch.optim.Adam, torch.optim.AdamW)
-
-
-def create_scheduler(args, optimizer: torch.optim.Optimizer, updates_per_epoch: int):
-    """Create the learning rate scheduler and return it (None for --sched none) with the epochs that it runs.
-
-    Raises:
-        UsageError: Options that timm's scheduler does not take.
-    """
-    try:
-        scheduler, num_epochs = create_scheduler_v2(
-            optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
-    except (AssertionError, ValueError) as e:
-        raise UsageError(f'--sched {args.sched}: {e}') from e
-    if scheduler is None:
-        for group in optimizer.param_groups:  # timm leaves the scale of a layer to the scheduler
-            group['lr'] *= group.get('lr_scale', 1.)
-    return scheduler, num_epochs
-
-
-def create_criterion(args, epochs: int, device: torch.device) -> StagedLoss:
-    """Create the criterion of --method, on timm's classification loss.
-
-    Args:
-        epochs: Number of epochs that the learning rate scheduler runs.
-        device: Where the loss is computed.
-    """
-    base_loss = None
-    if args.bce_loss or METHODS[args.method].bce:
-        base_loss = create_classification_loss(
-            'bce',
-            smoothing=args.smoothing,
-            soft_targets=mixup_active(args),
-            bce_target_thresh=args.bce_target_thresh,
-            bce_sum=args.bce_sum,
-            pos_weight=args.bce_pos_weight,
-        )
-    elif args.smoothing and not mixup_active(args):
-        base_loss = create_classification_loss('ce', smoothing=args.smoothing)
-    if base_loss is not None:
-        base_loss.to(device)  # its class weights
-    setting = Setting(args.sides, epochs, base_loss, getattr(args, 'student', None), args.bce_sum)
-    return METHODS[args.method].criterion(args.options.own, setting)

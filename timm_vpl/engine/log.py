@@ -1,0 +1,170 @@
+"""What a run says: its plan, its log lines, its result, and summary.csv."""
+import csv
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torchvision
+from timm.utils import AverageMeter
+
+from ..errors import first_line
+from ..files import replacing
+from .checkpoint import checkpoint_bytes
+from .optim import branch_lrs, learning_rates
+from .step import Progress
+
+_logger = logging.getLogger('train')
+
+SUMMARY = 'summary.csv'
+
+
+class Clock:
+    """Times of an epoch: of a batch, of waiting for it, and of all since the epoch began, before a stop too."""
+
+    def __init__(self, progress: Progress):
+        self.batch_time, self.data_time = AverageMeter(), AverageMeter()
+        self._progress = progress
+        self._end = time.time()
+        self._started = self._end - progress.seconds
+
+    def watch(self, batches: Iterable) -> Iterator:
+        """Yield batches, and note how long each was waited for."""
+        for batch in batches:
+            self.data_time.update(time.time() - self._end)
+            yield batch
+
+    def tick(self) -> None:
+        """Note the end of a batch."""
+        now = time.time()
+        self.batch_time.update(now - self._end)
+        self._end = now
+        self._progress.seconds = now - self._started
+
+
+def log_plan(run) -> None:
+    """Log what a run is about to do, and what room its checkpoints will take."""
+    args, criterion, lrs = run.args, run.task.criterion, learning_rates(run.args)
+    for side in run.pair.sides:
+        count = sum(parameter.numel() for parameter in run.pair.branch(side).parameters())
+        _logger.info(
+            f'Branch {side}: {getattr(args, f"model_{side}")}, {count / 1e6:.2f} M parameters, LR {lrs[side]:.3g}, '
+            f'images {" x ".join(map(str, run.configs[side]["input_size"]))}')
+    if run.pair.affine is not None:
+        _logger.info(
+            f'Affine layer on side {run.pair.affine_side}: {run.pair.affine.in_features} -> '
+            f'{run.pair.affine.out_features}')
+    _logger.info(
+        f'{args.num_classes} classes, {run.updates_per_epoch} updates an epoch, '
+        f'{run.num_epochs} epochs, device {run.device}, {args.world_size} process(es), '
+        f'{torch.get_num_threads()} CPU thread(s)')
+    negatives = args.batch_size * (args.world_size if getattr(criterion, 'gather', False) else 1)
+    if hasattr(criterion, 'gather') and args.grad_accum_steps > 1:
+        _logger.info(
+            f'Gradient accumulation: the contrastive term sees the {negatives} images of a micro-batch, not the '
+            f'{negatives * args.grad_accum_steps} of an update')
+    each = checkpoint_bytes(run.task, run.optimizer)
+    # History, last, a best for each branch, one being written; recovery checkpoints; milestones.
+    files = args.checkpoint_hist + 2 + len(run.pair.sides)
+    files += 2 * bool(args.recovery_interval or args.recovery_minutes) + len(args.save_epochs or ())
+    free = shutil.disk_usage(run.output_dir).free
+    _logger.info(
+        f'Checkpoints: about {each / 2**20:.0f} MiB each, at most {files} of them, {files * each / 2**30:.2f} GiB in '
+        f'{run.output_dir} ({free / 2**30:.0f} GiB free)')
+    if files * each > free:
+        _logger.warning(f'--output {run.output_dir}: the disk may become full, --checkpoint-hist keeps fewer')
+
+
+def log_batch(run, clock: Clock, losses: dict[str, float]) -> None:
+    """Log the mean losses of an update."""
+    batch, batches = run.progress.batch - 1, len(run.loader_train)
+    terms = '  '.join(f'{name.removesuffix("_loss")} {value:#.4g}' for name, value in losses.items())
+    rate = run.args.batch_size * run.args.world_size / clock.batch_time.avg
+    _logger.info(
+        f'Train: {run.progress.epoch} [{batch:>4d}/{batches} ({100 * (batch + 1) / batches:>3.0f}%)]  '
+        f'{terms}  Time: {clock.batch_time.avg:.3f}s, {rate:>7.2f}/s  '
+        f'LR: {" ".join(f"{side} {lr:.3e}" for side, lr in branch_lrs(run.optimizer).items())}  '
+        f'Data: {clock.data_time.avg:.3f}s')
+
+
+def save_images(run, input: torch.Tensor) -> None:
+    """Write a batch of images as one; where that fails, say so."""
+    name = f'train-batch-{run.progress.batch - 1}.jpg'
+    try:
+        torchvision.utils.save_image(input, os.path.join(run.output_dir, name), padding=0, normalize=True)
+    except OSError as e:
+        _logger.error(f'--save-images: {run.output_dir}: {e.strerror or first_line(e)}')
+
+
+def epoch_terms(run) -> dict[str, Any]:
+    """Return the mean of each loss term over the epoch and the processes, '' where it was off."""
+    args, progress = run.args, run.progress
+    means = progress.sums / progress.kept
+    if args.distributed:
+        torch.distributed.all_reduce(means)
+        means /= args.world_size
+    terms = dict.fromkeys(['loss', *(term.name for term in run.task.criterion.all_terms)], '')
+    terms.update(zip(progress.terms, means.tolist(), strict=True))
+    return {f'train_{name}': value for name, value in terms.items()}
+
+
+def epoch_costs(run, skipped: int, eval_seconds: float) -> dict[str, Any]:
+    """Return the further columns of the epoch: learning rates, stage, epochs of the whole schedule, images, costs.
+
+    Args:
+        run: The run.
+        skipped: Images of the epoch, validation included, that could not be read.
+        eval_seconds: Time that its validation took.
+    """
+    args, progress, criterion = run.args, run.progress, run.task.criterion
+    images = len(run.loader_train) * args.batch_size * args.world_size
+    return {
+        **{f'lr_{side}': lr for side, lr in progress.lrs.items()},
+        **({'stage': criterion.schedule.stage(progress.epoch)} if hasattr(criterion, 'stage') else {}),
+        'num_epochs': run.num_epochs,
+        'processes': args.world_size,
+        'images': images,
+        'flops': images * run.flops,
+        'skipped': skipped,
+        'seconds': round(progress.seconds, 3),
+        'eval_seconds': round(eval_seconds, 3),
+        'images_per_second': round(images / progress.seconds, 2),
+    }
+
+
+def write_summary(run) -> None:
+    """Write summary.csv, a row an epoch; where that fails, say so."""
+    if run.saver is None or not run.rows:
+        return
+    path = os.path.join(run.output_dir, SUMMARY)
+    try:
+        with replacing(path, newline='') as f:
+            writer = csv.DictWriter(f, fieldnames=run.rows[-1].keys(), restval='', extrasaction='ignore')
+            writer.writeheader()
+            writer.writerows(run.rows)
+    except OSError as e:
+        _logger.error(f'{path}: can not be written ({e.strerror}); the next checkpoint that is saved has its rows too')
+
+
+def log_result(run, seconds: float) -> None:
+    """Log what each branch has come to, and where it lies."""
+    metrics = next((row for row in reversed(run.rows) if row['eval_top1'] != ''), {})
+    _logger.info(f'Trained in {seconds:.0f} s.')
+    bests = run.saver.ranks.bests
+    for side in run.pair.sides:
+        if f'best_{side}' not in bests:
+            continue
+        best, epoch = bests[f'best_{side}']
+        last = ', '.join(
+            f'{name} {metrics[column]:.2f} %'
+            for name, column in (('top-1', f'eval_top1_{side}'), ('EMA', f'eval_ema_top1_{side}')) if column in metrics)
+        _logger.info(
+            f'Branch {side} ({getattr(run.args, f"model_{side}")}): {last}; best {best:.2f} % at epoch {epoch}: '
+            f'{os.path.join(run.output_dir, f"best_{side}.pth.tar")}')
+    if 'model_best' in bests:
+        best, epoch = bests['model_best']
+        _logger.info(f'*** Best metric: {best:.4g} (epoch {epoch})')
+    _logger.info(f'Checkpoints, {SUMMARY} and args.yaml: {run.output_dir}')

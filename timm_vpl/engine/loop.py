@@ -1,0 +1,230 @@
+"""The loop: train and validate epoch by epoch, and save."""
+import logging
+import math
+import time
+from typing import Any
+
+import torch
+from timm.utils import distribute_bn
+from torch.utils.data import IterableDataset
+
+from ..errors import RunError
+from ..options.options import resume_command
+from .control import GIVE_UP, GO_ON, SAVE, STOP, stop_line
+from .device import from_all, from_first
+from .evaluate import evaluate_pair
+from .log import Clock, epoch_costs, epoch_terms, log_batch, log_result, save_images, write_summary
+from .optim import branch_lrs
+from .resume import run_state
+from .run import Run
+from .step import Progress
+
+_logger = logging.getLogger('train')
+
+
+def fit(run: Run) -> None:
+    """Train and validate from where the run is to the end, saving each epoch.
+
+    Raises:
+        RunError: A number went bad, or the last epoch could not be saved.
+        Stopped: A signal came; the run is saved.
+    """
+    if run.scheduler is not None and run.progress.epoch > 0:
+        run.scheduler.step(run.progress.epoch)
+        run.scheduler.step_update(run.num_updates)
+    write_summary(run)
+    started = time.time()
+    if run.progress.epoch >= run.end_epoch:
+        _logger.info(f'Nothing to train: epoch {run.progress.epoch} would come next, the run ends with epoch '
+                     f'{run.end_epoch - 1}')
+    while run.progress.epoch < run.end_epoch:
+        evaluated = run.progress.epoch + 1 == run.end_epoch or (run.progress.epoch + 1) % run.args.val_interval == 0
+        run.task.set_epoch(run.progress.epoch)
+        if run.progress.batch < len(run.loader_train):
+            decision = train_one_epoch(run)
+            share_statistics(run, evaluated)
+            # Here, since validation comes next in a run that goes on from this place.
+            heed(run, max(decision, SAVE) if run.args.recovery_interval else decision)
+        end_epoch(run, evaluated)
+    if run.saver is None:
+        return
+    log_result(run, time.time() - started)
+    if run.saver.failed:
+        raise RunError(f'--output {run.output_dir}: the last epoch could not be saved, see above')
+    run.control.watch()
+    run.tell('end')
+
+
+def train_one_epoch(run: Run) -> int:
+    """Train what is left of the present epoch, and keep account of it in `run.progress`.
+
+    Returns:
+        What the processes decided after the last update, for the caller to heed.
+    """
+    progress, loader, first_batch, skipped = run.progress, run.loader_train, run.progress.batch, run.progress.skipped
+    clock, decision = Clock(progress), GO_ON
+    progress.lrs = progress.lrs or branch_lrs(run.optimizer)
+    run.task.train()
+    run.optimizer.zero_grad()
+    for _, *batch in clock.watch(loader.epoch(progress.epoch, first_batch)):
+        stepped = run.update(progress, *batch)
+        progress.skipped = skipped + loader.skipped
+        if stepped:
+            run.task.update_ema(step=run.num_updates)
+            if run.scheduler is not None:
+                run.scheduler.step_update(run.num_updates)
+        clock.tick()
+        if stepped:
+            is_last = progress.batch == len(loader)
+            look(run, clock, batch[0], is_last)
+            decision = decide(run)
+            if not is_last:
+                heed(run, decision)
+    if hasattr(run.optimizer, 'sync_lookahead'):
+        run.optimizer.sync_lookahead()
+    if progress.batch == first_batch:
+        raise RunError('data: the training loader gave no batch')
+    progress.batch = len(loader)  # also where a stream ended early
+    return decision
+
+
+def look(run: Run, clock: Clock, input: torch.Tensor, is_last: bool) -> None:
+    """Log an update, if it is one to be logged: here alone the host waits for the device."""
+    update = (run.progress.batch - 1) // run.args.grad_accum_steps
+    if run.saver is None or not (is_last or update % run.args.log_interval == 0):
+        return
+    losses = run.update.read(run.progress)
+    log_batch(run, clock, losses)
+    run.tell('log', losses)
+    if run.args.save_images:
+        save_images(run, input)
+
+
+def decide(run: Run) -> int:
+    """Return what the processes decide after an update."""
+    decision = run.control.decide(GIVE_UP if run.update.error else GO_ON)
+    due = run.args.recovery_interval and run.num_updates % run.args.recovery_interval == 0
+    return max(decision, SAVE) if due else decision
+
+
+def heed(run: Run, decision: int) -> None:
+    """Do what the processes decided.
+
+    Raises:
+        RunError: A loss or gradient was not finite.
+        Stopped: A signal came; the run is saved.
+    """
+    if decision == GO_ON:
+        return
+    if decision >= GIVE_UP:
+        check_finite(run)
+    saved = save_recovery(run)
+    if decision >= STOP:
+        progress = run.progress
+        end = 'NOT saved, older checkpoints are kept'
+        if saved and run.output_dir:  # of the process that speaks
+            torchrun = ' (under torchrun, as before)' if run.args.distributed else ''
+            end = f'to go on{torchrun}: {resume_command(run.args, run.output_dir)}'
+        raise stop_line(
+            decision, f'after epoch {progress.epoch}, batch {progress.batch} of {len(run.loader_train)}; {end}')
+
+
+def save_recovery(run: Run) -> bool:
+    """Save within an epoch and return whether that went well, to all processes when it is done."""
+    check_finite(run)
+    state = run_state(run)
+    saved = run.saver is not None and run.saver.save_recovery(run.progress.epoch, run.progress.batch, state)
+    run.control.saved()
+    return from_first(run.args, saved)
+
+
+@torch.no_grad()
+def check_finite(run: Run) -> None:
+    """Raise RunError in all processes if one has seen a number that was not finite; each looks before each save."""
+    run.update.read(run.progress)
+    error = run.update.error
+    if error is None:
+        names, parameters = zip(*run.pair.named_parameters(), strict=True)
+        finite = torch.stack([parameter.isfinite().all() for parameter in parameters]).tolist()
+        bad = [name for name, good in zip(names, finite, strict=True) if not good]
+        if bad:  # by a finite gradient that was too large
+            error = f'epoch {run.progress.epoch}: not finite: {bad[0]} and {len(bad) - 1} other parameters'
+    errors = from_all(run.args, error)
+    if any(errors):
+        if run.args.rank:
+            raise SystemExit(RunError.exit_status)
+        rank, line = max(enumerate(errors), key=lambda each: len(each[1] or ''))  # who saw most
+        raise RunError(f'{line} (process {rank}); nothing of it is saved, older checkpoints are as they were')
+
+
+def share_statistics(run: Run, evaluated: bool) -> None:
+    """Give all processes the same running statistics, as --dist-bn says."""
+    args = run.args
+    if args.distributed and args.dist_bn in ('broadcast', 'reduce'):
+        for ema in (False, True)[:1 + (evaluated and run.evaluates_ema)]:
+            distribute_bn(run.task.get_eval_model(ema=ema), args.world_size, args.dist_bn == 'reduce')
+
+
+def end_epoch(run: Run, evaluated: bool) -> None:
+    """Validate if it is time to, save, and go to the next epoch."""
+    epoch, saver = run.progress.epoch, run.saver
+    check_finite(run)
+    row = {'epoch': epoch, **epoch_terms(run)}
+    trained = time.time()
+    metrics = validate(run) if evaluated else {}
+    skipped = run.progress.skipped + (int(run.loader_eval.dataset.replaced.sum()) if evaluated else 0)
+    if run.scheduler is not None:
+        run.scheduler.step(epoch + 1)
+    row.update((f'eval_{name}', metrics.get(name, '')) for name in run.columns)
+    row.update(epoch_costs(run, sum(from_all(run.args, skipped)), time.time() - trained))
+    run.rows.append(row)
+    run.progress = Progress(epoch + 1)
+    state = run_state(run)
+    run.control.saved()
+    if saver is None:
+        return
+    if row['skipped']:
+        _logger.warning(f"Epoch {epoch}: {row['skipped']} images could not be read, others took their places")
+    ranked = {'model_best': metrics.get(run.args.eval_metric)}
+    ranked.update((f'best_{side}', value) for side, value in branch_metrics(run, metrics).items())
+    saver.save(epoch, {**state, 'metrics': dict(metrics)}, ranked)
+    if not (saver.failed and epoch + 1 == run.end_epoch):  # without its row the run is not finished
+        write_summary(run)
+        run.tell('validated', row)
+
+
+def validate(run: Run) -> dict[str, Any]:
+    """Evaluate the pair, and its EMA, each in one pass over the data.
+
+    Returns:
+        Metrics by column name; 'top1' is the mean of the branches, of their EMA where there is one.
+    """
+    # Processes that share a stream may have different numbers of batches; they can't decide after each.
+    stream = isinstance(run.loader_eval.dataset, IterableDataset)
+    metrics: dict[str, Any] = {}
+    for ema in (False, True)[:1 + run.evaluates_ema]:
+        found = evaluate_pair(
+            run.task.get_eval_model(ema=ema),
+            run.loader_eval,
+            run.pair.sides,
+            run.device,
+            run.autocast,
+            run.args.distributed,
+            after_batch=run.control.watch if stream else lambda: heed(run, run.control.decide()),
+        )
+        metrics.update((f'ema_{name}' if ema else name, value) for name, value in found.items())
+    bad = [name for name, value in metrics.items() if 'loss' in name and not math.isfinite(value)]
+    if bad:
+        _logger.warning(f'Epoch {run.progress.epoch}: not finite: {", ".join(bad)}; it is no best epoch for them')
+    branches = branch_metrics(run, metrics)
+    metrics['top1'] = sum(branches.values()) / len(branches)
+    if run.args.rank == 0:
+        names = [name for name in run.columns if 'top1' in name and name != 'top1']
+        _logger.info('Test: ' + '  '.join(f'{name} {metrics[name]:.3f}' for name in names))
+    return metrics
+
+
+def branch_metrics(run: Run, metrics: dict[str, Any]) -> dict[str, float]:
+    """Return each branch's top-1, of its EMA where there is one."""
+    prefix = 'ema_' if run.evaluates_ema else ''
+    return {side: metrics[f'{prefix}top1_{side}'] for side in run.pair.sides} if metrics else {}

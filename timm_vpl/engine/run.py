@@ -1,0 +1,198 @@
+"""The parts of a training run, and how they are built from its options."""
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..compat import compile_modes
+from ..core.seeding import BranchStreams
+from ..core.task import PairTask
+from ..data.identity import data_identity
+from ..data.loaders import TrainLoader, create_eval_loaders, create_train_loader
+from ..data.splits import create_split, resolve_classes
+from ..errors import UsageError
+from . import models, optim
+from .checkpoint import Saver
+from .control import Control
+from .resume import Start
+from .step import Progress, Update
+from .trained import create_teacher
+
+_logger = logging.getLogger('train')
+
+
+@dataclass
+class Run:
+    """The parts of a training run."""
+    args: Any
+    start: Start
+    device: torch.device
+    task: PairTask
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    num_epochs: int
+    autocast: Callable
+    update: Update
+    loader_train: TrainLoader
+    loader_eval: Any
+    updates_per_epoch: int
+    columns: list[str]  # of the evaluation metrics
+    configs: dict[str, dict]  # data configuration of each branch
+    class_names: list[str] | None
+    data: dict[str, dict]  # identity of the training and the validation images
+    flops: int  # of training, for an image
+    progress: Progress
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of summary.csv
+    control: Control = field(default_factory=Control)
+    observers: Iterable[Any] = ()
+    saver: Saver | None = None  # of the first process
+    output_dir: str | None = None  # likewise
+
+    @property
+    def pair(self):
+        """The pair that is trained."""
+        return self.task.get_trainable_module()
+
+    @property
+    def end_epoch(self) -> int:
+        """Completed epochs at the end of this start."""
+        return min(self.num_epochs, self.args.stop_epoch or self.num_epochs)
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates done so far."""
+        in_epoch = math.ceil(self.progress.batch / self.args.grad_accum_steps)
+        return self.progress.epoch * self.updates_per_epoch + in_epoch
+
+    @property
+    def evaluates_ema(self) -> bool:
+        """Whether the EMA is validated."""
+        return self.task.has_ema() and not self.args.model_ema_force_cpu
+
+    @property
+    def place(self) -> str:
+        """Where the run is, for an error."""
+        process = f'process {self.args.rank}, ' if self.args.distributed else ''
+        return f'{process}epoch {self.progress.epoch}, batch {self.progress.batch}'
+
+    @property
+    def statistics(self) -> list[torch.Tensor]:
+        """Running statistics of BatchNorm, of the pair and its EMA: what processes do not have in common."""
+        ema = self.task.get_trainable_module(ema=True)
+        return [
+            buffer for module in (self.pair, *([] if ema is None else [ema.module]))
+            for name, buffer in module.named_buffers() if 'running_mean' in name or 'running_var' in name]
+
+    def tell(self, event: str, *values: Any) -> None:
+        """Tell the observers that know this event of it."""
+        for observer in self.observers if self.saver is not None else ():
+            if hasattr(observer, event):
+                getattr(observer, event)(self, *values)
+
+
+def create_run(args, device: torch.device, start: Start | None = None) -> Run:
+    """Build everything that a run needs, but for what the processes do together and what writes to disk.
+
+    Args:
+        args: Options, completed by `init_device`.
+        device: Device of this process.
+        start: Where it begins; None at the beginning.
+    """
+    start = start or Start()
+    dataset_train = create_split(args, args.train_split, is_training=True)
+    dataset_eval = create_split(args, args.val_split, is_training=False)
+    args.num_classes, class_names = resolve_classes(args, dataset_train, dataset_eval)
+    data = {
+        role: {'split': split, **data_identity(dataset, class_names)} for role, split, dataset in (
+            ('train', args.train_split, dataset_train), ('validation', args.val_split, dataset_eval))}
+    configs = models.resolve_data(args)
+    data_config = models.loader_config(configs)
+
+    teacher = create_teacher(args, data_config, class_names)
+    pair = models.create_pair(args, configs, device, teacher)
+    models.check_pretrained_classes(args, pair, class_names)
+    optimizer = optim.create_optimizer(args, pair, optim.learning_rates(args))
+    loader_train = create_train_loader(args, dataset_train, data_config, device)
+    loader_eval = create_eval_loaders(args, dataset_eval, configs, device)
+    updates_per_epoch = math.ceil(len(loader_train) / args.grad_accum_steps)
+    scheduler, num_epochs = optim.create_scheduler(args, optimizer, updates_per_epoch)
+    task = _create_task(args, pair, teacher, num_epochs, device)
+    amp_dtype = torch.float16 if args.amp_dtype == 'float16' else torch.bfloat16
+    autocast = partial(torch.autocast, device.type, dtype=amp_dtype) if args.amp else contextlib.nullcontext
+    run = Run(
+        args=args,
+        start=start,
+        device=device,
+        task=task,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        num_epochs=num_epochs,
+        autocast=autocast,
+        update=Update(
+            task,
+            optimizer,
+            len(loader_train),
+            args.grad_accum_steps,
+            autocast,
+            torch.amp.GradScaler(device.type) if args.amp and amp_dtype == torch.float16 else None,
+            {side: getattr(args, f'clip_grad_{side}') for side in pair.sides},
+            args.clip_mode,
+            skip=args.on_nonfinite == 'skip',
+            limit=args.nonfinite_limit,
+        ),
+        loader_train=loader_train,
+        loader_eval=loader_eval,
+        updates_per_epoch=updates_per_epoch,
+        columns=_eval_columns(pair.sides, ema=args.model_ema and not args.model_ema_force_cpu),
+        configs=configs,
+        class_names=class_names,
+        data=data,
+        flops=models.training_flops(task, configs),
+        progress=Progress(start.epoch or 0),
+    )
+    if args.eval_metric not in run.columns:
+        raise UsageError(f'--eval-metric {args.eval_metric}: expected one of {", ".join(run.columns)}')
+    return run
+
+
+def _create_task(args, pair, teacher, num_epochs, device) -> PairTask:
+    criterion = optim.create_criterion(args, num_epochs, device)
+    if len(criterion.phases) > 1 and args.grad_accum_steps > 1:
+        raise UsageError(f'--grad-accum-steps {args.grad_accum_steps}: --method {args.method} has '
+                         f'{len(criterion.phases)} optimizer phases a batch, 1 is the only value')
+    task = PairTask(
+        pair,
+        criterion,
+        streams=BranchStreams(args.seed, args.rank, device),
+        teacher=teacher,
+        device=device,
+        verbose=args.rank == 0,
+    )
+    if args.model_ema:
+        task.setup_ema(
+            decay=args.model_ema_decay,
+            use_warmup=args.model_ema_warmup,
+            device=torch.device('cpu') if args.model_ema_force_cpu else None,
+        )
+    if args.torchcompile:
+        for flag, value, known in (
+                ('--torchcompile', args.torchcompile, torch.compiler.list_backends(exclude_tags=())),
+                ('--torchcompile-mode', args.torchcompile_mode, [None, *compile_modes()]),
+        ):
+            if value not in known:
+                raise UsageError(f'{flag} {value}: expected one of {", ".join(filter(None, known))}')
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+    return task
+
+
+def _eval_columns(sides, ema: bool) -> list[str]:
+    """Return the names of the evaluation metrics, as columns and for --eval-metric."""
+    names = [*sides, 'ens'] if len(sides) > 1 else list(sides)
+    columns = [f'{metric}_{name}' for name in names for metric in ('loss', 'top1', 'top5')]
+    return ['top1', *columns, *(f'ema_{column}' for column in columns if ema)]

@@ -1,0 +1,199 @@
+"""An optimizer update, from the forward passes of its batches to the step, and what is kept account of on the way."""
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..compat import found_bad
+from ..core.task import PairTask
+from .optim import only
+
+_logger = logging.getLogger('train')
+
+GRADIENTS = 'gradients'
+
+
+@dataclass
+class Progress:
+    """How far a run has come: the present epoch, and of it what this process has done."""
+    epoch: int = 0
+    batch: int = 0  # batches done
+    terms: list[str] = field(default_factory=list)
+    sums: torch.Tensor | None = None  # of each term over the batches
+    kept: torch.Tensor | None = None  # batches that they are sums over
+    skipped: int = 0  # unreadable images
+    seconds: float = 0.
+    lrs: dict[str, float] = field(default_factory=dict)  # of each branch, at its start
+
+    def add(self, terms: list[str], losses: torch.Tensor, good: torch.Tensor, batches: int) -> None:
+        """Add the losses of an update, sums over its batches, if they are good."""
+        if self.sums is None:
+            self.terms = terms
+            self.sums = torch.zeros_like(losses)
+            self.kept = torch.zeros((), device=losses.device)
+        self.sums += torch.where(good, losses, 0.)
+        self.kept.add_(good, alpha=batches)
+
+
+class Update:
+    """Takes the batches of a run one by one, and lets the optimizer step with the last of each update.
+
+    Losses and gradients that are not finite are counted on the device. The host looks at the counts in `read` alone: at
+    a log line, and before anything is saved.
+
+    Args:
+        task: The task to train.
+        optimizer: Its optimizer, whose groups have a 'side'.
+        num_batches: Batches of an epoch.
+        accum_steps: Batches of an update.
+        autocast: Context of the forward passes.
+        scaler: Gradient scaler of fp16, which leaves out updates itself.
+        clip_limits: Limit of each branch's gradients, None for no clipping.
+        clip_mode: As timm's --clip-mode.
+        skip: Leave out updates whose gradients are not finite; else the first bad number ends the run.
+        limit: Updates in a row that may be left out.
+    """
+
+    def __init__(
+            self,
+            task: PairTask,
+            optimizer: torch.optim.Optimizer,
+            num_batches: int,
+            accum_steps: int = 1,
+            autocast: Callable = contextlib.nullcontext,
+            scaler: torch.amp.GradScaler | None = None,
+            clip_limits: dict[str, float | None] | None = None,
+            clip_mode: str = 'norm',
+            skip: bool = False,
+            limit: int = 10,
+    ):
+        self.task = task
+        self.optimizer = optimizer
+        self.num_batches = num_batches
+        self.accum_steps = accum_steps
+        self.autocast = autocast
+        self.scaler = scaler
+        self.clip_limits = clip_limits or {}
+        self.clip_mode = clip_mode
+        self.skip = skip
+        self.limit = limit
+        self.error: str | None = None  # why the run has to end
+        # Looks at gradients in one pass; some torch has no such kernel for MPS.
+        device = task.device
+        self._unit = torch.amp.GradScaler(device.type, init_scale=1., enabled=skip or device.type != 'mps')
+        self._unit.scale(torch.ones((), device=device))  # so that it has its scale
+        self._losses: dict[str, torch.Tensor] = {}  # of the present update, sums over its batches
+        self._found: list[torch.Tensor] = []  # for each phase, whether a gradient is bad
+        self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._last: torch.Tensor | None = None  # mean losses of the last update
+        self._names: list[str] = []
+        self._counts = self._row = self._longest = torch.zeros(0, device=device)
+
+    def __call__(
+            self,
+            progress: Progress,
+            input: torch.Tensor,
+            target: torch.Tensor,
+            sample_ids: torch.Tensor | None = None,
+    ) -> bool:
+        """Take the next batch; return whether it was the last one of an update, which is done then."""
+        batch = progress.batch
+        tail = self.num_batches % self.accum_steps or self.accum_steps  # batches in the last update
+        size = tail if batch >= self.num_batches - tail else self.accum_steps
+        is_last = batch + 1 == self.num_batches or (batch + 1) % self.accum_steps == 0
+        self.task.streams.set_position(progress.epoch, batch)
+        if batch % self.accum_steps == 0:
+            self._begin()
+        with contextlib.nullcontext() if is_last else self.task.no_sync():
+            for phase, learners in enumerate(self.task.phases):
+                with self.autocast():
+                    result = self.task(input, target, sample_ids, phase=phase)
+                loss = result['loss'] / size
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+                self._collect(result)
+                if is_last:
+                    self.step(learners)
+        progress.batch += 1
+        if is_last:
+            self._account(progress, size)
+        return is_last
+
+    def _begin(self):
+        self._losses, self._found = {}, []
+        if self.skip:
+            self._statistics = [
+                (buffer, buffer.clone()) for name, buffer in self.task.trainable_module.named_buffers()
+                if 'running_' in name]
+
+    def _collect(self, result: dict[str, Any]):
+        for name, value in result.items():
+            if name.endswith('loss'):
+                value = value.detach()
+                self._losses[name] = self._losses[name] + value if name in self._losses else value
+
+    def step(self, learners: str) -> None:
+        """Clip the gradients of the branches that learn in this phase, and let the optimizer step with theirs alone."""
+        scaler = self.scaler or self._unit
+        with only(self.optimizer, learners):
+            scaler.unscale_(self.optimizer)
+            if self.scaler is None and scaler.is_enabled():
+                self._found.append(found_bad(scaler, self.optimizer))
+            self.task.clip_gradients(self.clip_limits, self.clip_mode, learners)
+            if self.skip or self.scaler is not None:
+                scaler.step(self.optimizer)
+            else:
+                self.optimizer.step()
+            scaler.update(1. if self.scaler is None else None)
+            self.optimizer.zero_grad()
+
+    def _account(self, progress: Progress, size: int) -> None:
+        """Add an update to the sums and counts; put running statistics back where it was left out."""
+        terms = list(self._losses)
+        losses = torch.stack(list(self._losses.values()))
+        bad = left_out = ~losses.isfinite()
+        if self._found:
+            left_out = torch.stack(self._found) > 0
+            bad = torch.cat([bad, left_out.any()[None]])
+        good = ~bad.any()
+        progress.add(terms, losses, good, size)
+        names = terms + [GRADIENTS] * bool(self._found)
+        if names != self._names:
+            self._names = names
+            self._counts = torch.zeros(len(names), device=losses.device)
+            self._row, self._longest = torch.zeros(2, 1, device=losses.device)
+        self._counts += bad
+        self._last = losses / size
+        if self.skip:
+            self._row.add_(1).mul_(~good)
+            torch.maximum(self._longest, self._row, out=self._longest)
+            left_out = left_out.any()
+            for buffer, before in self._statistics:
+                buffer.copy_(torch.where(left_out, before, buffer))
+
+    def read(self, progress: Progress) -> dict[str, float]:
+        """Return the mean losses of the last update; say what is not finite, in `error` if the run has to end.
+
+        The host waits for the device.
+        """
+        if self._last is None:
+            return {}
+        numbers = torch.cat([self._last, self._counts, self._longest]).tolist()
+        losses, counts, longest = numbers[:len(self._last)], numbers[len(self._last):-1], int(numbers[-1])
+        most = int(max(counts))
+        if most:
+            # What went bad first is bad most often.
+            names = ', '.join(name for name, count in zip(self._names, counts, strict=True) if count == most)
+            line = f'epoch {progress.epoch}, up to batch {progress.batch - 1}: not finite: {names}, in {most} update(s)'
+            if not self.skip:
+                self.error = self.error or line
+            elif longest > self.limit:
+                self.error = self.error or f'{line}, {longest} in a row (--nonfinite-limit {self.limit})'
+            else:
+                left_out = int(counts[-1]) if GRADIENTS in self._names else most
+                _logger.warning(f'{line}; {left_out} left out, at most {longest} in a row')
+        self._counts.zero_()
+        self._longest.copy_(self._row)
+        return dict(zip(self._names, losses, strict=False))
