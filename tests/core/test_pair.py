@@ -365,6 +365,8 @@ def test_model_that_does_not_fit_is_not_assigned(make, message):
     with pytest.raises(ValueError, match=f'model_a.*{message}'):
         pair.model_a = make()
     assert pair.model_a is model_a
+    with pytest.raises(ValueError, match='model_b.*without'):
+        PairWrapper(model_a, None).model_b = make_model('test_vit')
     assert all(torch.equal(*both) for both in zip(pair(images())[:4], want[:4], strict=True))
 
 
@@ -378,13 +380,6 @@ def test_affine_layer_that_is_assigned_is_the_one_that_runs():
     assert pair.parts['affine'] is other
     pair.affine = None
     assert set(pair.parts) == {'a', 'b'} and pair(images()).embed_b.shape == (4, 64)
-
-
-def test_model_of_a_side_that_the_pair_has_not_is_refused():
-    pair = PairWrapper(make_model('test_resnet'), None)
-    with pytest.raises(ValueError, match='model_b.*without'):
-        pair.model_b = make_model('test_vit')
-    assert pair.model_b is None and pair.sides == ('a',)
 
 
 def test_bare_model_stays_usable_and_holds_nothing():
@@ -430,13 +425,10 @@ def test_models_that_are_no_pair_are_refused(model_a, model_b, kwargs, message):
         PairWrapper(*models, **kwargs)
 
 
-def test_classifier_on_a_feature_map_is_refused():
+def test_classifier_that_gives_no_embedding_is_refused():
     pair = PairWrapper(FourDimensional(), make_model('test_vit'))
     with pytest.raises(ValueError, match=r'model_a \(FourDimensional\): .* input of shape \(4, 6, 4, 4\)'):
         pair(images())
-
-
-def test_classifier_that_is_not_called_is_refused():
     pair = make_pair()
     pair.model_a.reset_classifier(3)  # past the pair, which hooks the old one
     with pytest.raises(ValueError, match=r'model_a \(ResNet\): of its 1 last layer\(s\) 0 ran'):
