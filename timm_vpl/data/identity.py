@@ -3,12 +3,12 @@ import hashlib
 import os
 from typing import Any
 
-from .images import Images, StreamImages
+from .images import Split
 
 IDENTITY_VERSION = 1  # of what is hashed
 
 
-def data_identity(dataset: Images | StreamImages, class_names: list[str] | None) -> dict[str, Any]:
+def data_identity(dataset: Split, class_names: list[str] | None) -> dict[str, Any]:
     """Return what tells the data of a split from others, without reading an image.
 
     Args:

@@ -133,6 +133,9 @@ class StreamImages(IterableImageDataset):
             yield image, label
 
 
+Split = Images | StreamImages
+
+
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     """Decode an image in a mode; of 16-bit grey the high byte, where Pillow would make all but the darkest white."""
     if image.mode[0] in 'FI' and mode[0] not in 'FI':

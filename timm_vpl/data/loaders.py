@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..compat import guard_posterize
 from ..errors import UsageError
 from ..options.options import mixup_active
-from .images import Images, StreamImages
+from .images import Images, Split, StreamImages
 from .order import SeededCollate, SeededDataset, SeededErasing, SeededSampler
 
 
@@ -79,7 +79,7 @@ class TrainLoader(PrefetchLoader):
         **kwargs: Further arguments of timm's PrefetchLoader.
     """
 
-    def __init__(self, args, images: Images | StreamImages, collate: Callable, device: torch.device, **kwargs):
+    def __init__(self, args, images: Split, collate: Callable, device: torch.device, **kwargs):
         self.images, self.world_size, self.skipped = images, args.world_size, 0
         dataset: Dataset = images
         self.order = None
@@ -134,7 +134,7 @@ def together(batches, device: torch.device):
         yield batch
 
 
-def create_train_loader(args, images: Images | StreamImages, data_config: dict, device: torch.device) -> TrainLoader:
+def create_train_loader(args, images: Split, data_config: dict, device: torch.device) -> TrainLoader:
     """Create the training loader from timm's options.
 
     Raises:
@@ -213,7 +213,7 @@ class PairEvalLoader:
             yield {side: images for side, (images, _) in zip(self.loaders, batches, strict=True)}, batches[0][1]
 
 
-def create_eval_loaders(args, images: Images | StreamImages, configs: dict[str, dict], device: torch.device):
+def create_eval_loaders(args, images: Split, configs: dict[str, dict], device: torch.device):
     """Create the validation loader of a pair, one for both where the branches' images are prepared alike."""
     first, *others = configs.values()
     if all(config == first for config in others):
@@ -222,7 +222,7 @@ def create_eval_loaders(args, images: Images | StreamImages, configs: dict[str, 
         side: create_eval_loader(args, images, config, device) for side, config in configs.items()})
 
 
-def create_eval_loader(args, images: Images | StreamImages, data_config: dict[str, Any], device) -> EvalLoader:
+def create_eval_loader(args, images: Split, data_config: dict[str, Any], device) -> EvalLoader:
     """Create a validation loader, with timm's transform for a data configuration."""
     images = copy.copy(images)  # with a transform of its own; what is replaced, they share
     images.transform = create_transform(**data_config, use_prefetcher=True)

@@ -12,13 +12,13 @@ from timm.data.readers.class_map import load_class_map
 
 from ..errors import UsageError, first_line
 from ..text import one_line
-from .images import Images, StreamImages
+from .images import Images, Split, StreamImages
 from .sources import SOURCES, Request
 
 _logger = logging.getLogger(__name__)
 
 
-def create_split(args, split: str, is_training: bool, whole: bool = False, flag: str = '') -> Images | StreamImages:
+def create_split(args, split: str, is_training: bool, whole: bool = False, flag: str = '') -> Split:
     """Open one split of the data that the options name.
 
     Args:
@@ -61,7 +61,7 @@ def _image_mode(args) -> str:
     return mode
 
 
-def split_card(dataset: Images | StreamImages) -> dict[str, Any]:
+def split_card(dataset: Split) -> dict[str, Any]:
     """Return what a split holds, as far as it tells without reading images.
 
     Returns:
@@ -123,17 +123,13 @@ def names_of(class_to_idx: dict[str, int]) -> list[str]:
     return names
 
 
-def class_names(dataset: Images | StreamImages) -> list[str] | None:
+def class_names(dataset: Split) -> list[str] | None:
     """Return the names of a data set's classes in the order of their indices, None where it has no names."""
     class_to_idx = dataset.reader.class_to_idx
     return names_of(class_to_idx) if class_to_idx else None
 
 
-def resolve_classes(
-        args,
-        train: Images | StreamImages,
-        held_out: Images | StreamImages,
-) -> tuple[int, list[str] | None]:
+def resolve_classes(args, train: Split, held_out: Split) -> tuple[int, list[str] | None]:
     """Return how many classes two splits have, by --num-classes or by their names, and the names if any.
 
     From now on the splits refuse other labels.

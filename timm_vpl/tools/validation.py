@@ -19,7 +19,7 @@ from timm.data.loader import adapt_to_chs
 from timm.utils import setup_default_logging
 
 from ..data.failures import data_errors
-from ..data.images import Images, StreamImages
+from ..data.images import Images, Split, StreamImages
 from ..data.loaders import create_eval_loader
 from ..data.sources import Part
 from ..data.splits import class_names, create_split, shared_images
@@ -105,7 +105,7 @@ def _imagenet_v2_names(names: list[str] | None, data: str) -> list[str]:
 # Images by file name
 
 
-def _file_names(dataset: Images | StreamImages, flag: str) -> list[str]:
+def _file_names(dataset: Split, flag: str) -> list[str]:
     """Return the path of each image in its data set."""
     with suppress(KeyError, TypeError):  # None for a name
         if not isinstance(dataset, StreamImages):
