@@ -45,8 +45,8 @@ def export(argv: list[str], prog: str) -> int:
         for side in ('a', 'b'):
             if getattr(args, f'model_{side}'):
                 check_model_name(f'--model-{side}', getattr(args, f'model_{side}'))
-        from .tools.export import export
-        export(args)
+        from .tools.export import export_branches
+        export_branches(args)
     return _finish(prog, work)
 
 
@@ -60,8 +60,8 @@ def validate(argv: list[str], prog: str) -> int:
                 raise
             time.sleep(2)  # torchrun ends all processes when the first ends; let the one that speaks be it
             raise SystemExit(e.exit_status) from None
-        from .tools.validation import validate
-        validate(args)
+        from .tools.validate import validate_models
+        validate_models(args)
     return _finish(prog, work)
 
 
@@ -94,8 +94,8 @@ def report(argv: list[str], prog: str) -> int:
     """Print the table of several runs; return the exit status."""
     def work():
         args = _parse(report_parser(prog), argv)
-        from .tools.report import report
-        print(report(args.run_dirs, args.format))
+        from .tools.report import make_report
+        print(make_report(args.run_dirs, args.format))
     return _finish(prog, work)
 
 
@@ -106,8 +106,8 @@ def study(argv: list[str], prog: str) -> int:
     def work():
         nonlocal status
         args = _parse(study_parser(prog), argv)
-        from .tools.study import study
-        status = study(args)
+        from .tools.study import run_study
+        status = run_study(args)
     return _finish(prog, work) or status
 
 

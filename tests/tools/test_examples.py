@@ -7,7 +7,7 @@ from pathlib import Path
 
 from timm_vpl import METHODS
 
-EXAMPLES = Path(__file__).resolve().parent.parent / 'examples'
+EXAMPLES = Path(__file__).resolve().parents[2] / 'examples'
 
 
 def test_own_loop(monkeypatch, capsys):
