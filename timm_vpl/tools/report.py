@@ -3,7 +3,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -291,24 +291,17 @@ def to_markdown(records: list[dict[str, Any]], unfinished: list[Run]) -> str:
     """Return the page of tables: for each data set accuracy, each branch, cost and convergence."""
     names = ('framework', 'model', 'model_a', 'model_b', 'data')
     records = [{**r, **{name: r[name] and markdown(r[name]) for name in names}} for r in records]
-    datas = list(dict.fromkeys(r['data'] for r in records))
     lines: list[str] = []
-    for data in datas:
-        rows = _titled([r for r in records if r['data'] == data])
+    for data, rows in groupby(records, key=lambda r: r['data']):  # which they are sorted by
+        rows = list(rows)
         lines += [
-            f'## {data}', '',
-            f'Top-1 (percent) of the last epoch, mean ± standard deviation (runs). {_weights(rows)}', '',
-            *_pivot(rows, {'num_epochs': 'Epochs', 'title': 'Framework'}, 'model'),
-            '### Each branch', '', *_branches(rows), '### Cost', '', *_costs(rows), *_convergence(rows)]
-    if len(datas) > 1:
-        lines += [
-            '## All data sets', '', 'Top-1 of the last epoch; several figures in a cell: by number of epochs.', '',
-            *_pivot(_titled(records), {'title': 'Framework', 'model': 'Model'}, 'data')]
+            f'## {data}', '', 'Top-1 (percent) of the last epoch, mean ± standard deviation (runs).', '',
+            *_summary(rows), '### Each branch', '', *_branches(rows), '### Cost', '', *_costs(rows),
+            *_convergence(rows)]
     if unfinished:
         lines += ['## Unfinished, in no figure of this report', '', *markdown_table(
             ['Run', 'Framework', 'Models', 'Progress'],
-            [(*map(markdown, (run.path, run.framework or '-', ' + '.join(run.models) or '-')), run.progress)
-             for run in unfinished])]
+            [(*map(markdown, (run.path, run.framework, ' + '.join(run.models))), run.progress) for run in unfinished])]
     if records:
         lines += ['## Notes', '', *(f'- {note}' for note in dict.fromkeys(_notes(records)))]
     return '\n'.join(lines)
@@ -322,14 +315,15 @@ def _columns(records, field: str) -> list[str]:
     return list(dict.fromkeys(r[field] for r in sorted(records, key=lambda r: r['branch'])))
 
 
-def _pivot(records, first: dict[str, str], field: str) -> list[str]:
-    """Return a table of the last top-1: a row for the values of the first fields, a column for each of another one."""
+def _summary(records) -> list[str]:
+    """Return a table of the last top-1: a row a group, a column a model."""
     cells: dict[tuple, dict[str, list]] = {}
     for r in records:
-        cells.setdefault(tuple(r[name] for name in first), {}).setdefault(r[field], []).append(_shown(r['top1']))
-    columns = _columns(records, field)
-    return markdown_table([*first.values(), *columns], [
-        (*key, *(' / '.join(row.get(name, ['-'])) for name in columns)) for key, row in cells.items()])
+        row = cells.setdefault((r['num_epochs'], r['framework'], _models(r)), {})
+        row.setdefault(r['model'], []).append(_shown(r['top1']))
+    columns = _columns(records, 'model')
+    return markdown_table(['Epochs', 'Framework', 'Models', *columns], [
+        (*key, *(' / '.join(row[name]) if name in row else None for name in columns)) for key, row in cells.items()])
 
 
 def _branches(records) -> list[str]:
@@ -337,11 +331,12 @@ def _branches(records) -> list[str]:
     names = sorted(names, key=lambda name: name.startswith('best '))
     models = _columns(records, 'model')
     return markdown_table(
-        ['Epochs', 'Framework', 'Model', *map(markdown, names), 'median (collapsed)', 'best epoch',
+        ['Epochs', 'Framework', 'Models', 'Model', 'Weights', *map(markdown, names), 'median (collapsed)', 'best epoch',
          'Δ solo, same epochs', 'Δ solo, same FLOPs'],
-        [(r['num_epochs'], r['title'], r['model'], *(_shown(r['figures'].get(name)) for name in names),
+        [(r['num_epochs'], r['framework'], _models(r), r['model'], r['weights'],
+          *(_shown(r['figures'].get(name)) for name in names),
           f'{r["top1"]["median"]:.2f} ({r["top1"]["collapsed"]})', ', '.join(map(str, r['best_epochs'])),
-          *(r['baselines'][kind]['text'] if kind in r['baselines'] else '-' for kind in ('epochs', 'flops')))
+          *(r['baselines'].get(kind, {}).get('text') for kind in ('epochs', 'flops')))
          for r in sorted(records, key=lambda r: (r['num_epochs'], models.index(r['model'])))])
 
 
@@ -355,11 +350,11 @@ def _costs(records) -> list[str]:
         seconds, hours = r['seconds'], r['device_hours']
         solos = [branch['baselines'].get('epochs', {}).get('solo_seconds') for branch in branches]
         rows.append((
-            r['num_epochs'], r['framework'], _models(r), ' then '.join(map(str, r['processes'])) or '-',
+            r['num_epochs'], r['framework'], _models(r), ' then '.join(map(str, r['processes'])),
             _scaled(r['flops'], _COUNT), _scaled(r['image_passes'], _COUNT),
             _scaled(seconds, _TIME), _scaled(seconds and seconds / r['num_epochs'], _TIME),
-            '-' if hours is None else f'{hours:.2f}' if hours >= 1 else f'{hours:.3g}',
-            '-' if None in (seconds, *solos) or not sum(solos) else f'{seconds / sum(solos):.2f}'))
+            hours and (f'{hours:.2f}' if hours >= 1 else f'{hours:.3g}'),
+            f'{seconds / sum(solos):.2f}' if all((seconds, *solos)) else None))
     return markdown_table([
         'Epochs', 'Framework', 'Models', 'Processes', 'FLOPs', 'Image-passes', 'Time', 'Time an epoch', 'Device-hours',
         "Time / solo's"], rows)
@@ -371,12 +366,12 @@ def _convergence(records) -> list[str]:
         solo = r['baselines'].get('epochs', {})
         if 'solo_top1' in solo:
             rows.append((
-                r['num_epochs'], r['title'], r['model'], f'{solo["solo_top1"]:.2f}',
+                r['num_epochs'], r['framework'], _models(r), r['model'], f'{solo["solo_top1"]:.2f}',
                 solo['reached_epochs'] or 'not reached',
                 *(_scaled(solo[f'{who}_{cost}'], units) for who in ('reached', 'solo')
                   for cost, units in (('flops', _COUNT), ('seconds', _TIME)))))
     return rows and ["### Until solo's final top-1", '', *markdown_table([
-        'Epochs', 'Framework', 'Model', "Solo's top-1", 'After epochs', 'FLOPs', 'Time', "Solo's FLOPs",
+        'Epochs', 'Framework', 'Models', 'Model', "Solo's top-1", 'After epochs', 'FLOPs', 'Time', "Solo's FLOPs",
         "Solo's time"], rows)]
 
 
@@ -411,29 +406,13 @@ def _notes(records) -> list[str]:
     return notes
 
 
-def _weights(records) -> str:
-    raw = dict.fromkeys(f'{r["framework"]} ({_models(r)})' for r in records if r['weights'] == 'raw')
-    if not raw:
-        return 'Weights: EMA.'
-    return 'Weights: raw.' if all(r['weights'] == 'raw' for r in records) else f'Weights: EMA; raw: {", ".join(raw)}.'
-
-
 def _models(record) -> str:
     return ' + '.join(filter(None, (record['model_a'], record['model_b'])))
 
 
-def _titled(records) -> list[dict[str, Any]]:
-    """Return the records with the title of their row: the group's name, and its pair where there are several."""
-    pairs = {_models(r) for r in records if r['model_a'] and r['model_b']}
-    with_pair = pairs if len(pairs) > 1 else ()
-    return [
-        {**r, 'title': f'{r["framework"]}, {_models(r)}' if _models(r) in with_pair else r['framework']}
-        for r in records]
-
-
-def _shown(figure: dict[str, Any] | None) -> str:
+def _shown(figure: dict[str, Any] | None) -> str | None:
     if figure is None:
-        return '-'
+        return None
     deviation = '' if figure['std'] is None else f' ± {figure["std"]:.2f}'
     return f'{figure["mean"]:.2f}{deviation} ({figure["n"]})'
 
@@ -442,8 +421,8 @@ _COUNT = ((1e18, ' E'), (1e15, ' P'), (1e12, ' T'), (1e9, ' G'), (1e6, ' M'), (1
 _TIME = ((3600, ' h'), (60, ' min'), (1, ' s'))
 
 
-def _scaled(value: float | None, units: tuple) -> str:
+def _scaled(value: float | None, units: tuple) -> str | None:
     if value is None:
-        return '-'
+        return None
     size, unit = next((step for step in units if value >= step[0]), units[-1])
     return f'{value / size:.2f}{unit}'

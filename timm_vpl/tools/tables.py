@@ -10,13 +10,13 @@ from ..files import replacing
 
 
 def markdown_table(header: Sequence, rows: Iterable[Iterable]) -> list[str]:
-    """Return the lines of a table in Markdown, and an empty one."""
-    head, *body = (f'| {" | ".join(map(str, row))} |' for row in (header, *rows))
+    """Return the lines of a table in Markdown, and an empty one; None is shown as a dash."""
+    head, *body = (f'| {" | ".join("-" if cell is None else str(cell) for cell in row)} |' for row in (header, *rows))
     return [head, '|' + '---|' * len(header), *body, '']
 
 
 def screen_table(header: Iterable, rows: Iterable[Iterable], texts: int) -> list[str]:
-    """Return the lines of a table in columns: so many of text, on the left, then numbers, on the right."""
+    """Return the lines of a table in columns: so many of text, on the left, then numbers; None is shown as a dash."""
     lines = [['-' if cell is None else str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ['  '.join(
