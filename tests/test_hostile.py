@@ -31,7 +31,7 @@ from timm_vpl.engine.trained import load_branches
 from timm_vpl.options.options import parse_args, recipe_values
 from timm_vpl.text import code, code_block, markdown
 from timm_vpl.tools.card import model_card
-from timm_vpl.tools.report import report
+from timm_vpl.tools.report import make_report
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIR = ['--model-a', 'test_resnet', '--model-b', 'test_vit']
@@ -253,7 +253,7 @@ def test_card_and_report_show_text_as_text(text, checkpoint):
         'method': 'solo', 'dataset': text, 'model_a': text, 'model_b': '', 'epochs': 1, 'seed': text}))
     (folder / 'summary.csv').write_text(
         'epoch,eval_top1,eval_top1_a,eval_top5_a,lr_a,seconds,num_epochs,processes,images\n0,5,5,9,0.1,1,1,1,9\n')
-    page = report(['run'])
+    page = make_report(['run'])
     assert f'## {shown}\n' in page and f'| {shown} |' in page
 
 

@@ -42,18 +42,19 @@ def command(name: str, argv: list[str], prog: str) -> int:
                 raise
             time.sleep(2)  # torchrun ends all processes when the first ends; let the one that speaks be it
             raise SystemExit(e.exit_status) from None
+        # Here, since they import torch and timm.
         if name == 'validate':
-            from .tools.validation import validate
-            validate(Namespace(**vars(options), prefetcher=True))
+            from .tools.validate import validate_models
+            validate_models(Namespace(**vars(options)))
         elif name == 'export':
-            from .tools.export import export
-            export(Namespace(**vars(options), revision=None, model_a=None, model_b=None, class_map=''))
+            from .tools.export import export_branches
+            export_branches(options)
         elif name == 'report':
-            from .tools.report import report
-            print(report(options.run_dirs, options.format))
+            from .tools.report import make_report
+            print(make_report(options.run_dirs, options.format))
         else:
-            from .tools.study import study
-            status = study(options)
+            from .tools.study import run_study
+            status = run_study(options)
     return _finish(prog, work) or status
 
 

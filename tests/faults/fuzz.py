@@ -278,7 +278,7 @@ def worker(cases, results, seed: int, real: Path, place: Path) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter('ignore')
-    for name in ('timm_vpl.cli', 'timm_vpl.engine.train', 'timm_vpl.tools.validation', 'timm_vpl.tools.export',
+    for name in ('timm_vpl.cli', 'timm_vpl.engine.train', 'timm_vpl.tools.validate', 'timm_vpl.tools.export',
                  'timm_vpl.tools.report'):
         __import__(name)
     watch = Watch()

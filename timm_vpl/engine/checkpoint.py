@@ -326,12 +326,11 @@ def newest_checkpoint(folder: str) -> str | None:
     return None
 
 
-def read_checkpoint(path: str, bare: bool = False, mmap: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: str, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint on the CPU, tensors and plain types only (and timm's argparse.Namespace).
 
     Args:
         path: File of torch.save, or of safetensors.
-        bare: Take a file of nothing but weights too, as timm's avg_checkpoints.py and clean_checkpoint.py write it.
         mmap: Leave tensors on disk until they are used.
 
     Raises:
@@ -350,8 +349,6 @@ def read_checkpoint(path: str, bare: bool = False, mmap: bool = False) -> dict[s
     except Exception as e:  # torch's reader of a file that is something else fails in many ways
         size = os.path.getsize(path) if os.path.exists(path) else 0
         raise RunError(f'{path} ({size} bytes): truncated, or not a checkpoint ({first_line(e, 80)})') from e
-    if bare and _is_state(checkpoint):
-        return {'state_dict': checkpoint}
     if not isinstance(checkpoint, dict) or not _is_state(checkpoint.get('state_dict')):
         raise RunError(f"{path}: not a training checkpoint, it has no 'state_dict' of weights")
     if not _is_state(checkpoint.get('state_dict_ema', {})):

@@ -43,7 +43,6 @@ def load_branches(
         source: str,
         sides: str | None = None,
         ema: bool | None = None,
-        configs: dict[str, dict[str, Any]] | None = None,
 ) -> list[TrainedModel]:
     """Load branches of a pair from a checkpoint, or from a run's folder each from its own best epoch.
 
@@ -52,7 +51,6 @@ def load_branches(
         sides: 'a', 'b' or 'ab'; None for those that there are.
         ema: Averaged weights (True), raw ones (False), or those that the best epoch is chosen by (None): averaged
             ones where there are any, unless only the raw ones were evaluated.
-        configs: timm's config by side, for a file of weights that does not say what they belong to.
 
     Raises:
         UsageError: There is no such file; it has no such branch or no averaged weights.
@@ -64,19 +62,11 @@ def load_branches(
         if sides is not None and side not in sides:
             continue
         same = next((other for other in read if os.path.samefile(other, path)), path)  # links of one epoch
-        checkpoint = read.setdefault(same, {}) or read_checkpoint(path, bare=True)
-        read[same] = checkpoint
+        checkpoint = read[same] = read.get(same) or read_checkpoint(path)
         branches = checkpoint.get('branches')
-        if branches is None:
-            branches = configs
-        elif configs:
-            _logger.warning(f'{path}: says itself which models it holds, --model-a and --model-b have no effect')
-        if not branches:
-            raise UsageError(
-                f'{path}: does not say which models its weights belong to; name them: --model-a, --model-b (one or '
-                f'both), --num-classes')
         if not isinstance(branches, dict) or not all(isinstance(config, dict) for config in branches.values()):
-            raise RunError(f"{path}: its 'branches' are not those of a run")
+            raise RunError(f"{path}: does not say which models its weights belong to, its 'branches' are not those of "
+                           f'a run')
         if side in branches:
             loaded.append(_load_branch(path, checkpoint, branches, side, ema))
     if not loaded:
@@ -121,7 +111,6 @@ def _load_branch(path, checkpoint, branches, side, ema):
         found = f'{len(state)} weights under {prefix}*' if state else f'no weights under {prefix}*'
         raise RunError(f'{path}: {found}, which do not fit {config["architecture"]} '
                        f'({" ".join(str(e).split())[:160]})') from e
-    # What timm's saver stores as a Namespace says nothing of ours.
     known = {key: value for key in ('args', 'metrics') if isinstance(value := checkpoint.get(key), dict)}
     if not _is_plain(known) or not isinstance(known.get('args', {}).get('method', ''), str):
         raise RunError(f"{path}: its 'args' are not those of a run")

@@ -1,5 +1,4 @@
 """The model card of an exported branch: its README.md with the Hub's metadata, from figures that its run measured."""
-import csv
 import hashlib
 import math
 import os
@@ -12,11 +11,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..core.methods import METHODS
 from ..core.names import partner_of
 from ..engine.trained import TrainedModel
-from ..errors import RunError, first_line
 from ..options.options import build_parser
 from ..text import code, code_block, markdown, one_line
-
-VALIDATION = 'validation.csv'  # where `timm-vpl validate` leaves its figures, in the folder of a run
+from .runs import COLUMNS, VALIDATION, number
+from .tables import markdown_table, read_csv
 
 # Options that name files of a machine, and what a checkpoint keeps beside the options.
 _PRIVATE = (
@@ -104,79 +102,53 @@ def _results(trained: TrainedModel) -> dict[tuple[str, str], tuple[float, float]
     for weights, prefix in (('ema', 'ema_'), ('raw', '')):
         if f'{prefix}top1_{side}' in metrics and f'{prefix}top5_{side}' in metrics:
             results[own, weights] = (metrics[f'{prefix}top1_{side}'], metrics[f'{prefix}top5_{side}'])
-    file = os.path.join(os.path.dirname(trained.source), VALIDATION)
-    epoch, size = str(trained.checkpoint.get('epoch')), str(trained.data_config['input_size'][-1])
-    if side and os.path.isfile(file):
-        try:
-            with open(file, newline='', encoding='utf-8') as f:
-                for row in csv.DictReader(f):
-                    ours = [row[key] for key in ('branch', 'epoch', 'img_size', 'crop_pct', 'interpolation')] == [
-                        side, epoch, size, str(trained.data_config['crop_pct']), trained.data_config['interpolation']]
-                    if ours and row['set'] != own and row['top1'] != '':
-                        data = os.path.basename(row['data'])
-                        name = f'{_SETS.get(row["set"], row["set"])}, {row["images"]} images of {data}'
-                        results[one_line(name), row['weights']] = (float(row['top1']), float(row['top5']))
-        except (KeyError, OSError, TypeError, ValueError, csv.Error) as e:
-            raise RunError(f'{file}: not the figures of timm-vpl validate ({first_line(e, 80)})') from e
+    config = trained.data_config
+    ours = {
+        'branch': side, 'epoch': trained.checkpoint.get('epoch'), 'img_size': config['input_size'][-1],
+        'crop_pct': config['crop_pct'], 'interpolation': config['interpolation']}
+    for row in read_csv(os.path.join(os.path.dirname(trained.source), VALIDATION), COLUMNS) if side else ():
+        figures = number(row['top1']), number(row['top5'])
+        if all(row[key] == str(value) for key, value in ours.items()) and row['set'] != own and None not in figures:
+            data = os.path.basename(row['data'])
+            name = f'{_SETS.get(row["set"], row["set"])}, {row["images"]} images of {data}'
+            results[one_line(name), row['weights']] = figures
     return {key: figures for key, figures in results.items() if all(map(math.isfinite, figures))}
 
 
-def _text(trained, args, results, name, repo_id, data_name):
-    config = trained.data_config
-    in_chans, height, width = config['input_size']
-    mode = re.sub(r'\W', '', str(args.get('input_img_mode') or {1: 'L', 4: 'RGBA'}.get(in_chans, 'RGB')))
+_USAGE = """
+## Usage
+
+```python
+import timm
+from PIL import Image
+
+model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+logits = model(transform(Image.open('image.jpg').convert('{mode}')).unsqueeze(0))
+```
+
+From a folder: `timm.create_model('local-dir:FOLDER', pretrained=True)`."""
+
+
+def _text(trained, args, results, name, repo_id, data_name) -> str:
+    """Return the card below its metadata."""
     weights = {True: ' (averaged weights, EMA)', False: ' (raw weights)', None: ''}[trained.ema]
     version = f' {markdown(trained.checkpoint["version"])}' if trained.checkpoint.get('version') else ''
-    parameters = sum(parameter.numel() for parameter in trained.model.parameters())
-    lines = [
-        f'# {name}',
-        '',
-        f'A {code(trained.architecture)} image classification model{weights}, trained with timm-vpl{version}. It is a '
-        f'plain timm model: nothing but timm is needed to load it.',
-        '',
-        '## Model',
-        '',
-        f'- Architecture: {code(trained.architecture)}, {parameters / 1e6:.2f} M parameters',
-        f'- Images: {height} x {width}, {trained.model.num_classes} classes',
-    ]
+    channels = trained.data_config['input_size'][0]
+    mode = re.sub(r'\W', '', str(args.get('input_img_mode') or {1: 'L', 4: 'RGBA'}.get(channels, 'RGB')))
     method = METHODS.get(args.get('method'))  # None of one that user code added
-    if 'method' in args:
-        description = f'{method.description} ' if method else ''
-        lines.append(f'- Method: {description}({code("--method " + args["method"])})')
-        partner = args.get(f'model_{partner_of(trained.side)}')
-        if partner:
-            lines.append(f'- Partner in training: {code(_source(partner))}')
-        if args.get('teacher'):
-            lines.append(f'- Teacher: {code(os.path.basename(str(args["teacher"]).rstrip("/")))}')
-    if data_name:
-        lines.append(f'- Data: {markdown(data_name)}')
-    if 'epoch' in trained.checkpoint:
-        lines.append(f'- Epoch: {trained.checkpoint["epoch"]}, counted from 0')
+    lines = [
+        f'# {name}', '',
+        f'A {code(trained.architecture)} image classification model{weights}, trained with timm-vpl{version}. It is a '
+        f'plain timm model: nothing but timm is needed to load it.', '',
+        '## Model', '', *(f'- {fact}' for fact in _facts(trained, args, method, data_name))]
     if results:
-        lines += ['', '## Results', '', '| set | weights | top-1 | top-5 |', '|---|---|---|---|']
-        lines += [f'| {markdown(subset)} | {markdown(weights)} | {top1:.3f} | {top5:.3f} |'
-                  for (subset, weights), (top1, top5) in results.items()]
-        lines += ['', 'In percent, as measured by the run. A best epoch is chosen by its figures on validation.']
-    lines += [
-        '',
-        '## Usage',
-        '',
-        '```python',
-        'import timm',
-        'from PIL import Image',
-        '',
-        f"model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()",
-        'transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)',
-        f"logits = model(transform(Image.open('image.jpg').convert('{mode}')).unsqueeze(0))",
-        '```',
-        '',
-        "From a folder: `timm.create_model('local-dir:FOLDER', pretrained=True)`.",
-    ]
-    parser = build_parser()
-    recipe = {
-        key: _source(value) if key in ('model_a', 'model_b') else value
-        for key, value in args.items()
-        if key == 'seed' or not (key in _PRIVATE or key in parser.how or value == parser.presets.get(key))}
+        lines += ['', '## Results', '', *markdown_table(('set', 'weights', 'top-1', 'top-5'), (
+            (markdown(subset), markdown(weights), *(f'{figure:.3f}' for figure in figures))
+            for (subset, weights), figures in results.items()))]
+        lines.append('In percent, as measured by the run. A best epoch is chosen by its figures on validation.')
+    lines.append(_USAGE.format(repo_id=repo_id, mode=mode))
+    recipe = _recipe(args)
     if recipe:
         lines += [
             '', '## Recipe', '', 'Options of `timm-vpl train --config FILE`, others at their defaults:', '',
@@ -184,3 +156,33 @@ def _text(trained, args, results, name, repo_id, data_name):
     if method and method.citation:
         lines += ['', '## Citation', '', *code_block(method.citation, 'bibtex')]
     return '\n'.join(lines) + '\n'
+
+
+def _facts(trained, args, method, data_name) -> list[str]:
+    """Return what the model is and how it was trained, a fact a line."""
+    _, height, width = trained.data_config['input_size']
+    parameters = sum(parameter.numel() for parameter in trained.model.parameters())
+    facts = [
+        f'Architecture: {code(trained.architecture)}, {parameters / 1e6:.2f} M parameters',
+        f'Images: {height} x {width}, {trained.model.num_classes} classes']
+    if 'method' in args:
+        facts.append(f'Method: {f"{method.description} " if method else ""}({code("--method " + args["method"])})')
+        partner = args.get(f'model_{partner_of(trained.side)}')
+        if partner:
+            facts.append(f'Partner in training: {code(_source(partner))}')
+        if args.get('teacher'):
+            facts.append(f'Teacher: {code(os.path.basename(str(args["teacher"]).rstrip("/")))}')
+    if data_name:
+        facts.append(f'Data: {markdown(data_name)}')
+    if 'epoch' in trained.checkpoint:
+        facts.append(f'Epoch: {trained.checkpoint["epoch"]}, counted from 0')
+    return facts
+
+
+def _recipe(args: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that say what was trained, without the files of a machine."""
+    parser = build_parser()
+    return {
+        key: _source(value) if key in ('model_a', 'model_b') else value
+        for key, value in args.items()
+        if key == 'seed' or not (key in _PRIVATE or key in parser.how or value == parser.presets.get(key))}

@@ -1,20 +1,17 @@
 """Export: each branch of a pair as a folder that timm loads by itself, on the Hub too, and as ONNX."""
-import contextlib
 import logging
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.data import resolve_data_config
 from timm.models import create_model, save_for_hf
 
 from ..core.names import SIDES
-from ..data.splits import names_of, read_class_map
-from ..engine.models import branch_config, create_named, pretrained_cfg_of, size_kwargs
 from ..engine.trained import TrainedModel, load_branches
 from ..errors import RunError, UsageError, first_line
 from .card import MARK, is_unedited, model_card
@@ -22,22 +19,23 @@ from .card import MARK, is_unedited, model_card
 _logger = logging.getLogger(__name__)
 
 EXPORT = 'export'  # the folder, in that of a run
+FILES = {'README.md', 'config.json', 'model.safetensors', 'model.onnx'}
 ONNX_TOLERANCE = 1e-4
 
 
-def export(args) -> list[Path]:
-    """Export as the options of `timm-vpl export` say, and return the folders."""
-    sides = ''.join(SIDES) if args.branch == 'both' else args.branch
-    trained = load_branches(
-        args.source, None if args.branch == 'both' else sides, args.ema, configs=_named_configs(args))
+def export_branches(args) -> list[Path]:
+    """Export as the options of `timm-vpl export` say, and return the folders.
+
+    Raises:
+        UsageError: The options and the checkpoint do not go together, or a folder is not free.
+        RunError: Something can't be read, written or uploaded.
+    """
+    trained = load_branches(args.source, None if args.branch == 'both' else args.branch, args.ema)
     names = branch_names(trained, {side: getattr(args, f'name_{side}') for side in SIDES})
-    repo_ids = {side: f'{args.push_to}/{name}' for side, name in names.items()} if args.push_to else {}
-    if repo_ids:
-        _check_names_of_the_hub(repo_ids.values(), args.revision)
-    elif args.push_to == '':
-        raise UsageError('--push-to: empty, expected the name of an organisation or user')
-    elif args.private or args.revision:
-        _logger.warning('--private, --revision: no effect without --push-to')
+    repo_ids = {side: f'{args.push_to}/{name}' for side, name in names.items()} if args.push_to is not None else {}
+    _check_names_of_the_hub(repo_ids.values())
+    if args.private and not repo_ids:
+        _logger.warning('--private: no effect without --push-to')
     run_dir = args.source if os.path.isdir(args.source) else os.path.dirname(args.source)
     out = Path(args.out or os.path.join(run_dir, EXPORT))
     folders = {branch.side: out / names[branch.side] for branch in trained}
@@ -51,18 +49,16 @@ def export(args) -> list[Path]:
             found = 'is not an export of timm-vpl' if args.overwrite else 'exists; --overwrite replaces it'
             raise UsageError(f'--out {out}: {folder} {found}, another --out keeps it')
     for branch in trained:
-        export_branch(
-            branch, folders[branch.side], repo_ids.get(branch.side), license=args.license, onnx=args.onnx)
+        export_branch(branch, folders[branch.side], repo_ids.get(branch.side), args.license, args.onnx)
         print(f'{branch.label}: {folders[branch.side]}')
     for side, repo_id in repo_ids.items():
-        print(f'{folders[side]}: {push(folders[side], repo_id, private=args.private, revision=args.revision)}')
+        print(f'{folders[side]}: {push(folders[side], repo_id, args.private)}')
     return list(folders.values())
 
 
 def _is_ours(folder: Path) -> bool:
     """Return whether a folder is as an export left it."""
-    known = {'README.md', 'config.json', 'model.safetensors', 'model.onnx'}
-    return _is_export(folder) and {path.name for path in folder.iterdir()} <= known and is_unedited(
+    return _is_export(folder) and {path.name for path in folder.iterdir()} <= FILES and is_unedited(
         (folder / 'README.md').read_text(encoding='utf-8'))
 
 
@@ -77,20 +73,23 @@ def missing_exports(run_dir: str) -> list[tuple[TrainedModel, Path]]:
     sides = ''.join(side for side in SIDES if os.path.exists(os.path.join(run_dir, f'best_{side}.pth.tar')))
     if not sides:
         return []
-    trained = load_branches(run_dir, sides)
-    names = branch_names(trained)
-    return [
-        (branch, folder) for branch, raw in zip(trained, load_branches(run_dir, sides, ema=False), strict=True)
-        if not any(_holds(folder := Path(run_dir) / EXPORT / names[branch.side], each) for each in (branch, raw))]
+    averaged, raw = load_branches(run_dir, sides), load_branches(run_dir, sides, ema=False)
+    names = branch_names(averaged)
+    folders = [Path(run_dir) / EXPORT / names[branch.side] for branch in averaged]
+    return [(branch, folder) for branch, other, folder in zip(averaged, raw, folders, strict=True)
+            if not (_holds(folder, branch) or _holds(folder, other))]
 
 
-def _holds(folder, trained):
+def _holds(folder: Path, trained: TrainedModel) -> bool:
     """Return whether a folder holds these weights."""
     try:
-        state, written = trained.model.state_dict(), load_file(folder / 'model.safetensors')
+        return _equal(trained.model.state_dict(), load_file(folder / 'model.safetensors'))
     except (OSError, SafetensorError):
         return False
-    return state.keys() == written.keys() and all(torch.equal(state[key], written[key]) for key in state)
+
+
+def _equal(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
 
 
 def export_run(run_dir: str) -> None:
@@ -112,12 +111,10 @@ def branch_names(trained: list[TrainedModel], given: dict[str, str | None] | Non
     names = {}
     for branch in trained:
         architectures = list(branch.checkpoint['architectures'].values())  # of the pair, whichever is exported
-        method = branch.checkpoint.get('args', {}).get('method')
-        parts = [method] if method else []
-        parts.append(branch.architecture)
+        parts = [branch.checkpoint.get('args', {}).get('method'), branch.architecture]
         if architectures.count(branch.architecture) > 1:
             parts.append(branch.side)
-        name = (given or {}).get(branch.side) or '-'.join(map(str, parts))
+        name = (given or {}).get(branch.side) or '-'.join(str(part) for part in parts if part)
         # It becomes part of a path, and may come from a checkpoint of somebody else.
         if not re.fullmatch(r'\w[\w.-]{,95}', name, re.ASCII):
             raise UsageError(f'--name-{branch.side} {name!r}: expected at most 96 letters, digits, ".", "-" and "_"')
@@ -125,31 +122,6 @@ def branch_names(trained: list[TrainedModel], given: dict[str, str | None] | Non
     if len(set(names.values())) < len(names):
         raise UsageError(f'--name-a and --name-b are both {next(iter(names.values()))}')
     return names
-
-
-def _named_configs(args):
-    """Return timm's config of each model that the options name, for weights that do not say what they belong to."""
-    configs = {}
-    class_names = names_of(read_class_map(args.class_map)) if args.class_map else None
-    for side in SIDES:
-        name = getattr(args, f'model_{side}')
-        if name:
-            num_classes = args.num_classes or (len(class_names) if class_names else None)
-            if num_classes is None:
-                raise UsageError(f'--num-classes: needed with --model-{side} (or --class-map)')
-            if class_names and len(class_names) > num_classes:
-                raise UsageError(f'--num-classes {num_classes}: --class-map names {len(class_names)} classes')
-            cfg = pretrained_cfg_of(name, f'--model-{side}')
-            data_config = resolve_data_config(vars(args), pretrained_cfg=cfg)
-            with torch.device('meta'):
-                model = create_named(name, f'--model-{side} {name}', **{
-                    'num_classes': num_classes,
-                    'in_chans': data_config['input_size'][0],
-                    **size_kwargs(cfg, data_config['input_size']),
-                    **getattr(args, f'model_kwargs_{side}'),
-                })
-            configs[side] = branch_config(model, data_config, class_names)
-    return configs
 
 
 def export_branch(
@@ -201,30 +173,18 @@ def export_branch(
 
 
 @torch.inference_mode()
-def _check_reload(trained, folder):
+def _check_reload(trained: TrainedModel, folder: Path) -> None:
     """Load an exported folder as a user will, and compare it with the branch to the bit."""
-    with _quiet('timm.models'):
-        reloaded = create_model(f'local-dir:{folder}', pretrained=True).eval()
-    state, written = trained.model.state_dict(), reloaded.state_dict()
-    input = example_images(trained, 1)
-    finite = all(tensor.isfinite().all() for tensor in state.values() if tensor.is_floating_point())
-    if not finite:
-        _logger.warning(f'{folder.name}: weights that are not finite')
-    equal = state.keys() == written.keys() and all(torch.equal(state[key], written[key]) for key in state)
-    if finite and not (equal and torch.equal(trained.model(input), reloaded(input))):
-        raise RunError(f'{folder.name}: the exported model, loaded back, is not the trained one')
-
-
-@contextlib.contextmanager
-def _quiet(name):
-    """Hold back what a logger has to say below warnings."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    logging.disable(logging.INFO)  # timm names the folder, which is a temporary one
     try:
-        yield
+        reloaded = create_model(f'local-dir:{folder}', pretrained=True).eval()
     finally:
-        logger.setLevel(level)
+        logging.disable(logging.NOTSET)
+    state, input = trained.model.state_dict(), example_images(trained, 1)
+    if not all(tensor.isfinite().all() for tensor in state.values() if tensor.is_floating_point()):
+        _logger.warning(f'{folder.name}: weights that are not finite')
+    elif not (_equal(state, reloaded.state_dict()) and torch.equal(trained.model(input), reloaded(input))):
+        raise RunError(f'{folder.name}: the exported model, loaded back, is not the trained one')
 
 
 def example_images(trained: TrainedModel, count: int) -> torch.Tensor:
@@ -239,51 +199,41 @@ def export_onnx(trained: TrainedModel, path: Path) -> None:
         UsageError: The packages of the extra `onnx` are missing.
         RunError: torch can't export the model, or onnxruntime's logits differ by more than 1e-4.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as e:
-        raise UsageError(f"--onnx: needs the package {e.name} (pip install 'timm-vpl[onnx]')") from e
-    from timm.utils.onnx import onnx_export
+    from timm.utils.onnx import onnx_export, onnx_forward
+    differences = []
     try:
         onnx_export(trained.model, str(path), example_images(trained, 2), use_dynamo=True, input_names=['images'],
                     output_names=['logits'])
-        session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-        differences = []
         for count in (1, 3):
             images = example_images(trained, count)
-            logits = torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
             with torch.inference_mode():
-                differences.append((trained.model(images) - logits).abs().max().item())
+                logits = trained.model(images)
+            differences.append((logits - torch.from_numpy(onnx_forward(str(path), images))).abs().max().item())
+    except ImportError as e:
+        raise UsageError(f"--onnx: {first_line(e)} (pip install 'timm-vpl[onnx]')") from e
     except Exception as e:  # the exporter and the runtime raise errors of their own, of many classes
         raise RunError(f'--onnx: {trained.architecture} can not be exported: {first_line(e)}') from e
-    if not max(differences) <= ONNX_TOLERANCE:
+    if not all(difference <= ONNX_TOLERANCE for difference in differences):
         raise RunError(f'--onnx: {trained.architecture} differs from torch by {max(differences):.2g}, more than '
                        f'{ONNX_TOLERANCE:g}')
 
 
-def _check_names_of_the_hub(repo_ids, revision) -> None:
+def _check_names_of_the_hub(repo_ids: Iterable[str]) -> None:
     """Refuse names that break the Hub's rules, before anything is sent."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
     for repo_id in repo_ids:
         try:
             validate_repo_id(repo_id)
-            if repo_id.count('/') != 1 or repo_id.startswith('/'):
-                raise HFValidationError('expected ORG without a slash')
         except HFValidationError as e:
             raise UsageError(f'--push-to: {repo_id} is not a name that the Hub takes: {first_line(e)}') from e
-    if revision is not None and (not re.fullmatch(r'[\w./-]+', revision, re.ASCII) or '..' in revision
-                                 or revision[0] in './-' or revision.endswith(('/', '.', '.lock'))):
-        raise UsageError(f'--revision {revision!r}: not the name of a branch')
 
 
-def push(folder: Path, repo_id: str, private: bool = False, revision: str | None = None) -> str:
-    """Upload a folder to the Hub and return its address; the repository and the revision are created if need be.
+def push(folder: Path, repo_id: str, private: bool = False) -> str:
+    """Upload a folder to the Hub and return its address; the repository is created if need be.
 
     Raises:
-        RunError: No token, no rights, no network.
+        RunError: No token, no rights, no network, or a public repository where a private one is wanted.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
@@ -292,31 +242,15 @@ def push(folder: Path, repo_id: str, private: bool = False, revision: str | None
         api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise RunError(f'{repo_id}: exists and is public, nothing was uploaded; {folder} is kept')
-        if revision:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=str(folder),
-            revision=revision,
             commit_message=f'Upload {folder.name}',
             delete_patterns='model.onnx',  # of earlier weights, where these have none
         )
     except (HTTPError, OSError, RuntimeError, ValueError) as e:  # the Hub's errors, the connection's, an upload's
-        raise RunError(f'{repo_id}: not uploaded, {_reason(e)}; {folder} is kept') from e
-
-
-def _reason(error) -> str:
-    """Return what went wrong at the Hub, in words."""
-    status = getattr(getattr(error, 'response', None), 'status_code', None)
-    known = {
-        401: 'the token is missing or not valid (`hf auth login`, or HF_TOKEN)',
-        403: 'the token has no right to write there',
-        404: 'there is no such repository or revision',
-    }
-    if status in known:
-        return f'{known[status]} ({status})'
-    message = getattr(error, 'server_message', None) or str(error.__cause__ or error)
-    return f'{type(error).__name__}: {" ".join(message.split())[:160]}'
+        raise RunError(f'{repo_id}: not uploaded, {folder} is kept; it needs a connection and a token that may write '
+                       f'there (`hf auth login`, or HF_TOKEN): {" ".join(str(e).split())[:200]}') from e
 
 
 class ExportObserver:

@@ -3,26 +3,27 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
 from ..core.methods import METHODS
 from ..errors import UsageError
+from ..options.parser import show
 from ..options.train import METHOD_OPTIONS
 from ..text import markdown
-from .comparison import Difference, paired_difference
-from .runs import COSTS, Run, data_title, make_recipe, read_run, teacher_folder
+from .comparison import paired_difference
+from .runs import COSTS, Run, data_title, make_recipe, own_options, read_run, teacher_folder
+from .tables import markdown_table
 
 METRICS = {'top1': 'top-1', 'top5': 'top-5'}
 _SET_TITLES = {'real': 'ReaL', 'v2': 'V2'}
-_ORDER = tuple(dict.fromkeys(['solo', *METHODS]))
 COLLAPSED = 2 / 3  # of the median of its row: below that a run has collapsed
 SAME_COST = 0.1  # relative difference of FLOPs that counts as the same
 
 
-def report(run_dirs: list[str], format: str = 'md', names: Mapping[str, str] | None = None) -> str:
+def make_report(run_dirs: list[str], format: str = 'md', names: Mapping[str, str] | None = None) -> str:
     """Return the comparison of runs as text.
 
     Runs that agree in all options that count are a group, averaged over its runs. Unfinished runs are listed and never
@@ -79,8 +80,7 @@ class Group:
 
     def total(self, cost: str, epochs: int | None = None) -> float | None:
         """Return the mean over the runs of what the first epochs cost (default: all); None where one does not tell."""
-        costs = [run.total(cost, epochs) for run in self.runs]
-        return None if None in costs else fmean(costs)
+        return _mean([run.total(cost, epochs) for run in self.runs])
 
 
 def make_groups(runs: Iterable[Run], names: Mapping[str, str] | None = None) -> list[Group]:
@@ -101,14 +101,11 @@ def make_groups(runs: Iterable[Run], names: Mapping[str, str] | None = None) -> 
         run = group.runs[0]
         alike = [other.runs[0].recipe for other in groups if other.place == group.place]
         values = {**run.recipe, 'teacher': run.options.get('teacher')}
-        parts = ', '.join(f'{name}={_flat(values.get(name))}' for name in _differing(*alike))
+        parts = ', '.join(
+            f'{name}={show(values.get(name))}' for name in sorted({*own_options(run), *_differing(*alike)}))
         group.name = f'{run.framework} ({parts})' if parts else run.framework
         group.name = next((names[str(run.path)] for run in group.runs if str(run.path) in (names or ())), group.name)
     return groups
-
-
-def _flat(value: Any) -> Any:
-    return ' '.join(map(str, value)) if isinstance(value, list) else value
 
 
 def _differing(*recipes: dict[str, Any]) -> list[str]:
@@ -128,15 +125,18 @@ class Baseline:
         num_epochs: Its epochs.
         differs: Further options in which it differs from the branch.
         pairs: (side, run of the branch, run of the solo model) of the seeds that both have.
-        difference: Of the last top-1 over these pairs; None without any.
-        reason: Why there is none.
+        reason: Why there are none.
     """
     name: str
     num_epochs: int
     differs: list[str]
     pairs: list[tuple[str, Run, Run]]
-    difference: Difference | None = None
     reason: str = ''
+
+    @property
+    def gains(self) -> list[float]:
+        """The differences of the last top-1, in points."""
+        return [_last(run, side) - _last(alone) for side, run, alone in self.pairs]
 
 
 def find_baselines(group: Group, index: int, groups: list[Group]) -> dict[str, Baseline]:
@@ -170,22 +170,13 @@ def _pair(group: Group, index: int, solo: Group, differs: list[str]) -> Baseline
     pairs = [
         (run.sides[index], run, by_seed[key]) for run in group.runs
         if (key := (run.options.get('seed'), run.pairing)) in by_seed]
-    baseline = Baseline(solo.name, solo.runs[0].num_epochs, differs, pairs)
-    if pairs:
-        baseline.difference = paired_difference([_last(run, side) - _last(alone) for side, run, alone in pairs])
-        return baseline
-    seeds = [{run.options.get('seed') for run in each.runs} for each in (group, solo)]
-    if not seeds[0] & seeds[1]:
-        baseline.reason = f'no common seed ({_listed(seeds[0])} and {_listed(seeds[1])})'
-    elif any(run.pairing is None for run in (*group.runs, *solo.runs)):
-        baseline.reason = 'the folders do not tell data and environment'
-    else:
-        baseline.reason = 'the seeds that both have differ in environment or data'
-    return baseline
-
-
-def _listed(seeds: set) -> str:
-    return ', '.join(sorted(map(str, seeds)))
+    reason = ''
+    if not pairs:
+        seeds = [{str(run.options.get('seed')) for run in each.runs} for each in (group, solo)]
+        listed = ' and '.join(', '.join(sorted(each)) for each in seeds)
+        reason = ('environment or data of the seeds that both have differ, or are not known' if seeds[0] & seeds[1] else
+                  f'no common seed ({listed})')
+    return Baseline(solo.name, solo.runs[0].num_epochs, differs, pairs, reason)
 
 
 def _last(run: Run, side: str | None = None) -> float:
@@ -198,9 +189,9 @@ def _last(run: Run, side: str | None = None) -> float:
 def make_records(groups: list[Group]) -> list[dict[str, Any]]:
     """Return a record a branch of a group."""
     records = [_record(group, index, groups) for group in groups for index in range(len(group.runs[0].sides))]
-    rank = {method: i for i, method in enumerate(_ORDER)}
-    records.sort(key=lambda r: (r['data'], r['num_epochs'], rank.get(r['method'], len(rank))))
-    return records
+    order = ['solo', *METHODS]
+    return sorted(records, key=lambda r: (
+        r['data'], r['num_epochs'], order.index(r['method']) if r['method'] in order else len(order)))
 
 
 def _record(group: Group, index: int, groups: list[Group]) -> dict[str, Any]:
@@ -235,11 +226,11 @@ def _record(group: Group, index: int, groups: list[Group]) -> dict[str, Any]:
     }
     record['top1'] = record['figures'][f'{_SET_TITLES.get(run.val_set, run.val_set)} {METRICS["top1"]}']
     for kind, baseline in find_baselines(group, index, groups).items():
+        difference = paired_difference(baseline.gains) if baseline.pairs else None
         record['baselines'][kind] = {
-            **{field.name: getattr(baseline, field.name) for field in dataclasses.fields(baseline)
-               if field.name not in ('pairs', 'difference')},
-            **(dataclasses.asdict(baseline.difference) if baseline.difference else {}),
-            'text': str(baseline.difference or '-'),
+            **{name: getattr(baseline, name) for name in ('name', 'num_epochs', 'differs', 'reason')},
+            **(dataclasses.asdict(difference) if difference else {}),
+            'text': str(difference or '-'),
             **_reached(baseline),
         }
     return record
@@ -301,24 +292,17 @@ def to_markdown(records: list[dict[str, Any]], unfinished: list[Run]) -> str:
     """Return the page of tables: for each data set accuracy, each branch, cost and convergence."""
     names = ('framework', 'model', 'model_a', 'model_b', 'data')
     records = [{**r, **{name: r[name] and markdown(r[name]) for name in names}} for r in records]
-    datas = list(dict.fromkeys(r['data'] for r in records))
     lines: list[str] = []
-    for data in datas:
-        rows = _titled([r for r in records if r['data'] == data])
+    for data, rows in groupby(records, key=lambda r: r['data']):  # which they are sorted by
+        rows = list(rows)
         lines += [
-            f'## {data}', '',
-            f'Top-1 (percent) of the last epoch, mean ± standard deviation (runs). {_weights(rows)}', '',
-            *_pivot(rows, {'num_epochs': 'Epochs', 'title': 'Framework'}, 'model'),
-            '### Each branch', '', *_branches(rows), '### Cost', '', *_costs(rows), *_convergence(rows)]
-    if len(datas) > 1:
-        lines += [
-            '## All data sets', '', 'Top-1 of the last epoch; several figures in a cell: by number of epochs.', '',
-            *_pivot(_titled(records), {'title': 'Framework', 'model': 'Model'}, 'data')]
+            f'## {data}', '', 'Top-1 (percent) of the last epoch, mean ± standard deviation (runs).', '',
+            *_summary(rows), '### Each branch', '', *_branches(rows), '### Cost', '', *_costs(rows),
+            *_convergence(rows)]
     if unfinished:
-        lines += ['## Unfinished, in no figure of this report', '', *_table(
+        lines += ['## Unfinished, in no figure of this report', '', *markdown_table(
             ['Run', 'Framework', 'Models', 'Progress'],
-            [(*map(markdown, (run.path, run.framework or '-', ' + '.join(run.models) or '-')), run.progress)
-             for run in unfinished])]
+            [(*map(markdown, (run.path, run.framework, ' + '.join(run.models))), run.progress) for run in unfinished])]
     if records:
         lines += ['## Notes', '', *(f'- {note}' for note in dict.fromkeys(_notes(records)))]
     return '\n'.join(lines)
@@ -327,37 +311,33 @@ def to_markdown(records: list[dict[str, Any]], unfinished: list[Run]) -> str:
 _FORMATS = {'md': to_markdown, 'json': to_json}
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable]) -> list[str]:
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
-    head, *body = [f'| {" | ".join(row)} |' for row in cells]
-    return [head, '|' + '---|' * len(cells[0]), *body, '']
-
-
 def _columns(records, field: str) -> list[str]:
     """Return the values of a field, those of branches a first."""
     return list(dict.fromkeys(r[field] for r in sorted(records, key=lambda r: r['branch'])))
 
 
-def _pivot(records, first: dict[str, str], field: str) -> list[str]:
-    """Return a table of the last top-1: a row for the values of the first fields, a column for each of another one."""
+def _summary(records) -> list[str]:
+    """Return a table of the last top-1: a row a group, a column a model."""
     cells: dict[tuple, dict[str, list]] = {}
     for r in records:
-        cells.setdefault(tuple(r[name] for name in first), {}).setdefault(r[field], []).append(_shown(r['top1']))
-    columns = _columns(records, field)
-    return _table([*first.values(), *columns], [
-        (*key, *(' / '.join(row.get(name, ['-'])) for name in columns)) for key, row in cells.items()])
+        row = cells.setdefault((r['num_epochs'], r['framework'], _models(r)), {})
+        row.setdefault(r['model'], []).append(_shown(r['top1']))
+    columns = _columns(records, 'model')
+    return markdown_table(['Epochs', 'Framework', 'Models', *columns], [
+        (*key, *(' / '.join(row[name]) if name in row else None for name in columns)) for key, row in cells.items()])
 
 
 def _branches(records) -> list[str]:
     names = dict.fromkeys(name for r in records for name in r['figures'])
     names = sorted(names, key=lambda name: name.startswith('best '))
     models = _columns(records, 'model')
-    return _table(
-        ['Epochs', 'Framework', 'Model', *map(markdown, names), 'median (collapsed)', 'best epoch',
+    return markdown_table(
+        ['Epochs', 'Framework', 'Models', 'Model', 'Weights', *map(markdown, names), 'median (collapsed)', 'best epoch',
          'Δ solo, same epochs', 'Δ solo, same FLOPs'],
-        [(r['num_epochs'], r['title'], r['model'], *(_shown(r['figures'].get(name)) for name in names),
+        [(r['num_epochs'], r['framework'], _models(r), r['model'], r['weights'],
+          *(_shown(r['figures'].get(name)) for name in names),
           f'{r["top1"]["median"]:.2f} ({r["top1"]["collapsed"]})', ', '.join(map(str, r['best_epochs'])),
-          *(r['baselines'][kind]['text'] if kind in r['baselines'] else '-' for kind in ('epochs', 'flops')))
+          *(r['baselines'].get(kind, {}).get('text') for kind in ('epochs', 'flops')))
          for r in sorted(records, key=lambda r: (r['num_epochs'], models.index(r['model'])))])
 
 
@@ -371,12 +351,12 @@ def _costs(records) -> list[str]:
         seconds, hours = r['seconds'], r['device_hours']
         solos = [branch['baselines'].get('epochs', {}).get('solo_seconds') for branch in branches]
         rows.append((
-            r['num_epochs'], r['framework'], _models(r), ' then '.join(map(str, r['processes'])) or '-',
+            r['num_epochs'], r['framework'], _models(r), ' then '.join(map(str, r['processes'])),
             _scaled(r['flops'], _COUNT), _scaled(r['image_passes'], _COUNT),
             _scaled(seconds, _TIME), _scaled(seconds and seconds / r['num_epochs'], _TIME),
-            '-' if hours is None else f'{hours:.2f}' if hours >= 1 else f'{hours:.3g}',
-            '-' if None in (seconds, *solos) or not sum(solos) else f'{seconds / sum(solos):.2f}'))
-    return _table([
+            hours and (f'{hours:.2f}' if hours >= 1 else f'{hours:.3g}'),
+            f'{seconds / sum(solos):.2f}' if all((seconds, *solos)) else None))
+    return markdown_table([
         'Epochs', 'Framework', 'Models', 'Processes', 'FLOPs', 'Image-passes', 'Time', 'Time an epoch', 'Device-hours',
         "Time / solo's"], rows)
 
@@ -387,12 +367,12 @@ def _convergence(records) -> list[str]:
         solo = r['baselines'].get('epochs', {})
         if 'solo_top1' in solo:
             rows.append((
-                r['num_epochs'], r['title'], r['model'], f'{solo["solo_top1"]:.2f}',
+                r['num_epochs'], r['framework'], _models(r), r['model'], f'{solo["solo_top1"]:.2f}',
                 solo['reached_epochs'] or 'not reached',
                 *(_scaled(solo[f'{who}_{cost}'], units) for who in ('reached', 'solo')
                   for cost, units in (('flops', _COUNT), ('seconds', _TIME)))))
-    return rows and ["### Until solo's final top-1", '', *_table([
-        'Epochs', 'Framework', 'Model', "Solo's top-1", 'After epochs', 'FLOPs', 'Time', "Solo's FLOPs",
+    return rows and ["### Until solo's final top-1", '', *markdown_table([
+        'Epochs', 'Framework', 'Models', 'Model', "Solo's top-1", 'After epochs', 'FLOPs', 'Time', "Solo's FLOPs",
         "Solo's time"], rows)]
 
 
@@ -427,29 +407,13 @@ def _notes(records) -> list[str]:
     return notes
 
 
-def _weights(records) -> str:
-    raw = dict.fromkeys(f'{r["framework"]} ({_models(r)})' for r in records if r['weights'] == 'raw')
-    if not raw:
-        return 'Weights: EMA.'
-    return 'Weights: raw.' if all(r['weights'] == 'raw' for r in records) else f'Weights: EMA; raw: {", ".join(raw)}.'
-
-
 def _models(record) -> str:
     return ' + '.join(filter(None, (record['model_a'], record['model_b'])))
 
 
-def _titled(records) -> list[dict[str, Any]]:
-    """Return the records with the title of their row: the group's name, and its pair where there are several."""
-    pairs = {_models(r) for r in records if r['model_a'] and r['model_b']}
-    with_pair = pairs if len(pairs) > 1 else ()
-    return [
-        {**r, 'title': f'{r["framework"]}, {_models(r)}' if _models(r) in with_pair else r['framework']}
-        for r in records]
-
-
-def _shown(figure: dict[str, Any] | None) -> str:
+def _shown(figure: dict[str, Any] | None) -> str | None:
     if figure is None:
-        return '-'
+        return None
     deviation = '' if figure['std'] is None else f' ± {figure["std"]:.2f}'
     return f'{figure["mean"]:.2f}{deviation} ({figure["n"]})'
 
@@ -458,8 +422,8 @@ _COUNT = ((1e18, ' E'), (1e15, ' P'), (1e12, ' T'), (1e9, ' G'), (1e6, ' M'), (1
 _TIME = ((3600, ' h'), (60, ' min'), (1, ' s'))
 
 
-def _scaled(value: float | None, units: tuple) -> str:
+def _scaled(value: float | None, units: tuple) -> str | None:
     if value is None:
-        return '-'
+        return None
     size, unit = next((step for step in units if value >= step[0]), units[-1])
     return f'{value / size:.2f}{unit}'

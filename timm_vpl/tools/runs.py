@@ -1,5 +1,4 @@
 """Runs as their folders tell of them: options, epochs, figures, and what makes two of them alike."""
-import csv
 import math
 import os
 from argparse import Namespace
@@ -7,13 +6,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..core.method_options import TeacherOptions
 from ..core.methods import METHODS
 from ..core.names import SIDES
-from ..errors import UsageError
+from ..errors import RunError, UsageError, first_line
 from ..options.options import build_parser, options_without_effect
 from ..options.parsing import read_yaml
 from ..options.train import METHOD_OPTIONS, make_options
+from .tables import read_csv
 
+VALIDATION = 'validation.csv'  # where `timm-vpl validate` leaves its figures, in the folder of a run
+COLUMNS = (
+    'model', 'epoch', 'branch', 'weights', 'data', 'set', 'images', 'loss', 'top1', 'top5', 'img_size', 'crop_pct',
+    'interpolation', 'images_per_second')
 COSTS = ('flops', 'image_passes', 'seconds', 'device_hours')  # they add up over the epochs
 _SINGLE = ('model_a', 'model_b', 'seed', 'contrastive_to', 'kl_to', 'val_split')
 
@@ -48,9 +53,9 @@ class Run:
         self.processes = list(dict.fromkeys(row['processes'] for row in rows.values() if row.get('processes')))
         self.val_set = str(options.get('val_split') or 'validation')
         self.framework = framework(self)
-        self.recipe = make_recipe(options, self.sides, self.path)
-        self.recipe.update(
-            data=_data(self), num_epochs=self.num_epochs, weights=self.weights, processes=self.processes)
+        self.recipe = {
+            **make_recipe(options, self.sides, self.path), 'data': _data(self), 'num_epochs': self.num_epochs,
+            'weights': self.weights, 'processes': self.processes}
 
     @property
     def progress(self) -> str:
@@ -92,7 +97,8 @@ def read_run(path: Path) -> Run:
     """Read a run's folder.
 
     Raises:
-        UsageError: It is not the folder of a run, or a file of it can't be read.
+        UsageError: It is not the folder of a run.
+        RunError: A file of it can't be read.
     """
     if not path.is_dir():
         raise UsageError(f'{path}: no such folder')
@@ -102,7 +108,7 @@ def read_run(path: Path) -> Run:
     rows = {}
     method = METHODS.get(options['method'])  # None: a method of the user's own
     passes = method and method.passes(make_options(options).own)
-    for cells in _read_table(path / 'summary.csv'):
+    for cells in read_csv(path / 'summary.csv'):
         row = {name: number(cell) for name, cell in cells.items()}
         row['image_passes'] = _product(row.get('images'), passes)
         row['device_hours'] = _product(row.get('seconds'), row.get('processes'), 1 / 3600)
@@ -110,9 +116,8 @@ def read_run(path: Path) -> Run:
         if epoch is not None and 0 <= epoch < _num_epochs(row, options):
             rows[int(epoch)] = row
     measured = {
-        (number(cells.get('epoch')), *(cells.get(name) for name in ('branch', 'weights', 'set')), metric):
-            number(cells.get(metric))
-        for cells in _read_table(path / 'validation.csv') for metric in ('top1', 'top5')}
+        (number(cells['epoch']), *(cells[name] for name in ('branch', 'weights', 'set')), metric): number(cells[metric])
+        for cells in read_csv(path / VALIDATION, COLUMNS) for metric in ('top1', 'top5')}
     data, environment = (_read_facts(path / f'{name}.yaml') for name in ('data', 'environment'))
     if data:
         data.pop('contents', None)  # what is not read makes no other data
@@ -148,17 +153,7 @@ def _read_facts(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, yaml.YAMLError) as e:
-        raise UsageError(f'{path} can not be read: {" ".join(str(e).split())}') from e
-
-
-def _read_table(path: Path) -> list[dict[str, str]]:
-    try:
-        with path.open(newline='', encoding='utf-8') as file:
-            return list(csv.DictReader(file, restval=''))
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, csv.Error) as e:
-        raise UsageError(f'{path} can not be read: {e}') from e
+        raise RunError(f'{path}: can not be read ({first_line(e)})') from e
 
 
 def number(value: Any) -> float | None:
@@ -248,39 +243,24 @@ def data_title(run: Run) -> str:
     return f'{train["images"]:,} images in {train["split"]}, {held_out["images"]:,} in {held_out["split"]}{classes}'
 
 
+def own_options(run: Run) -> list[str]:
+    """Return the options of a run's method, without its teacher, that have an effect and are not at their defaults."""
+    presets, method = build_parser().presets, METHODS.get(run.options['method'])
+    names = {field.name for field in fields(method.options)} if method else set()
+    names -= {field.name for field in fields(TeacherOptions)}
+    return [name for name in names if run.recipe.get(name, presets[name]) != presets[name]]
+
+
 def framework(run: Run) -> str:
-    """Return the name of a run's method and variant, as in the paper's tables."""
-    options, method = run.options, run.options['method']
-    if method == 'vpl':
-        return _vpl_name(options)
-    if method == 'dml':
-        return 'DML joint' if options.get('dml_joint') else 'DML'
-    if method in ('distill', 'deit'):
-        name = 'DIS' if method == 'distill' else f'DeiT {options.get("distillation_type") or ""}'.rstrip()
-        teacher = _teacher_name(run)
-        return f'{name} {teacher} -> {" + ".join(run.models)}' if teacher else f'{name} online'
-    return method
-
-
-def _vpl_name(options: dict[str, Any]) -> str:
-    route = options.get('contrastive_to', 'b'), options.get('kl_to', 'a')
-    x, y = (number(options.get(name, 20)) for name in ('x', 'y'))
-    contrastive = number(options.get('contrastive_weight', 1)) != 0 and y != 100
-    kl = number(options.get('kl_weight', 1)) != 0 and x != 100
-    if not (contrastive or kl):
-        return 'VPL without pair terms'
-    if contrastive and kl:
-        known = {('b', 'a'): '', ('a', 'b'): ' swapped', ('both', 'both'): '-Bi'}
-        name = 'VPL' + known.get(route, f' CL->{route[0]} KL->{route[1]}')
-        return f'{name} x={x} y={y}'.replace(' x=20 y=20', '')
-    if kl:
-        return f'VPL without CL{"" if route[1] == "a" else f", KL->{route[1]}"}{"" if x == 20 else f" x={x}"}'
-    return f'VPL without KL{"" if route[0] == "b" else f", CL->{route[0]}"}{"" if y == 20 else f" y={y}"}'
+    """Return the name of a run's method, with its teacher."""
+    teacher = _teacher_name(run)
+    return f'{run.options["method"]} from {teacher}' if teacher else run.options['method']
 
 
 def _teacher_name(run: Run) -> str:
-    options, sides = run.options, [side for side in given_sides(run.options) if side not in run.sides]
-    teacher = options.get('teacher')
+    """Return the models that teach: those of the teacher, or of the branch that does not learn."""
+    options, teacher = run.options, run.options.get('teacher')
+    sides = [side for side in given_sides(options) if side not in run.sides]
     if teacher and not sides:
         folder = teacher_folder(teacher, run.path)
         if folder is None:

@@ -1,7 +1,8 @@
 """A study: a plan of rows and seeds as plain `timm-vpl train` commands, run one after the other, and compared."""
 import fcntl
+import functools
+import math
 import os
-import resource
 import shlex
 import signal
 import subprocess
@@ -9,8 +10,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..errors import RunError, UsageError
@@ -18,10 +20,12 @@ from ..options.options import build_parser, read_args, recipe_path, recipe_value
 from ..options.parsing import did_you_mean, option_tokens, read_recipe, show
 from ..text import one_line
 from .comparison import paired_difference
-from .report import find_baselines, make_groups, report
+from .report import Group, find_baselines, make_groups, make_report
 from .runs import Run, read_options, read_run
+from .tables import screen_table
 
 PLAN_KEYS = ('base', 'data', 'seeds', 'rows')
+TRAIN = (sys.executable, '-m', 'timm_vpl', 'train')
 MARGIN = 1.1  # of an estimate, before a run that must end in time is started
 
 
@@ -82,13 +86,11 @@ def read_plan(path: Path, data_dir: str | None, output: Path) -> list[PlannedRun
         if key not in PLAN_KEYS:
             raise UsageError(f'{path}: {key} is not a key of a plan{did_you_mean(key, PLAN_KEYS)}')
     base, rows, seeds = plan.get('base'), plan.get('rows'), plan.get('seeds')
-    names = [row.get('name') if isinstance(row, dict) else None for row in rows] if isinstance(rows, list) else []
+    rows = rows if isinstance(rows, list) else []
+    names = _texts([row.get('name') if isinstance(row, dict) else None for row in rows])
     for key, wanted, good in (
-            ('base', 'a recipe', isinstance(base, str)),
-            ('rows', 'a list of mappings, each with a name',
-             names and all(isinstance(name, str) and name for name in names)),
-            ('seeds', 'a list of numbers',
-             isinstance(seeds, list) and seeds and all(isinstance(seed, str) for seed in seeds))):
+            ('base', 'a recipe', isinstance(base, str)), ('rows', 'a list of mappings, each with a name', names),
+            ('seeds', 'a list of numbers', _texts(seeds))):
         if not good:
             raise UsageError(f'{path}: {key}: expected {wanted}')
     for kind, values in (('row', names), ('seed', seeds)):
@@ -114,6 +116,11 @@ def read_plan(path: Path, data_dir: str | None, output: Path) -> list[PlannedRun
             ('--config', config, *_tokens(given, f'{path}: {row["name"]}'), '--seed', seed),
             data_dir and data_dir.replace('{seed}', seed), teacher)
     return list(runs.values())
+
+
+def _texts(values: Any) -> list[str]:
+    """Return a list of texts, empty for what is none."""
+    return values if isinstance(values, list) and all(isinstance(value, str) and value for value in values) else []
 
 
 def _tokens(given: dict[str, Any], where: str) -> list[str]:
@@ -155,7 +162,7 @@ def check_plan(runs: Iterable[PlannedRun]) -> None:
                                  f'name the row otherwise, or move the folder away')
 
 
-def study(args) -> int:
+def run_study(args) -> int:
     """Do the runs of a plan that are not done, as the options of `timm-vpl study` say, and print the comparison.
 
     Returns:
@@ -171,8 +178,8 @@ def study(args) -> int:
     check_plan(runs)
     left = [run for run in runs if run.finished() is None]
     # A run whose weights are gone is done again for the sake of its students.
-    again = [run for run in dict.fromkeys(run.teacher for run in left) if run and run not in left]
-    left = [run for run in runs if run in left or (run in again and not run.has_weights())]
+    again = {run.teacher for run in left if run.teacher and not run.teacher.has_weights()}
+    left = [run for run in runs if run in left or run in again]
     if args.print_commands:
         print('\n'.join(shlex.join(['timm-vpl', 'train', *run.command()]) for run in left))
         return 0
@@ -182,44 +189,47 @@ def study(args) -> int:
         except OSError:
             raise RunError(f'{output}: another study, or a run that it started, is at work here') from None
         if args.dry_run:
-            print(dry_run(runs, left))
+            print('\n'.join(dry_run(runs, left)))
             return 0
-        failed = Runner(left, args.jobs, args.limit_minutes, lock.fileno()).run()
+        end = math.inf if args.limit_minutes is None else time.time() + 60 * args.limit_minutes
+        failed = Runner(runs, left, args.jobs, end, lock.fileno()).train_all()
     print(conclusion(runs))
     for line in failed:
         print(f'Failed: {line}', file=sys.stderr)
     return bool(failed)
 
 
+@dataclass
 class Runner:
-    """Starts runs in their order, some at a time.
+    """Trains runs in their order, some at a time.
 
-    Args:
-        runs: The runs.
+    Attributes:
+        runs: All runs of the study.
+        waiting: Those to do.
         jobs: How many at a time.
-        limit_minutes: No run is started that would not end in this time.
+        end: No run is started that would not end at this time; infinity for no limit.
         lock: File descriptor that the runs inherit, so that a study is at work while one of them is.
     """
+    runs: Sequence[PlannedRun]
+    waiting: list[PlannedRun]
+    jobs: int
+    end: float
+    lock: int
+    active: dict[PlannedRun, tuple[float, subprocess.Popen]] = field(default_factory=dict)
+    failed: dict[PlannedRun, str] = field(default_factory=dict)
+    left_out: list[PlannedRun] = field(default_factory=list)
 
-    def __init__(self, runs: Sequence[PlannedRun], jobs: int, limit_minutes: float | None, lock: int):
-        self.waiting = list(runs)
-        self.total = len(runs)
-        self.jobs = jobs
-        self.lock = lock
-        self.end = None if limit_minutes is None else time.time() + 60 * limit_minutes
-        self.estimates: dict[str, float] = {}
-        self.active: dict[PlannedRun, tuple[subprocess.Popen, float]] = {}
-        self.failed: dict[PlannedRun, str] = {}
-        self.left_out: set[PlannedRun] = set()
-
-    def run(self) -> list[str]:
-        """Run all; return a line for each run that failed."""
+    def train_all(self) -> list[str]:
+        """Train all; return a line for each run that failed."""
         handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             while self.waiting or self.active:
-                self._start()
+                for run in list(self.waiting):
+                    if len(self.active) < self.jobs and run.teacher not in (*self.active, *self.waiting):
+                        self.waiting.remove(run)
+                        self._start(run)
                 time.sleep(0.2)
-                for run, (process, started) in list(self.active.items()):
+                for run, (started, process) in list(self.active.items()):
                     if process.poll() is not None:
                         del self.active[run]
                         self._ended(run, process.returncode, time.time() - started)
@@ -228,146 +238,133 @@ class Runner:
                 signal.signal(number, handler)
         return list(self.failed.values())
 
-    def _start(self) -> None:
-        for run in list(self.waiting):
-            if run.teacher in self.active or run.teacher in self.waiting or len(self.active) >= self.jobs:
-                continue
-            self.waiting.remove(run)
-            if run.teacher in self.failed:
-                self.failed[run] = f'{run.folder.name}: its teacher {run.teacher.folder.name} failed'
-            elif run.teacher in self.left_out or self._too_late(run):
-                self.left_out.add(run)
-                print(f'{run.folder.name}: not started, it would not end in time', flush=True)
-            elif run not in self.failed:
-                with open(run.log, 'ab') as log:
-                    process = subprocess.Popen(
-                        [sys.executable, '-m', 'timm_vpl', 'train', *run.command()],
-                        stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[self.lock])
-                self.active[run] = process, time.time()
-
-    def _too_late(self, run: PlannedRun) -> bool:
-        """Return whether a run would not end in time; where its trial fails, the run has failed."""
-        if self.end is None:
-            return False
+    def _start(self, run: PlannedRun) -> None:
+        """Start a run, unless its teacher failed, its row can't be trained or the time would not do."""
         try:
-            return time.time() + MARGIN * self._expected(run) > self.end
+            if run.teacher in self.failed:
+                raise RunError(f'{run.folder.name}: its teacher {run.teacher.folder.name} failed')
+            if run.teacher in self.left_out or (
+                    self.end < math.inf and time.time() + MARGIN * expected_seconds(run, self.runs) > self.end):
+                self.left_out.append(run)
+                print(f'{run.folder.name}: not started, it would not end in time', flush=True)
+                return
         except RunError as e:
             self.failed[run] = str(e)
-            return False
-
-    def _expected(self, run: PlannedRun) -> float:
-        if run.row not in self.estimates:
-            with tempfile.TemporaryDirectory() as folder:
-                self.estimates[run.row] = trial(run, Path(folder))[0]
-        return self.estimates[run.row]
+            return
+        with open(run.log, 'ab') as log:
+            self.active[run] = time.time(), subprocess.Popen(
+                [*TRAIN, *run.command()], stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[self.lock])
 
     def _ended(self, run: PlannedRun, status: int, seconds: float) -> None:
-        done = self.total - len(self.waiting) - len(self.active)
         result = f'{seconds / 60:.1f} min'
         if status or run.finished() is None:
-            lines = run.log.read_text(errors='replace').strip().splitlines() or ['']
-            self.failed[run] = f'{run.folder.name}: status {status}, {one_line(lines[-1])}'
-            result += f', FAILED: {one_line(lines[-1], 200)}'
-        else:
-            self.estimates[run.row] = max(seconds, self.estimates.get(run.row, 0.))
-        print(f'{done}/{self.total} {run.folder.name}: {result}', flush=True)
+            line = _last_line(run.log.read_text(errors='replace'))
+            self.failed[run] = f'{run.folder.name}: status {status}, {line}'
+            result += f', FAILED: {line}'
+        print(f'{run.folder.name}: {result}; runs left: {len(self.waiting) + len(self.active)}', flush=True)
 
     def _stop(self, number: int, frame: Any) -> None:
-        for process, _ in self.active.values():
+        for _, process in self.active.values():
             process.terminate()
-        for process, _ in self.active.values():
+        for _, process in self.active.values():
             process.wait()
         raise SystemExit(128 + number)
 
 
-def trial(run: PlannedRun, folder: Path) -> tuple[float, float]:
-    """Train a row for an epoch; return the seconds that a whole run of it would take, and the cores that it keeps busy.
+def _last_line(text: str) -> str:
+    return one_line((text.strip().splitlines() or [''])[-1], 200)
 
-    Args:
-        run: A run of the row.
-        folder: Where the trial is done.
+
+def expected_seconds(run: PlannedRun, runs: Iterable[PlannedRun]) -> float:
+    """Return the seconds that a run would take: by a finished run of its row, or else by an epoch, done on trial.
+
+    Raises:
+        RunError: The trial failed.
+    """
+    row = [other for other in runs if other.row == run.row]
+    return _seconds(next(filter(None, (other.finished() for other in row)), None) or _tried(row[0]))
+
+
+@functools.cache
+def _tried(run: PlannedRun) -> Run:
+    with tempfile.TemporaryDirectory() as folder:
+        return trial(run, Path(folder))
+
+
+def _seconds(run: Run) -> float:
+    """Return what all epochs of a run take, at the pace of those that it has done."""
+    rows, epochs = run.rows.values(), run.num_epochs
+    evaluations = [row['eval_seconds'] for row in rows if row.get('eval_seconds')]
+    share = -(-epochs // int(run.options['val_interval'])) if evaluations else 0
+    return epochs * fmean(row['seconds'] for row in rows) + share * fmean(evaluations or [0])
+
+
+def trial(run: PlannedRun, folder: Path) -> Run:
+    """Train a run for an epoch in another folder, its teacher too where that has no weights yet.
 
     Raises:
         RunError: It failed.
     """
-    teacher = run.teacher
+    teacher, place = run.teacher, None
     if teacher and not teacher.has_weights():
-        trial(teacher, folder)
-    place = folder / teacher.folder.name if teacher and not teacher.has_weights() else None
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
+        place = trial(teacher, folder).path
     done = subprocess.run(
-        [sys.executable, '-m', 'timm_vpl', 'train', *run.command(folder, place), '--stop-epoch', '1', '--no-export'],
+        [*TRAIN, *run.command(folder, place), '--stop-epoch', '1', '--no-export'],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    seconds, after = time.time() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
-        lines = done.stdout.strip().splitlines() or ['']
-        raise RunError(f'{run.folder.name}: its trial failed: {one_line(lines[-1])}')
-    tried = read_run(folder / run.folder.name)
-    epoch = tried.rows[0]
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    evaluations = -(-tried.num_epochs // int(tried.options['val_interval']))
-    further = (tried.num_epochs - 1) * epoch['seconds'] + (evaluations - 1) * epoch['eval_seconds']
-    return seconds + further, cpu / seconds
+        raise RunError(f'{run.folder.name}: its trial failed: {_last_line(done.stdout)}')
+    return read_run(folder / run.folder.name)
 
 
-def dry_run(runs: Sequence[PlannedRun], left: Sequence[PlannedRun]) -> str:
-    """Return a table of what the runs that are left would take, measured by an epoch of each row."""
-    lines, hours, core_hours = ['row  runs left  minutes a run  core-hours'], 0., 0.
-    with tempfile.TemporaryDirectory() as folder:
-        for row in dict.fromkeys(run.row for run in left):
-            todo = [run for run in left if run.row == row]
-            try:
-                seconds, cores = trial(todo[0], Path(folder, 'row-' + row))
-            except RunError as e:
-                lines.append(str(e))
-                continue
-            each = seconds / 3600 * len(todo)
-            hours, core_hours = hours + each, core_hours + each * cores
-            lines.append(f'{row}  {len(todo)}  {seconds / 60:.1f}  {each * cores:.2f}')
-    return '\n'.join([*lines, f'{len(left)} of {len(runs)} runs left: {hours:.2f} hours one after the other, '
-                              f'{core_hours:.2f} core-hours'])
+def dry_run(runs: Sequence[PlannedRun], left: Sequence[PlannedRun]) -> list[str]:
+    """Return a table of what the runs that are left would take.
+
+    Raises:
+        RunError: A row can't be trained.
+    """
+    hours = {row: expected_seconds(run, runs) / 3600 for row, run in {run.row: run for run in left}.items()}
+    return [
+        *screen_table(('row', 'runs left', 'minutes a run'), [
+            (row, [run.row for run in left].count(row), f'{60 * each:.1f}') for row, each in hours.items()], texts=1),
+        f'{len(left)} of {len(runs)} runs left: {sum(hours[run.row] for run in left):.2f} hours one after the other']
 
 
 def conclusion(runs: Sequence[PlannedRun]) -> str:
     """Return the report of the finished runs and, for each model, a sentence that says what to run."""
-    finished = [run for run in runs if run.finished() is not None]
+    finished = {run: done for run in runs if (done := run.finished())}
     if not finished:
         return 'No run is finished.'
     names = {str(run.folder): run.row for run in finished}
-    groups = make_groups([run.finished() for run in finished], names)
-    branches = [(group, index, model) for group in groups for index, model in enumerate(group.runs[0].models)]
+    groups = make_groups(finished.values(), names)
     commands = {
         run.row: shlex.join(['timm-vpl', 'train', *run.options[:-2], *(
             ['--data-dir', run.data_dir] if run.data_dir else [])])
         for run in finished}
-    lines = [report(list(names), names=names), '', '## Verdict', '']
-    for model in dict.fromkeys(model for *_, model in branches):
-        lines.append(_verdict(model, [(g, i) for g, i, m in branches if m == model], groups, commands))
-    return '\n'.join(lines)
+    models = dict.fromkeys(model for group in groups for model in group.runs[0].models)
+    return '\n'.join([make_report(list(names), names=names), '', '## Verdict', '', *(
+        _verdict(model, groups, commands) for model in models)])
 
 
-def _verdict(model: str, rows: list[tuple], groups: list, commands: dict[str, str]) -> str:
+def _verdict(model: str, groups: list[Group], commands: dict[str, str]) -> str:
     """Return which row is best for a model, by how much, at what cost, and what to run.
 
     The interval holds for the best of all rows that were compared (Bonferroni).
     """
     found = []
-    for group, index in rows:
-        baselines = find_baselines(group, index, groups)
-        kind = 'flops' if 'flops' in baselines and baselines['flops'].pairs else 'epochs'
-        baseline = baselines.get(kind)
-        if baseline and len(baseline.pairs) > 1:
-            found.append((baseline.difference.mean, group, baseline, {'flops': 'FLOPs', 'epochs': 'epochs'}[kind]))
+    for group in groups:
+        for index, name in enumerate(group.runs[0].models):
+            baselines = find_baselines(group, index, groups) if name == model else {}
+            kind = 'flops' if 'flops' in baselines and baselines['flops'].pairs else 'epochs'
+            if kind in baselines and len(baselines[kind].pairs) > 1:
+                found.append((fmean(baselines[kind].gains), group, baselines[kind], kind.replace('flops', 'FLOPs')))
     if not found:
         return f'- {model}: the seeds do not tell: no row has two seeds in common with the model alone.'
     _, group, baseline, kind = max(found, key=lambda item: item[0])
-    gain = paired_difference(
-        [run.figure(side, run.num_epochs - 1) - alone.figure(alone.sides[0], alone.num_epochs - 1)
-         for side, run, alone in baseline.pairs], 1 - 0.05 / len(found))
-    alone, flops = baseline.pairs[0][2], [group.total('flops'), baseline.pairs[0][2].total('flops')]
+    gain = paired_difference(baseline.gains, 1 - 0.05 / len(found))
+    flops = [group.total('flops'), baseline.pairs[0][2].total('flops')]
     cost = f' at {flops[0] / flops[1]:.2f} times its FLOPs' if all(flops) else ''
     text = (f'{group.name} is {gain} points above {model} alone at the same {kind} ({baseline.name}, '
-            f'{alone.num_epochs} epochs){cost}; the interval is that of the best of {len(found)} rows')
+            f'{baseline.num_epochs} epochs){cost}; the interval is that of the best of {len(found)} rows')
     if gain.low > 0:
         return f'- {model}: {text}. Run: {commands[group.name]}'
     return f'- {model}: the seeds do not tell: at best {text}. Cheapest: {commands[baseline.name]}'

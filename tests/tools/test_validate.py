@@ -1,13 +1,13 @@
 """Validation: the counts of the evaluator, labels by name and number, the command's results."""
+import contextlib
 import csv
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
+import socket
 import tarfile
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,9 +21,9 @@ from timm_vpl.cli import main, train
 from timm_vpl.engine.evaluate import RealLabelsEvaluator, evaluate
 from timm_vpl.engine.trained import TrainedModel, load_branches
 from timm_vpl.options.commands import parse_command
-from timm_vpl.tools.validation import COLUMNS, _create_pass, load_all, real_label_sets
+from timm_vpl.tools.runs import COLUMNS
+from timm_vpl.tools.validate import _create_pass, load_all, real_label_sets
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device('cpu')
 QUICK = ['--device', 'cpu', '--workers', '0']
 
@@ -205,9 +205,9 @@ def test_classes_by_name(capsys, digits_folder, tmp_path):
     assert 'does not name its 6 classes' in error and 'has 4; --class-map' in error
     validate(capsys, tmp_path / 'model', digits_folder, '--class-map', tmp_path / 'map.txt', '--results-file', path)
     assert results(path)[0]['top1'] == wanted
-    (tmp_path / 'map.txt').write_text('\n'.join([*names, 'class9']))
-    assert 'has the index 6' in validate(
-        capsys, tmp_path / 'model', digits_folder, '--class-map', tmp_path / 'map.txt', status=2)
+    (tmp_path / 'map.txt').write_text('\n'.join(['x', 'y', 'z', 'class1', *names[1:5]]))
+    assert 'has the label 6, none of the 6 classes' in validate(
+        capsys, tmp_path / 'model', digits_folder, '--class-map', tmp_path / 'map.txt', status=1)
 
     shutil.rmtree(tmp_path / 'model')
     save_model(tmp_path / 'model', num_classes=4, class_names=['class0', 'class1', 'class2', 'klass3'])
@@ -216,7 +216,7 @@ def test_classes_by_name(capsys, digits_folder, tmp_path):
 
 def test_labels_that_the_model_does_not_have(capsys, digits_folder, tmp_path, monkeypatch):
     save_model(tmp_path / 'model', num_classes=3)
-    monkeypatch.setattr('timm_vpl.tools.validation.class_names', lambda dataset: None)  # as of a stream of labels
+    monkeypatch.setattr('timm_vpl.tools.validate.class_names', lambda dataset: None)  # as of a stream of labels
     assert 'has the label 3, none of the 3 classes' in validate(capsys, tmp_path / 'model', digits_folder, status=1)
 
 
@@ -257,6 +257,14 @@ def counted(rows):
         for row in rows}
 
 
+def validate_as(environ, argv, printed):
+    """Run the command as one of several processes, and end with its status."""
+    os.environ.update(environ)
+    with open(printed, 'w') as file, contextlib.redirect_stdout(file):
+        status = main(['validate', *QUICK, *map(str, argv)])
+    os._exit(status)
+
+
 def test_real_labels_of_a_part_on_one_process_as_on_two(capsys, imagenet_part, tmp_path):
     root, original, real = imagenet_part
     options = [root / 'model', root / 'val', '--real-labels', root / 'real.json', '-b', '3']
@@ -265,13 +273,20 @@ def test_real_labels_of_a_part_on_one_process_as_on_two(capsys, imagenet_part, t
     one = results(tmp_path / 'one.json')
     assert counted(one) == {'validation': original, 'real': real} and one[1]['loss'] is None
 
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'timm_vpl']
-    process = subprocess.run(
-        [*command, 'validate', *map(str, options), '--results-file', str(tmp_path / 'two.json'), *QUICK],
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)},
-        capture_output=True, text=True, timeout=240)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert len(process.stdout.splitlines()) == 3
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = server.getsockname()[1]
+    context = multiprocessing.get_context('fork')
+    processes = [
+        context.Process(target=validate_as, args=(
+            {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1',
+             'MASTER_PORT': str(port)},
+            [*options, '--results-file', tmp_path / 'two.json'], tmp_path / f'{rank}.txt')) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert [len((tmp_path / f'{rank}.txt').read_text().splitlines()) for rank in (0, 1)] == [3, 0]
     two = results(tmp_path / 'two.json')
     for row, other in zip(one, two, strict=True):
         assert row.pop('images_per_second') > 0 and other.pop('images_per_second') > 0

@@ -1,12 +1,9 @@
 """The command `timm-vpl validate`: the accuracy of trained models."""
-import csv
-import json
 import logging
 import math
 import os
 import time
 from argparse import Namespace
-from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -26,16 +23,13 @@ from ..data.splits import class_names, create_split, shared_images
 from ..engine.device import agreement, from_all, init_device
 from ..engine.evaluate import PAD, evaluate
 from ..engine.trained import TrainedModel, load_branches, load_trained
-from ..errors import RunError, UsageError
-from ..files import replacing
+from ..errors import UsageError, first_line
 from ..text import one_line
-from .card import VALIDATION
+from .runs import COLUMNS, VALIDATION
+from .tables import read_csv, screen_table, write_rows
 
 _logger = logging.getLogger('validate')
 
-COLUMNS = (
-    'model', 'epoch', 'branch', 'weights', 'data', 'set', 'images', 'loss', 'top1', 'top5', 'img_size', 'crop_pct',
-    'interpolation', 'images_per_second')
 CLASS_COLUMNS = ('model', 'branch', 'weights', 'class', 'images', 'top1')
 _KEY = ('model', 'epoch', 'branch', 'weights', 'data', 'set', 'img_size', 'crop_pct', 'interpolation')
 _IMAGENET_VAL = 50000  # images
@@ -193,7 +187,7 @@ class Pass(NamedTuple):
     class_names: list[str]
 
 
-def validate(args) -> list[dict[str, Any]]:
+def validate_models(args) -> list[dict[str, Any]]:
     """Validate as the options of `timm-vpl validate` say; print the results, write them, and return them.
 
     Raises:
@@ -212,28 +206,25 @@ def validate(args) -> list[dict[str, Any]]:
                 _create_pass(args, list(group), device)
                 for _, group in groupby(models, key=lambda trained: (trained.data_config, trained.class_names))]
             if args.check_data:
-                held_out = passes[0].loader.dataset
                 trained_on = create_split(
                     Namespace(**vars(args), seed=0), args.check_data, is_training=False, flag='--check-data')
-                names = [_file_names(each, '--check-data') for each in (held_out, trained_on)]
-        rows, classes = [], []
+                splits = passes[0].loader.dataset, trained_on
+                names = [_file_names(dataset, '--check-data') for dataset in splits]
         with data_errors():
-            for each in passes:
-                pass_rows, pass_classes = _run_pass(args, each, device)
-                rows += pass_rows
-                classes += pass_classes
+            results = [_run_pass(args, each, device) for each in passes]
     finally:
         if args.distributed:
             torch.distributed.destroy_process_group()
+    rows, classes = (sum(parts, []) for parts in zip(*results, strict=True))
     if args.rank == 0:
         print('\n'.join([*_table(rows, models), *_class_lines(classes)]))
         write_results(args, rows)
         if args.per_class:
-            _write(args.per_class, CLASS_COLUMNS, classes)
+            write_rows(args.per_class, CLASS_COLUMNS, classes)
         if args.check_data:
-            shared = shared_images(held_out, trained_on)
-            print(f'{passes[0].data}: {len({index for index, _ in shared})} of {len(held_out)} images lie in the split '
-                  f'{args.check_data!r} too')
+            shared = shared_images(*splits)
+            count = len({index for index, _ in shared})
+            print(f'{passes[0].data}: {count} of {len(splits[0])} images lie in the split {args.check_data!r} too')
             for index, twin in shared:
                 print(one_line(f'{names[0][index]} is {args.check_data}/{names[1][twin]}'))
     return rows
@@ -272,7 +263,7 @@ def _prepare(trained: TrainedModel, args) -> TrainedModel:
             model(torch.zeros(1, *size))
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as e:
         raise UsageError(f'{trained.source}: {trained.architecture} can not take images of size {size}: '
-                         f'{(str(e).strip() or type(e).__name__).splitlines()[0]}') from e
+                         f'{first_line(e)}') from e
     return trained._replace(data_config=config)
 
 
@@ -284,24 +275,20 @@ def _create_pass(args, models: list[TrainedModel], device: torch.device) -> Pass
     dataset = create_split(args, args.val_split, is_training=False, whole=args.val_split == 'validation')
     data = _data_name(args, dataset)
     names = class_names(dataset)
-    if args.class_map and names:  # has the model's indices
-        if len(names) > trained.model.num_classes:
-            raise UsageError(f'--class-map {args.class_map}: has the index {len(names) - 1}, {trained.source} has only '
-                             f'{trained.model.num_classes} classes')
-    else:
+    if not (args.class_map and names):  # whose indices are the model's
         if args.imagenet_v2:
             names = _imagenet_v2_names(names, data)
         indices = target_indices(trained, names, data)
         if indices is not None:
             dataset.label_map = indices.__getitem__
     dataset.num_classes = trained.model.num_classes
+    part = dataset
     if args.file_list:
-        dataset = select_files(dataset, args.file_list, data)
+        part = select_files(dataset, args.file_list, data)
         data = f'{data} ({os.path.basename(args.file_list)})'
-    real_labels = None if args.real_labels is None else real_label_sets(dataset, args.real_labels, trained, names)
-    loader = create_eval_loader(args, dataset, trained.data_config, device)
-    shown = trained.class_names or names or []
-    return Pass(models, loader, data, real_labels, list(shown))
+    real_labels = None if args.real_labels is None else real_label_sets(part, args.real_labels, trained, names)
+    loader = create_eval_loader(args, part, trained.data_config, device)
+    return Pass(models, loader, data, real_labels, list(trained.class_names or names or []))
 
 
 def _data_name(args, dataset) -> str:
@@ -333,35 +320,13 @@ def _run_pass(args, each: Pass, device: torch.device) -> tuple[list[dict[str, An
     )
     seconds = time.perf_counter() - started
     skipped = sum(from_all(args, int(each.loader.dataset.replaced.sum())))
-    if skipped and args.rank == 0:
-        _logger.warning(f'{each.data}: {skipped} images could not be read; others took their places, and their ReaL '
-                        f'labels' if args.real_labels is not None else f'{each.data}: {skipped} images could not be '
-                        f'read, others took their places')
+    if skipped:
+        labels = '' if each.real_labels is None else ', and their ReaL labels'
+        _logger.warning(f'{each.data}: {skipped} images could not be read; others took their places{labels}')
     rows, classes = [], []
     for i, trained in enumerate(each.models):
-        config, figures = trained.data_config, results[i]
-        if not math.isfinite(figures['loss']):
-            figures = {'images': figures['images']}
-            if args.rank == 0:
-                _logger.warning(f'{trained.source}: {trained.label}: the loss is not finite, so there is no figure')
-        height, width = config['input_size'][-2:]
-        subsets = ['v2' if args.imagenet_v2 else args.val_split, *(['real'] if args.real_labels is not None else [])]
-        for subset in subsets:
-            prefix = 'real_' if subset == 'real' else ''
-            rows.append({
-                'model': trained.source,
-                'epoch': trained.checkpoint.get('epoch'),
-                'branch': trained.side,
-                'weights': trained.side and ('ema' if trained.ema else 'raw'),
-                'data': each.data,
-                'set': subset,
-                **{metric: figures.get(f'{prefix}{metric}') for metric in ('images', 'loss', 'top1', 'top5')},
-                'img_size': height if height == width else f'{height}x{width}',
-                'crop_pct': config['crop_pct'],
-                'interpolation': config['interpolation'],
-                'images_per_second': round(figures['images'] / seconds, 2),
-            })
-        for index, (images, right) in enumerate(figures['classes'].tolist() if 'classes' in figures else ()):
+        rows += _rows(args, each, trained, results[i], seconds)
+        for index, (images, right) in enumerate(results[i]['classes'].tolist() if 'classes' in results[i] else ()):
             if images:
                 classes.append({
                     **{column: rows[-1][column] for column in ('model', 'branch', 'weights')},
@@ -372,40 +337,57 @@ def _run_pass(args, each: Pass, device: torch.device) -> tuple[list[dict[str, An
     return rows, classes
 
 
+def _rows(args, each: Pass, trained: TrainedModel, figures: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
+    """Return the rows of the results of a model, one for each set of labels."""
+    if not math.isfinite(figures['loss']):
+        figures = {'images': figures['images']}
+        _logger.warning(f'{trained.source}: {trained.label}: the loss is not finite, so there is no figure')
+    config = trained.data_config
+    height, width = config['input_size'][-2:]
+    sets = [('v2' if args.imagenet_v2 else args.val_split, '')]
+    if each.real_labels is not None:
+        sets.append(('real', 'real_'))
+    return [
+        {
+            'model': trained.source,
+            'epoch': trained.checkpoint.get('epoch'),
+            'branch': trained.side,
+            'weights': trained.side and ('ema' if trained.ema else 'raw'),
+            'data': each.data,
+            'set': name,
+            **{metric: figures.get(f'{prefix}{metric}') for metric in ('images', 'loss', 'top1', 'top5')},
+            'img_size': height if height == width else f'{height}x{width}',
+            'crop_pct': config['crop_pct'],
+            'interpolation': config['interpolation'],
+            'images_per_second': round(figures['images'] / seconds, 2),
+        }
+        for name, prefix in sets]
+
+
 # Results
 
 
-def _class_lines(classes) -> list[str]:
+def _class_lines(classes: list[dict[str, Any]]) -> list[str]:
     """Return a line for each model: the mean of its classes' accuracies, and the lowest of them."""
     lines = []
-    for (model, branch, weights), group in groupby(
-            classes, key=lambda row: (row['model'], row['branch'], row['weights'])):
+    for key, group in groupby(classes, key=lambda row: [row[column] for column in ('model', 'branch', 'weights')]):
         group = sorted(group, key=lambda row: row['top1'])
         mean = sum(row['top1'] for row in group) / len(group)
         lowest = ', '.join(f'{row["class"]} {row["top1"]:.1f} ({row["images"]})' for row in group[:5])
-        name = ' '.join(part for part in (model, branch, weights) if part)
-        lines.append(f'{name}: mean top-1 of {len(group)} classes {mean:.3f}, lowest: {lowest}')
+        lines.append(f'{" ".join(filter(None, key))}: mean top-1 of {len(group)} classes {mean:.3f}, lowest: {lowest}')
     return lines
 
 
-def _table(rows, models) -> list[str]:
+def _table(rows: list[dict[str, Any]], models: list[TrainedModel]) -> list[str]:
     """Return the lines of the table on the screen."""
     architectures = {(trained.source, trained.side): trained.architecture for trained in models}
-    lines = [('model', 'branch', 'weights', 'epoch', 'set', 'images', 'top-1', 'top-5', 'loss', 'images/s', 'size')]
-    for row in rows:
-        lines.append((
-            architectures[row['model'], row['branch']],
-            *('-' if row[column] is None else str(row[column])
-              for column in ('branch', 'weights', 'epoch', 'set', 'images')),
-            *('-' if row[column] is None else f'{row[column]:.3f}' for column in ('top1', 'top5', 'loss')),
-            f'{row["images_per_second"]:.1f}',
-            str(row['img_size']),
-        ))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        '  '.join(cell.ljust(width) if i < 5 else cell.rjust(width)
-                  for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
-        for line in lines]
+    return screen_table(
+        ('model', 'branch', 'weights', 'epoch', 'set', 'images', 'top-1', 'top-5', 'loss', 'images/s', 'size'),
+        [(architectures[row['model'], row['branch']],
+          *(row[column] for column in ('branch', 'weights', 'epoch', 'set', 'images')),
+          *(row[column] if row[column] is None else f'{row[column]:.3f}' for column in ('top1', 'top5', 'loss')),
+          f'{row["images_per_second"]:.1f}', row['img_size']) for row in rows],
+        texts=5)
 
 
 def write_results(args, rows: list[dict[str, Any]]) -> None:
@@ -421,37 +403,7 @@ def write_results(args, rows: list[dict[str, Any]]) -> None:
             return
         path = os.path.join(folder, VALIDATION)
         rows = [{**row, 'model': os.path.basename(row['model'])} for row in rows]
-        rows = _other_rows(path, rows) + rows
-    _write(path, COLUMNS, rows)
+        new = {tuple('' if row[column] is None else str(row[column]) for column in _KEY) for row in rows}
+        rows = [row for row in read_csv(path, COLUMNS) if tuple(row[column] for column in _KEY) not in new] + rows
+    write_rows(path, COLUMNS, rows)
     _logger.info(f'Results: {path}')
-
-
-def _write(path: str, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
-    """Write rows as CSV, or as JSON to a file of that name; a file that is there stays until the new one is whole."""
-    try:
-        with replacing(path, newline='', encoding='utf-8') as f:
-            if path.lower().endswith('.json'):
-                json.dump(rows, f, indent=2)
-                f.write('\n')
-            else:
-                writer = csv.DictWriter(f, columns)
-                writer.writeheader()
-                writer.writerows(rows)
-    except OSError as e:
-        raise RunError(f'{path}: can not be written: {e.strerror}') from e
-
-
-def _other_rows(path, rows) -> list[dict[str, str]]:
-    """Return the rows of a file of results that none of the new ones replaces."""
-    if not os.path.exists(path):
-        return []
-    try:
-        with open(path, newline='', encoding='utf-8') as f:
-            reader = csv.DictReader(f)
-            old = list(reader)
-    except (OSError, ValueError, csv.Error) as e:
-        raise RunError(f'{path}: can not be read ({e})') from e
-    if tuple(reader.fieldnames or ()) != COLUMNS:
-        raise RunError(f'{path}: is not a file of results of this command; move it away, or give --results-file')
-    new = {tuple('' if row[column] is None else str(row[column]) for column in _KEY) for row in rows}
-    return [row for row in old if tuple(row[column] for column in _KEY) not in new]

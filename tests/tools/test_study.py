@@ -1,5 +1,6 @@
 """Studies: plans, and real runs of them on the digits, killed and broken."""
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -84,7 +85,7 @@ def test_a_row_runs_and_a_broken_one_is_listed(plan, tmp_path):
     assert study.returncode == 1
     assert err == ("Failed: broken-seed-1: status 2, timm-vpl train: error: --opt lamb: Lamb.__init__() got an "
                    "unexpected keyword argument 'nonsense'\n")
-    assert '2/2 a-seed-1: ' in printed and '## Verdict' in printed
+    assert 'a-seed-1: ' in printed and 'runs left: 0' in printed and '## Verdict' in printed
     finished = (out / 'a-seed-1' / 'summary.csv').stat().st_mtime_ns
     facts = yaml.safe_load((out / 'a-seed-1' / 'data.yaml').read_text())
     assert (facts['train']['images'], facts['validation']['images']) == (1437, 360)
@@ -92,7 +93,9 @@ def test_a_row_runs_and_a_broken_one_is_listed(plan, tmp_path):
     [environment] = yaml.safe_load((out / 'a-seed-1' / 'environment.yaml').read_text())
     assert {'torch', 'timm', 'pillow', 'device', 'timm_vpl', 'threads'} == environment.keys()
 
-    assert start(plan(SOLO, seeds=[1]), out).wait() == 0
+    # A second start trains nothing of what is done, and measures by it.
+    dry, err = start(plan(SOLO, seeds=[1, 2]), out, '--dry-run').communicate()
+    assert err == '' and re.match(r'row +runs left +minutes a run\na +1 +0\.\d\n1 of 2 runs left: 0\.0\d hours', dry)
     assert (out / 'a-seed-1' / 'summary.csv').stat().st_mtime_ns == finished
     other = plan({**SOLO, 'lr_a': 0.1}, seeds=[1])
     with pytest.raises(UsageError, match='a-seed-1: is finished with lr_a 0.003, the plan says 0.1; name the row'):

@@ -22,6 +22,8 @@ from timm_vpl.engine.models import branch_config, create_pair, resolve_data
 from timm_vpl.engine.optim import create_criterion, create_optimizer, learning_rates
 from timm_vpl.engine.trained import load_branches
 from timm_vpl.options.options import parse_args, recipe_values
+from timm_vpl.tools.runs import COLUMNS
+from timm_vpl.tools.tables import write_rows
 
 OPTIONS = [
     '--model-a', 'test_resnet', '--model-b', 'test_vit', '--img-size', '32', '-b', '8', '--epochs', '2',
@@ -52,15 +54,6 @@ def run_dir(digits_folder, tmp_path_factory):
     return output / 'run'
 
 
-def reload_elsewhere(jobs, tmp_path):
-    """Return each folder's logits on its images, computed where timm_vpl can not be imported."""
-    file = tmp_path / 'jobs.pt'
-    torch.save(jobs, file)
-    result = subprocess.run([sys.executable, '-c', RELOAD, str(file)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return torch.load(file)
-
-
 def rows(folder):
     with open(folder / 'summary.csv', newline='') as f:
         return list(csv.DictReader(f))
@@ -85,7 +78,10 @@ def test_branches_reload_to_the_bit(run_dir, tmp_path):
         for parent, key in ((run_dir / 'export', 'state_dict_ema'), (tmp_path / 'raw', 'state_dict'))
         for side, name in (('a', 'test_resnet'), ('b', 'test_vit'))
     }
-    logits = reload_elsewhere(dict.fromkeys(folders, images), tmp_path)
+    torch.save(dict.fromkeys(folders, images), tmp_path / 'jobs.pt')
+    result = subprocess.run([sys.executable, '-c', RELOAD, tmp_path / 'jobs.pt'], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    logits = torch.load(tmp_path / 'jobs.pt')
     for folder, (side, name, key) in folders.items():
         # Independent of the package: the prefix of the checkpoint's weights, in timm's model.
         state = torch.load(run_dir / f'best_{side}.pth.tar', weights_only=True)[key]
@@ -96,7 +92,6 @@ def test_branches_reload_to_the_bit(run_dir, tmp_path):
         with torch.inference_mode():
             assert torch.equal(logits[folder], model(images)), folder
         assert sorted(os.listdir(folder)) == ['README.md', 'config.json', 'model.safetensors']
-        assert set(load_file(os.path.join(folder, 'model.safetensors'))) == set(model.state_dict())
     assert not any(torch.equal(logits[str(run_dir / 'export' / name)], logits[str(tmp_path / 'raw' / name)])
                    for name in ('vpl-test_resnet', 'vpl-test_vit'))
 
@@ -132,7 +127,6 @@ def test_other_classes_of_a_pretrained_branch_are_told(run_dir, digits_folder, t
     options = ['--method', 'solo', *OPTIONS[4:], '--model-b', model, '--epochs', '1', '--no-export', '--output',
                str(tmp_path)]
     assert train([str(digits_folder), *options, '--pretrained']) == 0 and 'knows other classes' not in caplog.text
-    assert train([str(data), *options]) == 0 and 'knows other classes' not in caplog.text
     assert train([str(data), *options, '--pretrained']) == 0
     assert "its classifier knows other classes, class 1 is 'class1' to it and 'class2' in the data;" in caplog.text
 
@@ -156,15 +150,14 @@ def test_card(run_dir):
 def test_card_takes_later_measurements(run_dir, tmp_path):
     run = shutil.copytree(run_dir, tmp_path / 'run')
     epoch = read_checkpoint(str(run / 'best_b.pth.tar'))['epoch']
-    part = '0.9,bilinear,/data/val'
-    lines = [
-        'branch,epoch,weights,set,images,top1,top5,img_size,crop_pct,interpolation,data',
-        f'b,{epoch},ema,real,46837,61.5,88.25,32,{part}', f'b,{epoch + 7},ema,v2,9,1,2,32,{part}',
-        f'a,{epoch},ema,v2,9,3,4,32,{part}', f'b,{epoch},ema,v2,9,3,4,48,{part}',
-        f'b,{epoch},ema,v2,9,3,4,32,1.0,bilinear,/data/val', f'b,{epoch},ema,test,50,62.5,89,32,{part}',
-        f'b,{epoch},ema,v2,9,,,32,{part}', f'b,{epoch},raw,v2,9,nan,nan,32,{part}',
-    ]
-    (run / 'validation.csv').write_text('\n'.join(lines) + '\n')
+    ours = {'branch': 'b', 'epoch': epoch, 'weights': 'ema', 'set': 'v2', 'images': 9, 'top1': 3, 'top5': 4,
+            'img_size': 32, 'crop_pct': 0.9, 'interpolation': 'bilinear', 'data': '/data/val'}
+    write_rows(run / 'validation.csv', COLUMNS, [{**ours, **other} for other in (
+        {'set': 'real', 'images': 46837, 'top1': 61.5, 'top5': 88.25},
+        {'set': 'test', 'images': 50, 'top1': 62.5, 'top5': 89},
+        # Of another epoch, branch, preparation; not measured, no number.
+        {'epoch': epoch + 7}, {'branch': 'a'}, {'img_size': 48}, {'crop_pct': 1.0}, {'top1': '', 'top5': ''},
+        {'weights': 'raw', 'top1': 'nan', 'top5': 'nan'})])
     assert main(['export', str(run), '--branch', 'b', '--license', 'mit']) == 0
     card = ModelCard.load(run / 'export' / 'vpl-test_vit' / 'README.md')
     assert '| ReaL labels, 46837 images of val | ema | 61.500 | 88.250 |' in card.text and 'V2' not in card.text
@@ -237,100 +230,104 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.parametrize('count', [
-    pytest.param(2, id='some'), pytest.param(len(FAMILIES), id='all', marks=pytest.mark.slow)])
-def test_families(tmp_path, count):
-    jobs, expected = {}, {}
-    for i, (models, options) in enumerate(FAMILIES[:count]):
-        (tmp_path / str(i)).mkdir()
-        pair, configs, checkpoint = save_pair(
-            tmp_path / str(i), '--model-a', models[0], '--model-b', models[1], *options)
-        assert main(['export', checkpoint]) == 0
-        assert main(['export', checkpoint, '--no-ema', '--out', str(tmp_path / str(i) / 'raw')]) == 0
-        for side, name in zip('ab', models, strict=True):
-            images = torch.randn(2, *configs[side]['input_size'], generator=torch.Generator().manual_seed(i))
-            for place, trained in (('export', pair.averaged[0]), ('raw', pair)):
-                folder = str(tmp_path / str(i) / place / f'vpl-{name}')
-                jobs[folder] = images
-                with torch.inference_mode():
-                    expected[folder] = trained.branch(side).eval()(images)
-                # With equal logits, the very preprocessing of validation gives the very accuracy.
-                config = timm.data.resolve_model_data_config(timm.create_model(f'local-dir:{folder}'))
-                for key, value in configs[side].items():
-                    assert (tuple(config[key]) if isinstance(config[key], list) else config[key]) == value, key
-    logits = reload_elsewhere(jobs, tmp_path)
-    assert len(logits) == 4 * count
-    for folder in jobs:
-        assert torch.equal(logits[folder], expected[folder]), folder
+@pytest.mark.parametrize('models, options', [
+    pytest.param(*family, id='-'.join(family[0]), marks=[pytest.mark.slow] if i else [])
+    for i, family in enumerate(FAMILIES)])
+def test_families(tmp_path, models, options):
+    pair, configs, checkpoint = save_pair(tmp_path, '--model-a', models[0], '--model-b', models[1], *options)
+    assert main(['export', checkpoint]) == 0
+    assert main(['export', checkpoint, '--no-ema', '--out', str(tmp_path / 'raw')]) == 0
+    for side, name in zip('ab', models, strict=True):
+        images = torch.randn(2, *configs[side]['input_size'], generator=torch.Generator().manual_seed(0))
+        for place, trained in (('export', pair.averaged[0]), ('raw', pair)):
+            model = timm.create_model(f'local-dir:{tmp_path / place / f"vpl-{name}"}', pretrained=True).eval()
+            with torch.inference_mode():
+                assert torch.equal(model(images), trained.branch(side).eval()(images))
+            # With equal logits, the very preprocessing of validation gives the very accuracy.
+            config = timm.data.resolve_model_data_config(model)
+            for key, value in configs[side].items():
+                assert (tuple(config[key]) if isinstance(config[key], list) else config[key]) == value, key
 
 
 def test_two_branches_of_one_architecture(tmp_path):
     _, _, checkpoint = save_pair(tmp_path, '--model-a', 'test_vit', '--model-b', 'test_vit', '--img-size', '32')
     assert main(['export', checkpoint, '--name-b', 'twin']) == 0
-    assert sorted(os.listdir(tmp_path / 'export')) == ['twin', 'vpl-test_vit-a']
+    for side in 'ab':
+        assert main(['export', checkpoint, '--branch', side]) == 0
+    assert sorted(os.listdir(tmp_path / 'export')) == ['twin', 'vpl-test_vit-a', 'vpl-test_vit-b']
 
 
-def test_weights_that_do_not_say_what_they_belong_to(run_dir, tmp_path, capsys):
-    checkpoint = read_checkpoint(str(run_dir / 'best_a.pth.tar'))
-    average = tmp_path / 'averaged.pth'  # as timm's avg_checkpoints.py and clean_checkpoint.py write it
-    torch.save(checkpoint['state_dict_ema'], average)
-    fails(['export', average], capsys, 2, average, '--model-a', '--num-classes')
-    fails(['export', average, '--model-a', 'test_resnet'], capsys, 2, '--num-classes')
-    fails(['export', average, '--model-a', 'test_resnet', '--num-classes', '5'], capsys, 1, average, 'test_resnet')
-    fails(['export', average, '--model-b', 'test_vitt', '--num-classes', '4'], capsys, 2, 'test_vitt', 'test_vit')
-    names = tmp_path / 'classes.txt'
-    names.write_text('zero\none\ntwo\nthree\n')
-    input_options = ['--img-size', '32', '--mean', '0.4', '0.5', '0.6', '--std', '0.2', '0.2', '0.2', '--crop-pct',
-                     '0.9', '--interpolation', 'bilinear']
-    assert main(['export', str(average), '--model-a', 'test_resnet', '--model-b', 'test_vit', '--class-map',
-                 str(names), *input_options]) == 0
-    for name in ('test_resnet', 'test_vit'):
-        ours = timm.create_model(f'local-dir:{tmp_path / "export" / name}', pretrained=True)
-        whole = timm.create_model(f'local-dir:{run_dir / "export" / f"vpl-{name}"}', pretrained=True)
-        assert timm.data.resolve_model_data_config(ours) == timm.data.resolve_model_data_config(whole)
-        assert ours.pretrained_cfg['label_names'] == ['zero', 'one', 'two', 'three']
-        if name == 'test_resnet':
-            assert all(map(torch.equal, ours.state_dict().values(), whole.state_dict().values()))
+def test_killed_run(run_dir, tmp_path):
+    shutil.copy(run_dir / 'last.pth.tar', tmp_path / 'recovery-0-7.pth.tar')
+    (tmp_path / 'tmp.pth.tar').write_bytes(b'')
+    assert main(['export', str(tmp_path)]) == 0
+    assert len(os.listdir(tmp_path / 'export')) == 2
 
 
-def test_killed_run(run_dir, tmp_path, capsys):
-    killed = tmp_path / 'killed'
-    killed.mkdir()
-    fails(['export', killed], capsys, 2, killed, 'no checkpoint')
-    shutil.copy(run_dir / 'last.pth.tar', killed / 'recovery-0-7.pth.tar')
-    (killed / 'tmp.pth.tar').write_bytes(b'')
-    assert main(['export', str(killed)]) == 0
-    assert len(os.listdir(killed / 'export')) == 2
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ('ran',)
 
 
-def test_bad_checkpoints_are_refused(run_dir, tmp_path, capsys):
+def without(*keys, **changes):
+    """Return a function that changes a checkpoint."""
+    return lambda checkpoint: {**{key: value for key, value in checkpoint.items() if key not in keys}, **changes}
+
+
+REFUSALS = {  # a change of the checkpoint, options, status and words
+    'no averaged weights': (without('state_dict_ema'), ['--ema'], 2, '--ema', 'no averaged weights'),
+    'no such branch': (None, ['--branch', 'c'], 2, '--branch'),
+    'branch not there': (lambda c: {**c, 'branches': {'a': c['branches']['a']}}, ['--branch', 'b'], 2, 'no branch b'),
+    'names alike': (None, ['--name-a', 'x', '--name-b', 'x'], 2, '--name-a'),
+    'name of the Hub': (None, ['--push-to', 'or g'], 2, '--push-to', 'or g'),
+    'path of the Hub': (None, ['--push-to', 'org/x'], 2, '--push-to', 'org/x'),
+    'empty name of the Hub': (None, ['--push-to', ''], 2, '--push-to: /vpl-test_resnet is not a name'),
+    'model name of the Hub': (None, ['--push-to', 'org', '--name-a', 'bad--name'], 2, 'bad--name'),
+    'path as method': (without(args={'method': '../../keep'}), [], 2, '../../keep'),
+    'code': (without(args=Bomb()), [], 1, 'refused'),
+    'class': (without(args=Path('x')), [], 1, 'refused'),
+    'no word on the models': (without('branches'), [], 1, 'does not say which models'),
+    'list of branches': (without(branches=['a']), [], 1, 'branches'),
+    'branches of text': (without(branches={'a': 'test_resnet', 'b': 'x'}), [], 1, 'branches'),
+    'architecture a number': (without(branches={'a': {'architecture': 3}}), [], 2),
+    'architecture a path': (without(branches={'a': {'architecture': '../x', 'pretrained_cfg': {}}}), [], 2),
+    'weights without names': (without(state_dict={1: torch.zeros(1)}), [], 1, 'state_dict'),
+    'weights of text': (without(state_dict={'model_a.x': 'text'}), [], 1, 'state_dict'),
+    'weights of others': (without(state_dict={}), ['--no-ema'], 1, 'no weights under model_a.*', 'test_resnet'),
+    'averaged weights none': (without(state_dict_ema=None), [], 1, 'state_dict_ema'),
+    **{f'name {name}': (None, ['--branch', 'a', '--overwrite', '--name-a', name], 2, '--name-a', 'at most 96')
+       for name in ('../keep', '.', '..', '/keep', 'a/b', 'a b')},
+}
+
+
+@pytest.mark.parametrize('change, options, status, words', [
+    pytest.param(change, options, status, words, id=case)
+    for case, (change, options, status, *words) in REFUSALS.items()])
+def test_refusals(run_dir, tmp_path, capsys, monkeypatch, change, options, status, words):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = read_checkpoint(str(run_dir / 'last.pth.tar'))
+    torch.save(change(checkpoint) if change else checkpoint, 'last.pth.tar')
+    fails(['export', 'last.pth.tar', *options], capsys, status, *words)
+    assert os.listdir() == ['last.pth.tar']
+
+
+def test_files_that_are_no_checkpoint(run_dir, tmp_path, capsys):
+    fails(['export', tmp_path / 'none'], capsys, 2, tmp_path / 'none')
+    fails(['export', tmp_path], capsys, 2, tmp_path, 'no checkpoint')
     whole = (run_dir / 'last.pth.tar').read_bytes()
-    truncated = tmp_path / 'truncated.pth.tar'
-    truncated.write_bytes(whole[:len(whole) // 2])
-    fails(['export', truncated], capsys, 1, truncated, 'truncated')
-
-    class Bomb:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / 'ran'),))
-
-    bomb = tmp_path / 'bomb.pth.tar'
-    torch.save({'state_dict': {}, 'args': Bomb()}, bomb)
-    fails(['export', bomb], capsys, 1, bomb, 'refused')
-    with open(tmp_path / 'pickle.pth.tar', 'wb') as f:
-        pickle.dump({'state_dict': Bomb()}, f)
-    fails(['export', tmp_path / 'pickle.pth.tar'], capsys, 1, 'pickle.pth.tar')
-    torch.save({'state_dict': {}, 'args': Path('x')}, bomb)
-    fails(['export', bomb], capsys, 1, bomb, 'refused')
-    assert not (tmp_path / 'ran').exists()
-
+    (tmp_path / 'truncated').write_bytes(whole[:len(whole) // 2])
+    (tmp_path / 'pickle').write_bytes(pickle.dumps({'state_dict': Bomb()}))
+    for file in (tmp_path / 'truncated', tmp_path / 'pickle', run_dir / 'summary.csv',
+                 run_dir / 'export/vpl-test_vit/README.md'):
+        fails(['export', file], capsys, 1, file)
+    assert not Path('ran').exists()
     # The one class that is allowed: timm's saver stores its options as a Namespace.
     checkpoint = read_checkpoint(str(run_dir / 'last.pth.tar'))
     torch.save({**checkpoint, 'extra': argparse.Namespace(model='x')}, tmp_path / 'timm.pth.tar')
     assert len(load_branches(str(tmp_path / 'timm.pth.tar'))) == 2
 
 
-def test_usage_errors(run_dir, tmp_path, capsys):
-    fails(['export', tmp_path / 'none'], capsys, 2, tmp_path / 'none')
+def test_a_folder_that_is_there_is_kept(run_dir, tmp_path, capsys):
     out = tmp_path / 'out'
     assert main(['export', str(run_dir), '--branch', 'a', '--out', str(out)]) == 0
     before = (out / 'vpl-test_resnet' / 'model.safetensors').stat().st_mtime_ns
@@ -339,14 +336,6 @@ def test_usage_errors(run_dir, tmp_path, capsys):
     assert not (out / 'vpl-test_vit').exists()
     assert main(['export', str(run_dir), '--out', str(out), '--overwrite']) == 0
     assert sorted(os.listdir(out)) == ['vpl-test_resnet', 'vpl-test_vit']
-    fails(['export', run_dir, '--branch', 'c'], capsys, 2, '--branch')
-    fails(['export', run_dir, '--name-a', 'x', '--name-b', 'x'], capsys, 2, '--name-a')
-    fails(['export', run_dir, '--push-to', 'or g'], capsys, 2, '--push-to', 'or g')
-    fails(['export', run_dir, '--push-to', 'org', '--name-a', 'bad--name'], capsys, 2, 'bad--name')
-    checkpoint = read_checkpoint(str(run_dir / 'last.pth.tar'))
-    del checkpoint['state_dict_ema']
-    torch.save(checkpoint, tmp_path / 'no_ema.pth.tar')
-    fails(['export', tmp_path / 'no_ema.pth.tar', '--ema'], capsys, 2, '--ema', 'no averaged weights')
 
 
 def test_distillation_head_leaves_no_trace(tmp_path):
@@ -362,35 +351,19 @@ def test_distillation_head_leaves_no_trace(tmp_path):
 def test_onnx(run_dir, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime', reason='the extra onnx is not installed')
     pytest.importorskip('onnxscript', reason='the extra onnx is not installed')
-    assert main(['export', str(run_dir), '--out', str(tmp_path), '--onnx']) == 0
+    assert main(['export', str(run_dir), '--out', str(tmp_path), '--onnx', '--branch', 'b']) == 0
     images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    for name in ('vpl-test_resnet', 'vpl-test_vit'):
-        session = onnxruntime.InferenceSession(str(tmp_path / name / 'model.onnx'))
-        logits = torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
-        model = timm.create_model(f'local-dir:{tmp_path / name}', pretrained=True).eval()
-        with torch.inference_mode():
-            torch.testing.assert_close(logits, model(images), rtol=0, atol=1e-4)
+    session = onnxruntime.InferenceSession(str(tmp_path / 'vpl-test_vit' / 'model.onnx'))
+    logits = torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
+    model = timm.create_model(f'local-dir:{tmp_path / "vpl-test_vit"}', pretrained=True).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(logits, model(images), rtol=0, atol=1e-4)
 
 
 def test_onnx_without_its_packages(run_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnx', None)
     fails(['export', run_dir, '--out', tmp_path / 'out', '--onnx'], capsys, 2, '--onnx', 'timm-vpl[onnx]')
     assert not any((tmp_path / 'out').iterdir())
-
-
-def test_names_stay_inside_the_folder(run_dir, tmp_path, capsys):
-    keep = tmp_path / 'keep'
-    keep.mkdir()
-    (keep / 'file').write_text('mine')
-    for name in ('../keep', '.', '..', str(keep), 'a/b', 'a b', ''):
-        argv = ['export', run_dir, '--branch', 'a', '--out', tmp_path / 'out', '--overwrite']
-        if name:
-            fails([*argv, '--name-a', name], capsys, 2, '--name-a')
-        checkpoint = read_checkpoint(str(run_dir / 'best_a.pth.tar'))
-        checkpoint['args']['method'] = '../../keep'
-    torch.save(checkpoint, tmp_path / 'hostile.pth.tar')
-    fails(['export', tmp_path / 'hostile.pth.tar'], capsys, 2, '../../keep')
-    assert (keep / 'file').read_text() == 'mine'
 
 
 def test_what_a_user_added_to_an_export_is_kept(run_dir, tmp_path, capsys):
@@ -406,11 +379,10 @@ def test_what_a_user_added_to_an_export_is_kept(run_dir, tmp_path, capsys):
     assert main(['export', str(run), '--overwrite']) == 0 and '# My model' not in card.read_text()
 
 
-@pytest.mark.parametrize('files', [
-    {}, {'thesis.tex': 'mine'}, {'config.json': '{}', 'model.safetensors': ''},
-    {'README.md': '# Mine', 'config.json': '{}', 'model.safetensors': ''}], ids=len)
-@pytest.mark.parametrize('out', [[], ['--out']], ids=len)
-def test_only_exports_are_replaced(run_dir, tmp_path, capsys, files, out):
+@pytest.mark.parametrize('out, files', [
+    ([], {}), (['--out'], {'thesis.tex': 'mine'}), ([], {'config.json': '{}', 'model.safetensors': ''}),
+    (['--out'], {'README.md': '# Mine', 'config.json': '{}', 'model.safetensors': ''})], ids=str)
+def test_only_exports_are_replaced(run_dir, tmp_path, capsys, out, files):
     run = shutil.copytree(run_dir, tmp_path / 'run')
     folder = run / 'export' / 'vpl-test_vit'
     shutil.rmtree(folder)
@@ -419,61 +391,3 @@ def test_only_exports_are_replaced(run_dir, tmp_path, capsys, files, out):
         (folder / name).write_text(text)
     fails(['export', run, '--overwrite', *out, *([folder.parent] if out else [])], capsys, 2, folder, 'not an export')
     assert {path.name: path.read_text() for path in folder.iterdir()} == files
-
-
-def test_branch_of_a_twin_keeps_its_side_in_the_name(tmp_path):
-    _, _, checkpoint = save_pair(tmp_path, '--model-a', 'test_vit', '--model-b', 'test_vit', '--img-size', '32')
-    for side in 'ab':
-        assert main(['export', checkpoint, '--branch', side]) == 0
-    assert sorted(os.listdir(tmp_path / 'export')) == ['vpl-test_vit-a', 'vpl-test_vit-b']
-
-
-def test_branch_that_is_not_there(tmp_path, capsys):
-    _, _, checkpoint = save_pair(tmp_path, '--method', 'solo', '--model-a', 'test_resnet', '--img-size', '32')
-    fails(['export', checkpoint, '--branch', 'b'], capsys, 2, 'has no branch b')
-    fails(['export', tmp_path, '--branch', 'b'], capsys, 2, 'has no branch b')
-
-
-def test_checkpoint_of_timms_own_saver(tmp_path, run_dir):
-    """A pair trained in a loop of one's own: timm's saver, a Namespace of its options, no word on the models."""
-    checkpoint = read_checkpoint(str(run_dir / 'last.pth.tar'))
-    for key in ('branches', 'metrics', 'timm_vpl_version'):
-        del checkpoint[key]
-    state = {f'module.{key}': value for key, value in checkpoint['state_dict'].items()}
-    torch.save({**checkpoint, 'state_dict': state, 'args': argparse.Namespace(model='x')}, tmp_path / 'timm.pth.tar')
-    argv = ['export', str(tmp_path / 'timm.pth.tar'), '--model-a', 'test_resnet', '--num-classes', '4', '--no-ema',
-            '--img-size', '32']
-    assert main(argv) == 0
-    model = timm.create_model(f'local-dir:{tmp_path / "export" / "test_resnet"}', pretrained=True)
-    assert all(torch.equal(value, checkpoint['state_dict'][f'model_a.{key}'])
-               for key, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize('change', [
-    {'branches': ['a']}, {'branches': {'a': 'test_resnet', 'b': 'x'}}, {'state_dict': {1: torch.zeros(1)}},
-    {'state_dict': {'model_a.x': 'text'}}, {'state_dict_ema': None}, {'branches': {'a': {'architecture': 3}}},
-    {'branches': {'a': {'architecture': '../x', 'pretrained_cfg': {}}}},
-], ids=str)
-def test_malformed_checkpoints(run_dir, tmp_path, capsys, change):
-    torch.save({**read_checkpoint(str(run_dir / 'last.pth.tar')), **change}, tmp_path / 'odd.pth.tar')
-    capsys.readouterr()
-    assert main(['export', str(tmp_path / 'odd.pth.tar')]) in (1, 2)
-    error = capsys.readouterr().err.strip()
-    assert len(error.splitlines()) == 1 and str(tmp_path / 'odd.pth.tar') in error, error
-
-
-@pytest.mark.parametrize('name', ['args.yaml', 'summary.csv', 'export/vpl-test_vit/README.md'])
-def test_files_that_are_no_checkpoint(run_dir, capsys, name):
-    fails(['export', run_dir / name], capsys, 1, run_dir / name)
-
-
-def test_class_map_gives_each_class_its_index(tmp_path, run_dir, capsys):
-    average = tmp_path / 'averaged.pth'
-    torch.save(read_checkpoint(str(run_dir / 'best_a.pth.tar'))['state_dict_ema'], average)
-    names = tmp_path / 'classes.txt'
-    names.write_text('zero\none\ntwo\nthree\nfour\n')
-    argv = ['export', average, '--model-a', 'test_resnet', '--class-map', names]
-    fails([*argv, '--num-classes', '4'], capsys, 2, '--num-classes 4', '5 classes')
-    bomb = tmp_path / 'bomb.pkl'
-    bomb.write_bytes(b'cos\nsystem\n(S"true"\ntR.')
-    fails([*argv[:4], '--class-map', bomb], capsys, 2, bomb)

@@ -1,0 +1,66 @@
+"""Tables: as Markdown, as columns on the screen, as CSV and JSON files."""
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import RunError, first_line
+from ..files import replacing
+
+
+def markdown_table(header: Sequence, rows: Iterable[Iterable]) -> list[str]:
+    """Return the lines of a table in Markdown, and an empty one; None is shown as a dash."""
+    head, *body = (f'| {" | ".join("-" if cell is None else str(cell) for cell in row)} |' for row in (header, *rows))
+    return [head, '|' + '---|' * len(header), *body, '']
+
+
+def screen_table(header: Iterable, rows: Iterable[Iterable], texts: int) -> list[str]:
+    """Return the lines of a table in columns: so many of text, on the left, then numbers; None is shown as a dash."""
+    lines = [['-' if cell is None else str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ['  '.join(
+        cell.ljust(width) if i < texts else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines]
+
+
+def read_csv(path: str | Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Return the rows of a CSV file, none of one that is not there.
+
+    Args:
+        path: The file.
+        columns: The columns that it must have, in this order; any by default.
+
+    Raises:
+        RunError: It can't be read, or has other columns.
+    """
+    try:
+        with open(path, newline='', encoding='utf-8') as file:
+            reader = csv.DictReader(file, restval='')
+            rows = list(reader)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, csv.Error) as e:
+        raise RunError(f'{path}: can not be read ({first_line(e, 80)})') from e
+    if columns and tuple(reader.fieldnames or ()) != tuple(columns):
+        raise RunError(f'{path}: not a file of results of timm-vpl validate, move it away; expected the columns '
+                       f'{", ".join(columns)}')
+    return rows
+
+
+def write_rows(path: str | Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
+    """Write rows as CSV, or as JSON to a file of that name; a file that is there stays until the new one is whole.
+
+    Raises:
+        RunError: It can't be written.
+    """
+    try:
+        with replacing(str(path), newline='', encoding='utf-8') as file:
+            if str(path).lower().endswith('.json'):
+                file.write(json.dumps(rows, indent=2) + '\n')
+            else:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(rows)
+    except OSError as e:
+        raise RunError(f'{path}: can not be written: {e.strerror}') from e
