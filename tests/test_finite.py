@@ -138,7 +138,7 @@ def test_large_gradients_are_finite():
     parameter = torch.nn.Parameter(torch.zeros(4))
     parameter.grad = torch.full((4,), 3e38)
     check = FiniteCheck(torch.device('cpu'))
-    groups = [{'name': 'a.0', 'params': [parameter]}]
+    groups = [{'side': 'a', 'params': [parameter]}]
     assert check.gradients(groups) == {'a': 0} and torch.equal(parameter.grad, torch.full((4,), 3e38))
     parameter.grad[2] = -torch.inf
     assert check.gradients(groups) == {'a': 1}
