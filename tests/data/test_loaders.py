@@ -313,7 +313,7 @@ if end == 'error':
 def test_a_process_with_workers_ends(digits_folder):
     environ = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     result = subprocess.run(
-        [sys.executable, '-c', EXIT, str(digits_folder)], env=environ, capture_output=True, text=True, timeout=60)
+        [sys.executable, '-c', EXIT, str(digits_folder)], env=environ, capture_output=True, text=True, timeout=150)
     assert result.stdout == '6\nreturn 0\n6\nerror 1\n', result.stderr
     assert 'DataLoader worker' not in result.stderr
 
