@@ -13,7 +13,7 @@ import torch
 from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset, resolve_data_config
 from timm.data.loader import adapt_to_chs
 from timm.utils import setup_default_logging
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import IterableDataset, Subset
 
 from ..data.data import (
     DIGITS,
@@ -45,10 +45,6 @@ _FOREIGN = -2  # in a set of labels: a class that the model does not have
 # Classes: the data's labels as indices of a model's classes
 
 
-def _wnids() -> list[str]:
-    return ImageNetInfo().label_names()
-
-
 def _model_classes(trained: TrainedModel) -> dict[str, int] | None:
     """Return a model's classes with their indices: those that it names, or ImageNet's if it has as many."""
     names = trained.class_names
@@ -73,8 +69,8 @@ def target_indices(trained: TrainedModel, names: list[str] | None, data: str) ->
     num_classes = trained.model.num_classes
     if names is None:
         return None
-    classes = _model_classes(trained)
-    if not trained.class_names and not (classes and classes.keys() >= set(names)):
+    classes = _model_classes(trained) or {}
+    if not trained.class_names and not classes.keys() >= set(names):
         if len(names) != num_classes:
             raise UsageError(
                 f'{trained.source}: does not name its {num_classes} classes, and {data} has {len(names)}; --class-map '
@@ -92,10 +88,10 @@ def target_indices(trained: TrainedModel, names: list[str] | None, data: str) ->
     return indices
 
 
-def _imagenet_v2_names(names: list[str] | None, data: str) -> list[str]:
+def _imagenet_v2_names(names: list[str], data: str) -> list[str]:
     """Return the wnid of each folder of ImageNet-V2, whose names are numbers of classes."""
-    wnids = _wnids()
-    for name in names or ['']:
+    wnids = ImageNetInfo().label_names()
+    for name in names:
         if not (name.isascii() and name.isdecimal() and int(name) < len(wnids)):
             raise UsageError(f'--imagenet-v2: {data} has a class {name!r}, which is not a number from 0 to 999')
     return [wnids[int(name)] for name in names]
@@ -104,7 +100,7 @@ def _imagenet_v2_names(names: list[str] | None, data: str) -> list[str]:
 # Images by file name
 
 
-def _file_names(dataset: Dataset, flag: str) -> list[str]:
+def _file_names(dataset: Any, flag: str) -> list[str]:
     """Return the path of each image in its data set."""
     if isinstance(dataset, Subset):
         names = _file_names(dataset.dataset, flag)
@@ -117,7 +113,7 @@ def _file_names(dataset: Dataset, flag: str) -> list[str]:
         raise UsageError(f'{flag}: needs a folder or .tar of images, this data set does not name its files') from e
 
 
-def select_files(dataset: Dataset, path: str, data: str) -> Subset:
+def select_files(dataset: Any, path: str, data: str) -> Subset:
     """Return the part of a data set that a file lists, one file name a line, with or without its folder.
 
     Raises:
@@ -143,7 +139,7 @@ def select_files(dataset: Dataset, path: str, data: str) -> Subset:
 
 
 def real_label_sets(
-        dataset: Dataset,
+        dataset: Any,
         path: str,
         trained: TrainedModel,
         names: list[str] | None = None,
@@ -162,7 +158,7 @@ def real_label_sets(
     Raises:
         UsageError: An image that is none of the 50,000, a file of something else, or classes that are not ImageNet's.
     """
-    wnids, classes = _wnids(), _model_classes(trained)
+    wnids, classes = ImageNetInfo().label_names(), _model_classes(trained)
     if not classes and names and len(names) == trained.model.num_classes:
         classes = {name: index for index, name in enumerate(names)}
     if not classes or not classes.keys() & set(wnids):
@@ -225,7 +221,7 @@ def validate_models(args) -> list[dict[str, Any]]:
     finally:
         if args.distributed:
             torch.distributed.destroy_process_group()
-    rows, classes = (sum(parts, []) for parts in zip(*results, strict=True))
+    rows, classes = ([row for result in results for row in result[i]] for i in (0, 1))
     if args.rank == 0:
         print('\n'.join([*_table(rows, models), *_class_lines(classes)]))
         write_results(args, rows)
@@ -282,12 +278,12 @@ def _create_pass(args, models: list[TrainedModel], device: torch.device) -> Pass
     trained = models[0]
     args = Namespace(**{
         **vars(args), 'input_size': trained.data_config['input_size'], 'seed': 0, 'validation_batch_size': None})
-    dataset = create_split(args, args.val_split, is_training=False, whole=args.val_split == 'validation')
+    dataset: Any = create_split(args, args.val_split, is_training=False, whole=args.val_split == 'validation')
     data = _data_name(args, dataset)
     names = class_names(dataset)
     if not (args.class_map and names):  # whose indices are the model's
         if args.imagenet_v2:
-            names = _imagenet_v2_names(names, data)
+            names = _imagenet_v2_names(names or [''], data)
         indices = target_indices(trained, names, data)
         if indices is not None:
             dataset.target_transform = indices.__getitem__
@@ -307,7 +303,7 @@ def _data_name(args, dataset) -> str:
     root = getattr(getattr(dataset, 'reader', dataset), 'root', None)
     if args.dataset and (args.dataset == DIGITS or not isinstance(root, (str, os.PathLike))):
         return f'{args.dataset}/{args.val_split}'
-    return os.path.normpath(root)
+    return os.path.normpath(str(root))
 
 
 def _run_pass(args, each: Pass, device: torch.device) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -384,10 +380,10 @@ def _class_lines(classes: list[dict[str, Any]]) -> list[str]:
     """Return a line for each model: the mean of its classes' accuracies, and the lowest of them."""
     lines = []
     for key, group in groupby(classes, key=lambda row: [row[column] for column in ('model', 'branch', 'weights')]):
-        group = sorted(group, key=lambda row: row['top1'])
-        mean = sum(row['top1'] for row in group) / len(group)
-        lowest = ', '.join(f'{row["class"]} {row["top1"]:.1f} ({row["images"]})' for row in group[:5])
-        lines.append(f'{" ".join(filter(None, key))}: mean top-1 of {len(group)} classes {mean:.3f}, lowest: {lowest}')
+        rows = sorted(group, key=lambda row: row['top1'])
+        mean = sum(row['top1'] for row in rows) / len(rows)
+        lowest = ', '.join(f'{row["class"]} {row["top1"]:.1f} ({row["images"]})' for row in rows[:5])
+        lines.append(f'{" ".join(filter(None, key))}: mean top-1 of {len(rows)} classes {mean:.3f}, lowest: {lowest}')
     return lines
 
 
