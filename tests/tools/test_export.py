@@ -25,12 +25,6 @@ from timm_vpl.options.options import parse_args, recipe_values
 from timm_vpl.tools.runs import COLUMNS
 from timm_vpl.tools.tables import write_rows
 
-OPTIONS = [
-    '--model-a', 'test_resnet', '--model-b', 'test_vit', '--img-size', '32', '-b', '8', '--epochs', '2',
-    '--warmup-epochs', '0', '--lr', '0.002', '--workers', '0', '--device', 'cpu', '--model-ema-decay', '0.5',
-    '--mean', '0.4', '0.5', '0.6', '--std', '0.2', '--crop-pct', '0.9', '--interpolation', 'bilinear', '--seed', '3',
-    '--drop-path', '0.1', '--hang-timeout', '99', '--recovery-minutes', '9', '--nonfinite-limit', '7']
-
 # A process that has timm and not this package: loads each folder and leaves its logits.
 RELOAD = '''
 import sys
@@ -44,14 +38,6 @@ with torch.inference_mode():
         logits[folder] = model(images)
 torch.save(logits, sys.argv[1])
 '''
-
-
-@pytest.fixture(scope='module')
-def run_dir(digits_folder, tmp_path_factory):
-    """The folder of a short training run, exported at its end."""
-    output = tmp_path_factory.mktemp('runs')
-    assert train([str(digits_folder), *OPTIONS, '--output', str(output), '--experiment', 'run']) == 0
-    return output / 'run'
 
 
 def rows(folder):
@@ -119,12 +105,12 @@ def test_exports_are_starting_points(run_dir):
     assert len(features(torch.zeros(1, 3, 32, 32))) == len(features.feature_info)
 
 
-def test_other_classes_of_a_pretrained_branch_are_told(run_dir, digits_folder, tmp_path, caplog):
+def test_other_classes_of_a_pretrained_branch_are_told(run_dir, run_options, digits_folder, tmp_path, caplog):
     data = shutil.copytree(digits_folder, tmp_path / 'data')
     for split in ('train', 'validation'):
         (data / split / 'class1').rename(data / split / 'zebra')
     model = f'local-dir:{run_dir / "export" / "vpl-test_vit"}'
-    options = ['--method', 'solo', *OPTIONS[4:], '--model-b', model, '--epochs', '1', '--no-export', '--output',
+    options = ['--method', 'solo', *run_options[4:], '--model-b', model, '--epochs', '1', '--no-export', '--output',
                str(tmp_path)]
     assert train([str(digits_folder), *options, '--pretrained']) == 0 and 'knows other classes' not in caplog.text
     assert train([str(data), *options, '--pretrained']) == 0
@@ -167,9 +153,9 @@ def test_card_takes_later_measurements(run_dir, tmp_path):
     assert model.pretrained_cfg['license'] == 'mit'
 
 
-def test_weights_that_were_evaluated_are_exported(digits_folder, tmp_path):
+def test_weights_that_were_evaluated_are_exported(run_options, digits_folder, tmp_path):
     # With --model-ema-force-cpu timm, too, evaluates the raw weights alone: best epochs are theirs.
-    options = [*OPTIONS, '--model-ema-force-cpu', '--output', str(tmp_path), '--experiment', 'run']
+    options = [*run_options, '--epochs', '1', '--model-ema-force-cpu', '--output', str(tmp_path), '--experiment', 'run']
     assert train([str(digits_folder), *options]) == 0
     for side, name in (('a', 'test_resnet'), ('b', 'test_vit')):
         checkpoint = read_checkpoint(str(tmp_path / 'run' / f'best_{side}.pth.tar'))

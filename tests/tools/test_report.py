@@ -1,6 +1,5 @@
 """The report, on run folders written by hand: every expected figure is computed by hand."""
 import json
-import random
 import subprocess
 import sys
 
@@ -139,18 +138,11 @@ def test_json(runs):
     assert [(r['framework'], r['branch'], r['n']) for r in found] == [
         ('solo', 'a', 2), ('solo', 'b', 1), ('vpl', 'a', 2), ('vpl', 'b', 2)]
     a, b = found[2:]
-    assert a['top1'] == {
-        'mean': 62, 'std': pytest.approx(2 ** 0.5), 'n': 2, 'median': 62, 'collapsed': 0}
-    assert a['figures']['best validation top-1']['mean'] == 62.5
-    assert a['best_epochs'] == [1, 0] and a['seeds'] == [1, 2]
-    assert a['runs'] == runs[:2] and a['weights'] == 'ema' and a['processes'] == [2]
+    assert a['top1'] == {'mean': 62, 'std': pytest.approx(2 ** 0.5), 'n': 2, 'median': 62, 'collapsed': 0}
+    assert (a['best_epochs'], a['seeds'], a['runs'], a['processes']) == ([1, 0], [1, 2], runs[:2], [2])
     assert a['device_hours'] == pytest.approx(46 * 2 / 3600)
-    solo = a['baselines']['epochs']
-    assert (solo['mean'], solo['reached_epochs'], solo['reached_seconds']) == (4, 1, 22)
     solo = b['baselines']['epochs']
-    assert (solo['n'], solo['mean'], solo['reached_epochs'], solo['reached_seconds'], solo['solo_seconds']) == (
-        1, -1, None, None, 30)
-    assert found[1]['top1']['std'] is None and found[1]['baselines'] == {}
+    assert (solo['n'], solo['mean'], solo['reached_epochs'], solo['solo_seconds']) == (1, -1, None, 30)
 
 
 def test_unfinished_runs_are_listed_and_never_averaged_in(make, runs):
@@ -298,16 +290,6 @@ def test_a_planted_gain_is_found(make):
     assert '| +2.00 [+1.63, +2.37] (6, p 0.031) |' in make_report(folders)
     # Fewer seeds have no p.
     assert baseline(folders[:10])['p'] is None
-
-
-def test_equal_rows_seldom_differ():
-    draw = random.Random(0)
-    differing = 0
-    for _ in range(200):
-        scores = [sorted((draw.gauss(50, 2), draw.gauss(50, 2)), key=lambda _: draw.random()) for _ in range(6)]
-        difference = paired_difference([one - two for one, two in scores])
-        differing += not difference.low < 0 < difference.high
-    assert 4 <= differing <= 18
 
 
 @pytest.mark.parametrize('change', [

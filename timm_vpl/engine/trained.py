@@ -22,12 +22,12 @@ _logger = logging.getLogger(__name__)
 
 class TrainedModel(NamedTuple):
     """A trained model by itself, in evaluation mode on the CPU, and what its images are prepared by."""
-    model: nn.Module
+    model: Any  # of timm
     source: str  # file, folder or name that it was read from
     architecture: str
     data_config: dict[str, Any]  # input_size, mean, std, interpolation, crop_pct, crop_mode
     class_names: list[str] | None = None
-    side: str | None = None  # of the pair that it was a branch of
+    side: Any = None  # of the pair that it was a branch of
     ema: bool | None = None  # whether these are averaged weights
     checkpoint: dict[str, Any] = {}  # what else the checkpoint says: epoch, args, metrics, architectures by side
 

@@ -78,7 +78,7 @@ class Group:
         """The method of all its runs."""
         return self.runs[0].options['method']
 
-    def total(self, cost: str, epochs: int | None = None) -> float | None:
+    def total(self, cost: str, epochs: int | None = None) -> Any:
         """Return the mean over the runs of what the first epochs cost (default: all); None where one does not tell."""
         return _mean([run.total(cost, epochs) for run in self.runs])
 
@@ -103,8 +103,8 @@ def make_groups(runs: Iterable[Run], names: Mapping[str, str] | None = None) -> 
         values = {**run.recipe, 'teacher': run.options.get('teacher')}
         parts = ', '.join(
             f'{name}={show(values.get(name))}' for name in sorted({*own_options(run), *_differing(*alike)}))
-        group.name = f'{run.framework} ({parts})' if parts else run.framework
-        group.name = next((names[str(run.path)] for run in group.runs if str(run.path) in (names or ())), group.name)
+        given = (names.get(str(run.path)) for run in group.runs) if names else ()
+        group.name = next(filter(None, given), f'{run.framework} ({parts})' if parts else run.framework)
     return groups
 
 
@@ -239,8 +239,8 @@ def _record(group: Group, index: int, groups: list[Group]) -> dict[str, Any]:
 def _teacher_flops(run: Run) -> float | None:
     """Return what the training of a run's frozen teacher took, if that run is known."""
     teacher = run.options.get('teacher')
-    folder = teacher and teacher_folder(teacher, run.path)
-    return folder and read_run(folder).total('flops')
+    folder = teacher_folder(teacher, run.path) if teacher else None
+    return read_run(folder).total('flops') if folder else None
 
 
 def _figure(branches: list[tuple[Run, str]], epochs: list[int], set_: str, metric: str) -> dict[str, Any] | None:
@@ -274,7 +274,7 @@ def _reached(baseline: Baseline) -> dict[str, Any]:
     return {'solo_top1': target, 'reached_epochs': reached, **costs}
 
 
-def _mean(values: list[float | None]) -> float | None:
+def _mean(values: list[Any]) -> Any:
     return None if None in values else fmean(values)
 
 
@@ -293,8 +293,8 @@ def to_markdown(records: list[dict[str, Any]], unfinished: list[Run]) -> str:
     names = ('framework', 'model', 'model_a', 'model_b', 'data')
     records = [{**r, **{name: r[name] and markdown(r[name]) for name in names}} for r in records]
     lines: list[str] = []
-    for data, rows in groupby(records, key=lambda r: r['data']):  # which they are sorted by
-        rows = list(rows)
+    for data, group in groupby(records, key=lambda r: r['data']):  # which they are sorted by
+        rows = list(group)
         lines += [
             f'## {data}', '', 'Top-1 (percent) of the last epoch, mean ± standard deviation (runs).', '',
             *_summary(rows), '### Each branch', '', *_branches(rows), '### Cost', '', *_costs(rows),
@@ -328,8 +328,8 @@ def _summary(records) -> list[str]:
 
 
 def _branches(records) -> list[str]:
-    names = dict.fromkeys(name for r in records for name in r['figures'])
-    names = sorted(names, key=lambda name: name.startswith('best '))
+    shown = dict.fromkeys(name for r in records for name in r['figures'])
+    names = sorted(shown, key=lambda name: name.startswith('best '))
     models = _columns(records, 'model')
     return markdown_table(
         ['Epochs', 'Framework', 'Models', 'Model', 'Weights', *map(markdown, names), 'median (collapsed)', 'best epoch',
@@ -371,7 +371,7 @@ def _convergence(records) -> list[str]:
                 solo['reached_epochs'] or 'not reached',
                 *(_scaled(solo[f'{who}_{cost}'], units) for who in ('reached', 'solo')
                   for cost, units in (('flops', _COUNT), ('seconds', _TIME)))))
-    return rows and ["### Until solo's final top-1", '', *markdown_table([
+    return [] if not rows else ["### Until solo's final top-1", '', *markdown_table([
         'Epochs', 'Framework', 'Models', 'Model', "Solo's top-1", 'After epochs', 'FLOPs', 'Time', "Solo's FLOPs",
         "Solo's time"], rows)]
 

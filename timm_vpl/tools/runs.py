@@ -20,7 +20,7 @@ COLUMNS = (
     'model', 'epoch', 'branch', 'weights', 'data', 'set', 'images', 'loss', 'top1', 'top5', 'img_size', 'crop_pct',
     'interpolation', 'images_per_second')
 COSTS = ('flops', 'image_passes', 'seconds', 'device_hours')  # they add up over the epochs
-_SINGLE = ('model_a', 'model_b', 'seed', 'contrastive_to', 'kl_to', 'val_split')
+_SINGLE = ('model_a', 'model_b', 'seed', 'val_split')
 
 
 @dataclass
@@ -37,8 +37,8 @@ class Run:
     """
     path: Path
     options: dict[str, Any]
-    rows: dict[int, dict[str, float | None]]
-    measured: dict[tuple, float | None]
+    rows: dict[int, dict[str, Any]]
+    measured: dict[tuple, Any]
     data: dict[str, dict]
     environment: list[dict]
 
@@ -76,7 +76,7 @@ class Run:
         """The sets of images that the figures are of, the run's own validation split first."""
         return list(dict.fromkeys([self.val_set, *(key[3] for key in self.measured)]))
 
-    def figure(self, side: str, epoch: int, set_: str | None = None, metric: str = 'top1') -> float | None:
+    def figure(self, side: str, epoch: int, set_: str | None = None, metric: str = 'top1') -> Any:
         """Return a figure of the weights that count; None where it was not measured."""
         if set_ in (None, self.val_set):
             return self.rows[epoch].get(f'eval_{"ema_" if self.weights == "ema" else ""}{metric}_{side}')
@@ -87,7 +87,7 @@ class Run:
         evaluated = [epoch for epoch in self.rows if self.figure(side, epoch) is not None]
         return max(evaluated, key=lambda epoch: self.figure(side, epoch))
 
-    def total(self, cost: str, epochs: int | None = None) -> float | None:
+    def total(self, cost: str, epochs: int | None = None) -> Any:
         """Return what the first epochs cost (default: all); None where a row lacks it."""
         values = [row.get(cost) for row in list(self.rows.values())[:epochs]]
         return None if None in values else sum(values)
@@ -124,7 +124,7 @@ def read_run(path: Path) -> Run:
     return Run(path, options, dict(sorted(rows.items())), measured, data or {}, environment or [])
 
 
-def _num_epochs(row: dict[str, float | None], options: dict[str, Any]) -> int:
+def _num_epochs(row: dict[str, Any], options: dict[str, Any]) -> int:
     return int(row.get('num_epochs') or number(options.get('epochs')) or 0)
 
 
@@ -167,7 +167,7 @@ def number(value: Any) -> float | None:
     return int(number) if number.is_integer() else number
 
 
-def _product(*factors: float | None) -> float | None:
+def _product(*factors: Any) -> Any:
     return None if None in factors else math.prod(factors)
 
 
@@ -201,7 +201,7 @@ def make_recipe(options: dict[str, Any], sides: tuple[str, ...], path: Path) -> 
     if len(sides) == 1 and method in METHODS and METHODS[method].teacher != 'never':
         recipe['branch'] = sides[0]  # the terms depend on it
     if recipe.get('teacher') and (folder := teacher_folder(recipe['teacher'], path)):
-        taught, place = read_options(folder), Path(recipe['teacher'])
+        taught, place = read_options(folder) or {}, Path(recipe['teacher'])
         file = place.name if place.is_file() else ''
         recipe['teacher'] = file, make_recipe({**taught, 'teacher': None}, given_sides(taught), path)
     return recipe
@@ -265,6 +265,6 @@ def _teacher_name(run: Run) -> str:
         folder = teacher_folder(teacher, run.path)
         if folder is None:
             return Path(str(teacher)).name
-        options = read_options(folder)
-        sides = given_sides(options)
+        options = read_options(folder) or {}
+        sides = [*given_sides(options)]
     return ' + '.join(str(options[f'model_{side}']) for side in sides)

@@ -81,7 +81,7 @@ def read_plan(path: Path, data_dir: str | None, output: Path) -> list[PlannedRun
     Raises:
         UsageError: The plan, or the command line that comes of a row, is wrong.
     """
-    plan = read_recipe(path)
+    plan: Any = read_recipe(path)
     for key in plan:
         if key not in PLAN_KEYS:
             raise UsageError(f'{path}: {key} is not a key of a plan{did_you_mean(key, PLAN_KEYS)}')
@@ -153,7 +153,7 @@ def check_plan(runs: Iterable[PlannedRun]) -> None:
             raise UsageError(f'{run.row}, seed {run.seed}: {e}') from None
         if run.finished() is None:
             continue
-        then, now = read_options(run.folder), recipe_values(args)
+        then, now = read_options(run.folder) or {}, recipe_values(args)
         for dest in sorted({*then, *now} - parser.how - {'teacher'} | {'seed'}):
             preset = parser.presets.get(dest)
             before, after = then.get(dest, preset), now.get(dest, preset)
@@ -365,6 +365,6 @@ def _verdict(model: str, groups: list[Group], commands: dict[str, str]) -> str:
     cost = f' at {flops[0] / flops[1]:.2f} times its FLOPs' if all(flops) else ''
     text = (f'{group.name} is {gain} points above {model} alone at the same {kind} ({baseline.name}, '
             f'{baseline.num_epochs} epochs){cost}; the interval is that of the best of {len(found)} rows')
-    if gain.low > 0:
+    if gain.low is not None and gain.low > 0:
         return f'- {model}: {text}. Run: {commands[group.name]}'
     return f'- {model}: the seeds do not tell: at best {text}. Cheapest: {commands[baseline.name]}'

@@ -40,10 +40,6 @@ _FOREIGN = -2  # in a set of labels: a class that the model does not have
 # Classes: the data's labels as indices of a model's classes
 
 
-def _wnids() -> list[str]:
-    return ImageNetInfo().label_names()
-
-
 def _model_classes(trained: TrainedModel) -> dict[str, int] | None:
     """Return a model's classes with their indices: those that it names, or ImageNet's if it has as many."""
     names = trained.class_names
@@ -68,8 +64,8 @@ def target_indices(trained: TrainedModel, names: list[str] | None, data: str) ->
     num_classes = trained.model.num_classes
     if names is None:
         return None
-    classes = _model_classes(trained)
-    if not trained.class_names and not (classes and classes.keys() >= set(names)):
+    classes = _model_classes(trained) or {}
+    if not trained.class_names and not classes.keys() >= set(names):
         if len(names) != num_classes:
             raise UsageError(
                 f'{trained.source}: does not name its {num_classes} classes, and {data} has {len(names)}; --class-map '
@@ -87,10 +83,10 @@ def target_indices(trained: TrainedModel, names: list[str] | None, data: str) ->
     return indices
 
 
-def _imagenet_v2_names(names: list[str] | None, data: str) -> list[str]:
+def _imagenet_v2_names(names: list[str], data: str) -> list[str]:
     """Return the wnid of each folder of ImageNet-V2, whose names are numbers of classes."""
-    wnids = _wnids()
-    for name in names or ['']:
+    wnids = ImageNetInfo().label_names()
+    for name in names:
         if not (name.isascii() and name.isdecimal() and int(name) < len(wnids)):
             raise UsageError(f'--imagenet-v2: {data} has a class {name!r}, which is not a number from 0 to 999')
     return [wnids[int(name)] for name in names]
@@ -152,7 +148,7 @@ def real_label_sets(
     Raises:
         UsageError: An image that is none of the 50,000, a file of something else, or classes that are not ImageNet's.
     """
-    wnids, classes = _wnids(), _model_classes(trained)
+    wnids, classes = ImageNetInfo().label_names(), _model_classes(trained)
     if not classes and names and len(names) == trained.model.num_classes:
         classes = {name: index for index, name in enumerate(names)}
     if not classes or not classes.keys() & set(wnids):
@@ -215,7 +211,7 @@ def validate_models(args) -> list[dict[str, Any]]:
     finally:
         if args.distributed:
             torch.distributed.destroy_process_group()
-    rows, classes = (sum(parts, []) for parts in zip(*results, strict=True))
+    rows, classes = ([row for result in results for row in result[i]] for i in (0, 1))
     if args.rank == 0:
         print('\n'.join([*_table(rows, models), *_class_lines(classes)]))
         write_results(args, rows)
@@ -272,12 +268,12 @@ def _create_pass(args, models: list[TrainedModel], device: torch.device) -> Pass
     trained = models[0]
     args = Namespace(**{
         **vars(args), 'input_size': trained.data_config['input_size'], 'seed': 0, 'validation_batch_size': None})
-    dataset = create_split(args, args.val_split, is_training=False, whole=args.val_split == 'validation')
+    dataset: Any = create_split(args, args.val_split, is_training=False, whole=args.val_split == 'validation')
     data = _data_name(args, dataset)
     names = class_names(dataset)
     if not (args.class_map and names):  # whose indices are the model's
         if args.imagenet_v2:
-            names = _imagenet_v2_names(names, data)
+            names = _imagenet_v2_names(names or [''], data)
         indices = target_indices(trained, names, data)
         if indices is not None:
             dataset.label_map = indices.__getitem__
@@ -371,10 +367,10 @@ def _class_lines(classes: list[dict[str, Any]]) -> list[str]:
     """Return a line for each model: the mean of its classes' accuracies, and the lowest of them."""
     lines = []
     for key, group in groupby(classes, key=lambda row: [row[column] for column in ('model', 'branch', 'weights')]):
-        group = sorted(group, key=lambda row: row['top1'])
-        mean = sum(row['top1'] for row in group) / len(group)
-        lowest = ', '.join(f'{row["class"]} {row["top1"]:.1f} ({row["images"]})' for row in group[:5])
-        lines.append(f'{" ".join(filter(None, key))}: mean top-1 of {len(group)} classes {mean:.3f}, lowest: {lowest}')
+        rows = sorted(group, key=lambda row: row['top1'])
+        mean = sum(row['top1'] for row in rows) / len(rows)
+        lowest = ', '.join(f'{row["class"]} {row["top1"]:.1f} ({row["images"]})' for row in rows[:5])
+        lines.append(f'{" ".join(filter(None, key))}: mean top-1 of {len(rows)} classes {mean:.3f}, lowest: {lowest}')
     return lines
 
 
