@@ -1,5 +1,6 @@
 """Runs on small real images, in this process or under torchrun, and everything that they leave, compared."""
 import csv
+import hashlib
 import os
 import subprocess
 import sys
@@ -88,3 +89,9 @@ def _compare(where, one, two, found):
             _compare(f'{where}[{i}]', *pair, found)
     elif one != two:
         found.append(f'{where}: {one!r} and {two!r}')
+
+
+def content(folder: Path) -> dict:
+    """Return all that would show that a folder was touched."""
+    return {path: (path.lstat().st_mtime_ns, path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest())
+            for path in [folder, *folder.rglob('*')]}

@@ -233,10 +233,7 @@ def create_pair(
     if args.sync_bn and not args.distributed:
         _logger.warning('--sync-bn: no effect with one process')
     models = {side: create_branch(args, side, configs[side]) for side in args.sides}
-    for side, model in models.items():
-        if args.batch_size == 1 and not sync_bn and has_batch_norm(model):
-            raise UsageError(f'--batch-size 1: --model-{side} {getattr(args, f"model_{side}")} has BatchNorm, which '
-                             f'needs at least 2 images a process')
+    _check_models(args, models, sync_bn)
     if METHODS[args.method].distilled:
         _set_distilled(args, models)
     seed_all(args.seed, 'init', 'affine')
@@ -250,26 +247,30 @@ def create_pair(
         )
     except ValueError as e:
         raise UsageError(str(e)) from e
-    if sync_bn:
-        for side in pair.sides:
-            convert_sync_batchnorm(pair.branch(side))  # timm's, which keeps the activation of its own layers
     for side in pair.sides:
+        if sync_bn:
+            convert_sync_batchnorm(pair.branch(side))  # timm's, which keeps the activation of its own layers
         _freeze(args, pair, side)
     pair.set_inputs(loader_config(configs), configs)
     pair.eval()
-    for side in pair.sides:
+    for side, model in models.items():
         try_images(
             partial(pair.run, side), configs[side]['input_size'], f'--model-{side} {getattr(args, f"model_{side}")}')
-    for side, model in models.items():
         if getattr(args, f'channels_last_{side}'):
             model.to(memory_format=torch.channels_last)
             pair.parts[side].memory_format = torch.channels_last
-    pair.to(device)
+    return pair.to(device)
+
+
+def _check_models(args, models, sync_bn):
+    for side, model in models.items():
+        if args.batch_size == 1 and not sync_bn and has_batch_norm(model):
+            raise UsageError(f'--batch-size 1: --model-{side} {getattr(args, f"model_{side}")} has BatchNorm, which '
+                             f'needs at least 2 images a process')
     if len(models) == 2 and _has_attention(models['a']) and not _has_attention(models['b']):
         _logger.warning(
             f'--model-a {args.model_a} has attention and --model-b {args.model_b} has not: the paper has the CNN as a '
             f'and the transformer as b, here their roles are swapped')
-    return pair
 
 
 def check_pretrained_classes(args, pair: PairWrapper, class_names: list[str] | None) -> None:
