@@ -23,15 +23,17 @@ def raised(error, cause=None):
 
 @pytest.mark.parametrize('error, line', [
     (RuntimeError('CUDA out of memory. Tried\nmore'),
-     r'RuntimeError: CUDA out of memory. Tried \(epoch 1; a smaller --batch-size, .* needs less; traceback: .*\)'),
+     r'RuntimeError: CUDA out of memory. Tried \(epoch 1; a smaller --batch-size, .*; traceback: .*\)'),
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '),
-     r'DataLoader worker \(pid 7\) is killed by signal: Killed. \(epoch 1; probably the memory ran out: .*\)'),
+     r'RuntimeError: DataLoader worker \(pid 7\) is killed by signal: Killed. \(epoch 1; probably the memory ran out: .*\)'),
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. '), '.*enlarge /dev/shm.*'),
     (RuntimeError('unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)'),
-     r'unable to open .*\(epoch 1; raise ulimit -n, .*'),
+     r'RuntimeError: unable to open .*\(epoch 1; raise ulimit -n, .*'),
     (RuntimeError('x does not have a deterministic implementation'), '.*leave out --deterministic.*'),
     (OSError(28, 'No space left on device'), '.*make room on the disk.*'),
     (KeyError('x'), r"KeyError: 'x' \(epoch 1; traceback: .*\)"),
+    (OSError('Caught OSError in worker 0.\nTraceback (most recent call last):\n  x\nOSError: no file'),
+     r'OSError: no file \(epoch 1; traceback: .*\)'),
     (RuntimeError(), r'RuntimeError: RuntimeError \(epoch 1; traceback: .*\)'),
 ], ids=lambda value: str(value)[:20])
 def test_one_line(tmp_path, error, line):
@@ -69,7 +71,8 @@ def test_an_error_within_a_run(digits_folder, tmp_path, monkeypatch, capsys):
     assert train(argv) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     (file,) = (tmp_path / 'run').glob('traceback-*.txt')
-    assert line.startswith('train_vpl.py: error: [enforce fail]') and 'epoch 1, batch 2; a smaller --batch-size' in line
+    assert line.startswith('train_vpl.py: error: RuntimeError: [enforce fail]')
+    assert 'epoch 1, batch 2; a smaller --batch-size' in line
     assert str(file) in line and 'in failing' in file.read_text()
 
 

@@ -87,7 +87,7 @@ def test_a_run_of_the_same_name_is_not_written_over(digits_folder, tmp_path):
     ['--amp', '--amp-dtype', 'bfloat16', '--clip-grad', '1.0', '--clip-mode', 'agc'],
     ['--grad-accum-steps', '2', '--opt', 'lamb', '--sched-on-updates'],
     ['--aug-repeats', '3', '--no-model-ema', '--layer-decay', '0.75'],
-    ['--no-prefetcher', '--mixup', '0.8', '--bce-loss', '--val-interval', '2'],
+    ['--mixup', '0.8', '--bce-loss', '--val-interval', '2'],
     ['--similarity', 'dot', '--tau', '64', '--same-class', 'ignore', '--affine-side', 'a', '--kl-to', 'both'],
     pytest.param(['--torchcompile', 'eager', '--save-epochs', '1'], marks=pytest.mark.slow, id='--torchcompile'),
     ['--channels-last-a', '--grad-checkpointing-b', '--in-chans', '1', '--eval-metric', 'loss_b'],

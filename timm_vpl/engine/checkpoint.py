@@ -193,13 +193,13 @@ class Saver:
                 Path(other).unlink(missing_ok=True)
         return self._attempt(save)
 
-    def resume(self, state: dict[str, Any], source: str, epoch: int) -> None:
+    def resume(self, state: dict[str, Any], source: str, epoch: int | None) -> None:
         """Take up the bookkeeping of a checkpoint, and give it the names that an interruption kept it from having.
 
         Args:
             state: Its entry 'saver'.
             source: Its file, in this folder.
-            epoch: Its epoch.
+            epoch: Its epoch, if it has one.
         """
         self.ranks = Ranks.from_state(state, self.branches)
 
@@ -208,7 +208,7 @@ class Saver:
                 if not os.path.exists(self._path(name)):
                     self._link(source, name)
 
-        if state.get('pending', (None,))[0] == epoch:  # not one within an epoch
+        if epoch is not None and state.get('pending', (None,))[0] == epoch:  # not one within an epoch
             self._attempt(link)
         self.ranks = self.ranks.there(self.folder)
 

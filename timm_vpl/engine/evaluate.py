@@ -74,7 +74,7 @@ class Tally:
 
     def compute(self, distributed: bool) -> dict[str, Any]:
         """Return the figures, of all processes together."""
-        figures = _figures(self.plain, distributed)
+        figures: dict[str, Any] = _figures(self.plain, distributed)
         if self.classes:
             figures['classes'] = self.classes.compute(distributed)
         if self.real:
@@ -163,7 +163,7 @@ def _check_count(images: int, loader) -> None:
 
 
 def evaluate_pair(
-        model: torch.nn.Module,
+        model: Any,
         loader,
         sides: Sequence[str],
         device: torch.device,
