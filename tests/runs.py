@@ -1,5 +1,6 @@
 """Runs on small real images, in this process or under torchrun, all that they leave, and the line of a wrong one."""
 import csv
+import hashlib
 import os
 import subprocess
 import sys
@@ -101,3 +102,9 @@ def error_line(capsys, *argv) -> str:
     lines = [line for line in written.splitlines() if line.startswith('train_vpl.py: error: ')]
     assert status == 2 and len(lines) == 1 and written.endswith(lines[0]) and 'Traceback' not in written, written
     return lines[0].removeprefix('train_vpl.py: error: ')
+
+
+def content(folder: Path) -> dict:
+    """Return all that would show that a folder was touched."""
+    return {path: (path.lstat().st_mtime_ns, path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest())
+            for path in [folder, *folder.rglob('*')]}

@@ -1,5 +1,4 @@
 """Whole runs of the training command on small real images."""
-import logging
 
 import pytest
 import torch
@@ -65,34 +64,6 @@ def test_workers_do_not_change_a_run(digits_folder, tmp_path):
     assert_equal_weights(last(main)['state_dict'], last(workers)['state_dict'])
 
 
-def test_resumed_run_is_the_uninterrupted_one(digits_folder, tmp_path):
-    options = [*NOISE, '--epochs', '3', '--x', '40', '--y', '30']
-    whole = run(digits_folder, tmp_path, *options, name='whole')
-    part = run(digits_folder, tmp_path, *options, '--stop-epoch', '1', name='part')
-    assert [row['stage'] for row in rows(part)] == ['1']
-    run(digits_folder, tmp_path, *options, '--resume', str(part / 'last.pth.tar'), name='part')
-    for key in ('state_dict', 'state_dict_ema'):
-        assert_equal_weights(last(whole)[key], last(part)[key])
-    assert [
-        {key: value for key, value in row.items() if key not in TIMES} for row in rows(whole)
-    ] == [{key: value for key, value in row.items() if key not in TIMES} for row in rows(part)]
-    assert [row['stage'] for row in rows(whole)] == ['1', '1', '2']
-    assert last(whole)['saver']['best_branches'] == last(part)['saver']['best_branches']
-
-
-def test_resume_auto_and_a_finished_run(digits_folder, tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    options = ['--resume', 'auto', '--epochs', '1']
-    folder = run(digits_folder, tmp_path, *options)
-    before = last(folder)
-    assert 'a fresh start' in caplog.text
-    run(digits_folder, tmp_path, *options)
-    assert 'nothing to train' in caplog.text and len(rows(folder)) == 1
-    assert_equal_weights(before['state_dict'], last(folder)['state_dict'])
-    with open(folder / 'args.yaml') as f:
-        assert 'resume' not in yaml.safe_load(f)
-
-
 def test_stopped_run_is_validated(digits_folder, tmp_path):
     folder = run(digits_folder, tmp_path, '--stop-epoch', '1', '--val-interval', '2', '--sched', 'none')
     assert len(rows(folder)) == 1 and float(rows(folder)[0]['eval_top1']) > 0 and (folder / 'best_b.pth.tar').exists()
@@ -118,7 +89,7 @@ def test_a_run_of_the_same_name_is_not_written_over(digits_folder, tmp_path):
     ['--aug-repeats', '3', '--no-model-ema', '--layer-decay', '0.75'],
     ['--mixup', '0.8', '--bce-loss', '--val-interval', '2'],
     ['--similarity', 'dot', '--tau', '64', '--same-class', 'ignore', '--affine-side', 'a', '--kl-to', 'both'],
-    ['--torchcompile', 'eager', '--save-epochs', '1'],
+    pytest.param(['--torchcompile', 'eager', '--save-epochs', '1'], marks=pytest.mark.slow, id='--torchcompile'),
     ['--channels-last-a', '--grad-checkpointing-b', '--in-chans', '1', '--eval-metric', 'loss_b'],
 ], ids=lambda options: options[0])
 def test_options_train(digits_folder, tmp_path, options):

@@ -80,10 +80,9 @@ def need_nodes() -> None:
 
 
 @pytest.mark.parametrize('case', [
-    'stopped',
     'lost',
     *(pytest.param(case, marks=pytest.mark.faults) for case in (
-        'stopped_together', 'second_signal', 'hanging', 'restarted')),
+        'stopped', 'stopped_together', 'second_signal', 'hanging', 'restarted')),
 ])
 def test_signal(case, tmp_path):
     run(tmp_path, 'signals.py', case, str(tmp_path / 'runs'))
@@ -105,9 +104,9 @@ def test_nodes(case, tmp_path):
 
 
 @pytest.mark.parametrize('args', [
-    ['--kills', '2', '--methods', 'vpl', '--processes', '1'],
-    ['--kills', '1', '--methods', 'dml', '--processes', '3'],
-])
+    ['--kills', '1', '--methods', 'vpl', '--processes', '2'],
+    pytest.param(['--kills', '2', '--methods', 'dml', '--processes', '1', '3'], marks=pytest.mark.faults),
+], ids=['vpl', 'dml'])
 def test_kill(args, tmp_path):
     run(tmp_path, 'kill.py', *args)
 

@@ -38,16 +38,19 @@ def as_line(
     if show:
         traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, (RunError, UsageError)):
+        if '\n' not in str(error):
+            return error
         # Of a loader's worker: its traceback, with the message as the last line.
-        last = str(error).strip().splitlines()[-1].removeprefix(f'{RunError.__module__}.RunError: ')
-        return error if '\n' not in str(error) else type(error)(last)
+        return type(error)(str(error).strip().splitlines()[-1].removeprefix(f'{RunError.__module__}.RunError: '))
     # While a batch is awaited, torch says what killed a worker only as the cause.
-    texts = [text for text in (str(error.__cause__ or ''), str(error)) if text.strip()]
-    known = next(((text, each) for text in texts for pattern, each in ADVICE if re.search(pattern, text)), None)
-    said, advice = f'{type(error).__name__}: {first_line(error, 300)}', None
-    if known and not what:
-        said, advice = known[0].strip().splitlines()[-1].removeprefix('RuntimeError: '), known[1]
-    details = [said if what else None, place, advice, f'traceback: {_write(error, folder)}']
+    causes = [each for each in (error.__cause__, error) if each is not None]
+    cause, advice = next(
+        ((each, advice) for each in causes for pattern, advice in ADVICE if re.search(pattern, str(each))),
+        (error, None))
+    said = f'{type(cause).__name__}: {first_line(cause, 300)}'
+    if 'Traceback' in str(cause):  # of a loader's worker
+        said = str(cause).strip().splitlines()[-1]
+    details = [said if what else None, place, None if what else advice, f'traceback: {_write(error, folder)}']
     return RunError(f'{what or said} ({"; ".join(filter(None, details))})')
 
 

@@ -60,9 +60,10 @@ class Ranks:
 
     def there(self, folder: str) -> 'Ranks':
         """Return the bookkeeping of the files that are there."""
-        return Ranks(*(
-            {name: value for name, value in part.items() if os.path.exists(os.path.join(folder, name + EXTENSION))}
-            for part in (self.files, self.bests)))
+        def there(part: dict[str, Any]) -> dict[str, Any]:
+            return {name: part[name] for name in part if os.path.exists(os.path.join(folder, name + EXTENSION))}
+
+        return Ranks(there(self.files), there(self.bests))
 
     def state_dict(self, epoch: int | None = None, metric: float | None = None) -> dict[str, Any]:
         """Return what a checkpoint holds of it, in timm's words."""
@@ -192,19 +193,23 @@ class Saver:
                 Path(other).unlink(missing_ok=True)
         return self._attempt(save)
 
-    def resume(self, state: dict[str, Any], source: str, epoch: int) -> None:
+    def resume(self, state: dict[str, Any], source: str, epoch: int | None) -> None:
         """Take up the bookkeeping of a checkpoint, and give it the names that an interruption kept it from having.
 
         Args:
             state: Its entry 'saver'.
             source: Its file, in this folder.
-            epoch: Its epoch.
+            epoch: Its epoch, if it has one.
         """
         self.ranks = Ranks.from_state(state, self.branches)
-        if state.get('pending', (None,))[0] == epoch:  # not one within an epoch
-            self._attempt(lambda: [
-                self._link(source, name) for name in [*self._names(self.ranks, epoch), 'last']
-                if not os.path.exists(self._path(name))])
+
+        def link():
+            for name in [*self._names(self.ranks, epoch), 'last']:
+                if not os.path.exists(self._path(name)):
+                    self._link(source, name)
+
+        if epoch is not None and state.get('pending', (None,))[0] == epoch:  # not one within an epoch
+            self._attempt(link)
         self.ranks = self.ranks.there(self.folder)
 
     def _path(self, name: str) -> str:

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,13 +45,13 @@ class Control:
     def __init__(self, distributed: bool = False, hang_timeout: float = 0, recovery_minutes: float = 0):
         self.hang_timeout = hang_timeout
         self.recovery_minutes = recovery_minutes
-        self._group = dist.new_group(backend='gloo') if distributed else None
-        self._pending = None  # (work, tensor) of the wishes under way
-        self._signal = None  # (number, time) of the first one
+        self._group: Any = dist.new_group(backend='gloo') if distributed else None
+        self._pending: tuple | None = None  # (work, tensor) of the wishes under way
+        self._signal: tuple[int, float] | None = None  # (number, time) of the first one
         self._saved = time.monotonic()
         self._watched = -float('inf')
-        self._handlers = {}
-        self._wakeup = None
+        self._handlers: dict = {}
+        self._wakeup: tuple[int, int] | None = None
 
     def __enter__(self):
         with contextlib.suppress(ValueError):  # only the main thread may

@@ -64,7 +64,7 @@ def init_device(args) -> torch.device:
         raise UsageError(f'--device {args.device}: {first_line(e)}') from e
     if device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
         # torch would take every core, and its threads and the loader's workers would wait for each other.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - args.workers))
     elif device.type == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True

@@ -48,6 +48,43 @@ class PerClassEvaluator(ClassificationEvaluator):
         return counts.cpu()
 
 
+class Tally:
+    """All that is counted of one output: loss and top-k; by sets of labels too; by classes too.
+
+    Args:
+        device: Where the outputs are.
+        max_samples: Images of this process, the others pad its share.
+        real_labels: Count by sets of labels.
+        per_class: Number of classes, to count each by itself.
+    """
+
+    def __init__(self, device, max_samples: int | None, real_labels: bool, per_class: int | None):
+        self.plain = ClassificationEvaluator(device, max_samples=max_samples)
+        self.real = RealLabelsEvaluator(device) if real_labels else None
+        self.classes = per_class and PerClassEvaluator(device, num_classes=per_class, max_samples=max_samples)
+
+    def update(self, output: torch.Tensor, target: torch.Tensor, real_labels: torch.Tensor | None) -> None:
+        """Count a batch."""
+        self.plain.update(output, target)
+        if self.real:
+            self.real.update(output, real_labels)
+        if self.classes:
+            self.classes.update(output, target)
+
+    def compute(self, distributed: bool) -> dict[str, Any]:
+        """Return the figures, of all processes together."""
+        figures: dict[str, Any] = _figures(self.plain, distributed)
+        if self.classes:
+            figures['classes'] = self.classes.compute(distributed)
+        if self.real:
+            real = _figures(self.real, distributed)
+            figures.update((f'real_{metric}', real[metric]) for metric in ('images', 'top1', 'top5'))
+        if not math.isfinite(figures['loss']):
+            figures.update((metric, math.nan) for metric in tuple(figures) if 'top' in metric)
+            figures.pop('classes', None)
+        return figures
+
+
 def _figures(evaluator, distributed) -> 'OrderedDict[str, float]':
     images = evaluator.counts[0].clone()
     if distributed:
@@ -85,18 +122,12 @@ def evaluate(
         'real_top5'; with `per_class` also 'classes' (classes, 2), images and right ones. Logits that are no numbers
         predict nothing: where the loss is not finite, all accuracies are NaN, and there are no 'classes'.
     """
-    limit = evaluation_sample_limit(loader)
-    evaluators = {name: ClassificationEvaluator(device, max_samples=limit) for name in names}
-    real_evaluators = {}
     if real_labels is not None:
         if distributed:  # the images of a process, as timm's sampler deals them
             real_labels = real_labels[torch.distributed.get_rank()::torch.distributed.get_world_size()]
         real_labels = real_labels.to(device)
-        real_evaluators = {name: RealLabelsEvaluator(device) for name in names}
-    class_evaluators = {}
-    if per_class is not None:
-        class_evaluators = {
-            name: PerClassEvaluator(device, num_classes=per_class, max_samples=limit) for name in names}
+    limit = evaluation_sample_limit(loader)
+    tallies = {name: Tally(device, limit, real_labels is not None, per_class) for name in names}
     seen = 0
     for input, target in loader:
         target = target.to(device)
@@ -106,25 +137,15 @@ def evaluate(
             input = input.to(device)
         with autocast():
             logits = forward(input)
-        for name, evaluator in (*evaluators.items(), *class_evaluators.items()):
-            evaluator.update(logits[name], target)
-        for name, evaluator in real_evaluators.items():
-            evaluator.update(logits[name], real_labels[seen:seen + len(target)])
+        labels = None if real_labels is None else real_labels[seen:seen + len(target)]
+        for name, tally in tallies.items():
+            tally.update(logits[name], target, labels)
         seen += len(target)
         if after_batch is not None:
             after_batch()
-    results = {name: _figures(evaluator, distributed) for name, evaluator in evaluators.items()}
+    results = {name: tally.compute(distributed) for name, tally in tallies.items()}
     if distributed and isinstance(loader.dataset, IterableDataset):
         _check_count(results[names[0]]['images'], loader)
-    for name, evaluator in class_evaluators.items():
-        results[name]['classes'] = evaluator.compute(distributed)
-    for name, evaluator in real_evaluators.items():
-        figures = _figures(evaluator, distributed)
-        results[name].update((f'real_{metric}', figures[metric]) for metric in ('images', 'top1', 'top5'))
-    for figures in results.values():
-        if not math.isfinite(figures['loss']):
-            figures.update((metric, math.nan) for metric in tuple(figures) if 'top' in metric)
-            figures.pop('classes', None)
     return results
 
 
@@ -141,7 +162,7 @@ def _check_count(images: int, loader) -> None:
 
 
 def evaluate_pair(
-        model: torch.nn.Module,
+        model: Any,
         loader,
         sides: Sequence[str],
         device: torch.device,

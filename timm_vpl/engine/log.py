@@ -151,7 +151,7 @@ def write_summary(run) -> None:
 
 def log_result(run, seconds: float) -> None:
     """Log what each branch has come to, and where it lies."""
-    metrics = next((row for row in reversed(run.rows) if row['eval_top1'] != ''), {})
+    metrics: dict[str, Any] = next((row for row in reversed(run.rows) if row['eval_top1'] != ''), {})
     _logger.info(f'Trained in {seconds:.0f} s.')
     bests = run.saver.ranks.bests
     for side in run.pair.sides:

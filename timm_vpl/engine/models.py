@@ -89,14 +89,14 @@ def size_kwargs(cfg: dict[str, Any], input_size) -> dict[str, Any]:
     return {'img_size': height if height == width else (height, width)}
 
 
-def create_named(name: str, where: str, **kwargs) -> nn.Module:
-    """Create a model with timm.
+def create_named(name: str, where: str, **kwargs) -> Any:
+    """Create a model with timm; it has `pretrained_cfg` and more.
 
     Raises:
         UsageError: timm can't; the message begins with `where`.
     """
     try:
-        model = create_model(name, **kwargs)
+        model: Any = create_model(name, **kwargs)
     except Exception as e:  # timm checks little of what a config.json or a file of weights holds
         if isinstance(e.__cause__, pickle.UnpicklingError):
             raise UsageError(f'{where}: refused, a file of its weights holds more than tensors and plain types') from e
@@ -141,7 +141,7 @@ _PROVENANCE = (
     'label_descriptions')
 
 
-def branch_config(model: nn.Module, data_config: dict[str, Any], class_names: list[str] | None) -> dict[str, Any]:
+def branch_config(model: Any, data_config: dict[str, Any], class_names: list[str] | None) -> dict[str, Any]:
     """Return timm's config.json of a model: what rebuilds it and prepares its images, without its weights."""
     cfg = model.pretrained_cfg
     with tempfile.TemporaryDirectory() as folder:
@@ -183,7 +183,7 @@ def create_branch(args, side: str, data_config: dict[str, Any]) -> nn.Module:
     kwargs.update(size_kwargs(pretrained_cfg_of(name, f'--model-{side}'), data_config['input_size']))
     kwargs.update(option('model_kwargs') or {})
     uniform = METHODS[args.method].uniform_drop_path
-    rate = kwargs.pop('drop_path_rate') if uniform else None
+    rate = (kwargs.pop('drop_path_rate') or 0.) if uniform else 0.
     seed_all(args.seed, 'init', side)
     model = create_named(name, f'--model-{side} {name}', **kwargs)
     try:
@@ -233,10 +233,7 @@ def create_pair(
     if args.sync_bn and not args.distributed:
         _logger.warning('--sync-bn: no effect with one process')
     models = {side: create_branch(args, side, configs[side]) for side in args.sides}
-    for side, model in models.items():
-        if args.batch_size == 1 and not sync_bn and has_batch_norm(model):
-            raise UsageError(f'--batch-size 1: --model-{side} {getattr(args, f"model_{side}")} has BatchNorm, which '
-                             f'needs at least 2 images a process')
+    _check_models(args, models, sync_bn)
     if METHODS[args.method].distilled:
         _set_distilled(args, models)
     seed_all(args.seed, 'init', 'affine')
@@ -250,34 +247,40 @@ def create_pair(
         )
     except ValueError as e:
         raise UsageError(str(e)) from e
-    if sync_bn:
-        for side in pair.sides:
-            convert_sync_batchnorm(pair.branch(side))  # timm's, which keeps the activation of its own layers
     for side in pair.sides:
+        if sync_bn:
+            convert_sync_batchnorm(pair.branch(side))  # timm's, which keeps the activation of its own layers
         _freeze(args, pair, side)
     pair.set_inputs(loader_config(configs), configs)
     pair.eval()
-    for side in pair.sides:
+    for side, model in models.items():
         try_images(
             partial(pair.run, side), configs[side]['input_size'], f'--model-{side} {getattr(args, f"model_{side}")}')
-    for side, model in models.items():
         if getattr(args, f'channels_last_{side}'):
             model.to(memory_format=torch.channels_last)
-            pair.parts[side].memory_format = torch.channels_last
-    pair.to(device)
+            part: Any = pair.parts[side]
+            part.memory_format = torch.channels_last
+    return pair.to(device)
+
+
+def _check_models(args, models, sync_bn):
+    for side, model in models.items():
+        if args.batch_size == 1 and not sync_bn and has_batch_norm(model):
+            raise UsageError(f'--batch-size 1: --model-{side} {getattr(args, f"model_{side}")} has BatchNorm, which '
+                             f'needs at least 2 images a process')
     if len(models) == 2 and _has_attention(models['a']) and not _has_attention(models['b']):
         _logger.warning(
             f'--model-a {args.model_a} has attention and --model-b {args.model_b} has not: the paper has the CNN as a '
             f'and the transformer as b, here their roles are swapped')
-    return pair
 
 
 def check_pretrained_classes(args, pair: PairWrapper, class_names: list[str] | None) -> None:
     """Warn where a pretrained branch keeps a classifier of as many other classes."""
-    for side in pair.sides if class_names else ():
-        names = pair.branch(side).pretrained_cfg.get('label_names') if _is_pretrained(args, side) else None
+    for side in pair.sides:
+        model: Any = pair.branch(side)
+        names = model.pretrained_cfg.get('label_names') if _is_pretrained(args, side) else None
         difference = first_difference(names, class_names)
-        if len(names or ()) == len(class_names) and difference:
+        if len(names or ()) == len(class_names or ()) and difference:
             _logger.warning(
                 f'--model-{side} {getattr(args, f"model_{side}")}: its classifier knows other classes, {difference}; '
                 f'training begins with it all the same')

@@ -252,7 +252,7 @@ def run_state(run) -> dict[str, Any]:
         *([] if progress.sums is None else [progress.sums, progress.kept[None]]),
         torch.tensor([progress.skipped], device=run.device),
     ]).float()
-    rows = [own]
+    rows: list[torch.Tensor] | None = [own]
     if args.distributed:
         rows = [torch.empty_like(own) for _ in range(args.world_size)] if args.rank == 0 else None
         torch.distributed.gather(own, rows)

@@ -30,7 +30,7 @@ class Progress:
 
     def add(self, terms: list[str], losses: torch.Tensor, good: torch.Tensor, batches: int) -> None:
         """Add the losses of an update, sums over its batches, if they are good."""
-        if self.sums is None:
+        if self.sums is None or self.kept is None:
             self.terms = terms
             self.sums = torch.zeros_like(losses)
             self.kept = torch.zeros((), device=losses.device)
@@ -104,7 +104,8 @@ class Update:
         tail = self.num_batches % self.accum_steps or self.accum_steps  # batches in the last update
         size = tail if batch >= self.num_batches - tail else self.accum_steps
         is_last = batch + 1 == self.num_batches or (batch + 1) % self.accum_steps == 0
-        self.task.streams.set_position(progress.epoch, batch)
+        if self.task.streams is not None:
+            self.task.streams.set_position(progress.epoch, batch)
         if batch % self.accum_steps == 0:
             self._begin()
         with contextlib.nullcontext() if is_last else self.task.no_sync():

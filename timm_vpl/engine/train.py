@@ -13,6 +13,7 @@ import yaml
 from timm.models import safe_model_name
 from timm.utils import get_outdir, setup_default_logging
 
+from ..core.teacher import Teacher
 from ..data.loaders import create_eval_loader
 from ..data.splits import split_card
 from ..errors import RunError, UsageError
@@ -49,8 +50,8 @@ def train(args, observers: Iterable[Any] = ()) -> None:
     if not logging.getLogger().handlers:
         setup_default_logging()
     options = recipe_values(args)  # as given, before device and data fill in what was not
-    if not faulthandler.is_enabled():
-        with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # no stderr
+    if not faulthandler.is_enabled() and sys.__stderr__ is not None:
+        with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):
             faulthandler.enable(sys.__stderr__)  # stacks after a crash in native code
     device = init_device(args)
     if args.rank:
@@ -80,8 +81,8 @@ def train(args, observers: Iterable[Any] = ()) -> None:
         raise
     except Exception as e:
         lost = LOST if args.distributed and is_lost(e) else None
-        raise as_line(
-            e, run.place if run else '', lost, run and run.output_dir, getattr(args, 'traceback', False)) from e
+        place, folder = (run.place, run.output_dir) if run else ('', None)
+        raise as_line(e, place, lost, folder, show=getattr(args, 'traceback', False)) from e
     finally:
         if args.distributed:
             with contextlib.suppress(RuntimeError):  # of a group that is already broken
@@ -208,15 +209,15 @@ def begin(run: Run, checkpoint: dict[str, Any] | None) -> None:
     if checkpoint and run.start.epoch is None:
         restore_ranks(run, checkpoint)
     if task.teacher is not None and (run.progress.epoch, run.progress.batch) == (0, 0):
-        validate_teacher(run)
+        validate_teacher(run, task.teacher)
     run.control = Control(args.distributed, args.hang_timeout, args.recovery_minutes if args.rank == 0 else 0)
     if checkpoint and not run.start.auto:
         save_recovery(run)  # so that it is this place, not a later one of the old course, that is newest
 
 
-def validate_teacher(run: Run) -> None:
+def validate_teacher(run: Run, teacher: Teacher) -> None:
     """Evaluate the frozen teacher once, on images prepared its own way, and log what it knows."""
-    args, teacher = run.args, run.task.teacher
+    args = run.args
     loader = create_eval_loader(args, run.loader_eval.dataset, teacher.data_config, run.device)
     metrics = evaluate(
         lambda input: {'teacher': teacher.branch(input)[0]}, ['teacher'], loader, run.device, run.autocast,

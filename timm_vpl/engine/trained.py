@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 
 class TrainedModel(NamedTuple):
     """A trained model by itself, in evaluation mode on the CPU, and what its images are prepared by."""
-    model: Any  # of timm
+    model: Any  # timm's
     source: str  # file, folder or name that it was read from
     architecture: str
     data_config: dict[str, Any]  # input_size, mean, std, interpolation, crop_pct, crop_mode
