@@ -103,12 +103,14 @@ def compile_modes() -> list[str]:
     return list(torch._inductor.list_mode_options())
 
 
-def found_bad(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+def found_bad(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
     """Return whether `unscale_` found a gradient that is not finite: 0-d on the device, above 0 if so.
+
+    None where there is no gradient.
 
     GradScaler._per_optimizer_states. If it goes: look at each gradient, a second pass.
     """
-    return sum(scaler._per_optimizer_states[id(optimizer)]['found_inf_per_device'].values())
+    return next(iter(scaler._per_optimizer_states[id(optimizer)]['found_inf_per_device'].values()), None)
 
 
 def let_scaler_skip(optimizer: torch.optim.Optimizer) -> None:

@@ -25,7 +25,7 @@ def raised(error, cause=None):
     (RuntimeError('CUDA out of memory. Tried\nmore'),
      r'RuntimeError: CUDA out of memory. Tried \(epoch 1; a smaller --batch-size, .*; traceback: .*\)'),
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '),
-     r'RuntimeError: DataLoader worker \(pid 7\) is killed by signal: Killed. \(epoch 1; probably the memory ran out: .*'),
+     r'RuntimeError: DataLoader worker \(pid 7\) is killed.*\(epoch 1; probably the memory ran out: .*\)'),
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. '), '.*enlarge /dev/shm.*'),
     (RuntimeError('unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)'),
      r'RuntimeError: unable to open .*\(epoch 1; raise ulimit -n, .*'),

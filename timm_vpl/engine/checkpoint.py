@@ -97,6 +97,7 @@ class Ranks:
             raise RunError("the 'saver' of the checkpoint is not that of a run") from e
 
 
+@dataclasses.dataclass(eq=False)
 class Saver:
     """Writes the checkpoints of a run into its folder.
 
@@ -115,41 +116,26 @@ class Saver:
         milestones: Numbers of completed epochs whose checkpoints are kept for good.
     """
 
-    def __init__(
-            self,
-            folder: str,
-            task: TrainingTask,
-            optimizer: torch.optim.Optimizer,
-            args: dict[str, Any],
-            branches: dict[str, dict],
-            scaler: torch.amp.GradScaler | None = None,
-            decreasing: bool = False,
-            max_history: int = 10,
-            milestones: Iterable[int] = (),
-    ):
-        self.folder = folder
-        self.task = task
-        self.optimizer = optimizer
-        self.branches = branches
-        self.scaler = scaler
-        self.decreasing = decreasing
-        self.max_history = max_history
-        self.milestones = milestones
-        self.ranks = Ranks()
-        self.failed = False  # the last attempt to save an epoch
-        self._header = {
-            'arch': '+'.join(config['architecture'] for config in branches.values()),
-            'args': args,
-            'branches': branches,
-            'version': 2,
-            'timm_vpl_version': __version__,
-        }
-        self._recovered = None  # (epoch, batch) of the last recovery checkpoint of this process
-        self._recipe = Path(folder, RECIPE).read_bytes() if os.path.exists(os.path.join(folder, RECIPE)) else None
-        found, _ = _by_saves([self._path('last'), *recovery_files(folder)])
+    folder: str
+    task: TrainingTask
+    optimizer: torch.optim.Optimizer
+    args: dict[str, Any]
+    branches: dict[str, dict]
+    scaler: torch.amp.GradScaler | None = None
+    decreasing: bool = False
+    max_history: int = 10
+    milestones: Iterable[int] = ()
+    ranks: Ranks = dataclasses.field(default_factory=Ranks, init=False)
+    failed: bool = dataclasses.field(default=False, init=False)  # the last attempt to save an epoch
+
+    def __post_init__(self):
+        self._recovered: tuple[int, int] | None = None  # (epoch, batch) of the last recovery checkpoint of this process
+        recipe = Path(self.folder, RECIPE)
+        self._recipe = recipe.read_bytes() if recipe.exists() else None
+        found, _ = _by_saves([self._path('last'), *recovery_files(self.folder)])
         self._saves = found[-1][0] if found else 0  # of the folder, whatever checkpoint the run goes on from
         self._recoveries = [path for *_, path in found if path != self._path('last')]
-        for path in Path(folder).glob('*tmp*'):  # of an earlier attempt that was killed
+        for path in Path(self.folder).glob('*tmp*'):  # of an earlier attempt that was killed
             if re.fullmatch(r'tmp\.pth\.tar|.*\.pth\.tar\.tmp|.*\.\d+\.tmp', path.name):
                 path.unlink()
 
@@ -208,7 +194,7 @@ class Saver:
                 if not os.path.exists(self._path(name)):
                     self._link(source, name)
 
-        if epoch is not None and state.get('pending', (None,))[0] == epoch:  # not one within an epoch
+        if epoch is not None and not os.path.basename(source).startswith('recovery-'):
             self._attempt(link)
         self.ranks = self.ranks.there(self.folder)
 
@@ -245,7 +231,11 @@ class Saver:
         """Write a checkpoint to a temporary file and return its path."""
         self._saves += 1
         state = {
-            **self._header,
+            'arch': '+'.join(config['architecture'] for config in self.branches.values()),
+            'args': self.args,
+            'branches': self.branches,
+            'version': 2,
+            'timm_vpl_version': __version__,
             'optimizer': self.optimizer.state_dict(),
             **self.task.get_checkpoint_state(),
             **self.task.get_checkpoint_state(ema=True),

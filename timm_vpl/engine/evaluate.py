@@ -26,28 +26,6 @@ class RealLabelsEvaluator(ClassificationEvaluator):
         self.counts += torch.stack([labelled.sum(), right[:, 0].sum(), right.any(dim=-1).sum()])
 
 
-class PerClassEvaluator(ClassificationEvaluator):
-    """Count the images of each class, and those of them whose first prediction is right."""
-
-    def __init__(self, device, *, num_classes: int, max_samples: int | None = None):
-        super().__init__(device, max_samples=max_samples)
-        self.class_counts = torch.zeros(num_classes, 2, dtype=torch.int64, device=device)
-
-    @torch.no_grad()
-    def update(self, output, target):
-        """Count a batch of logits (N, classes) and class indices (N,)."""
-        output, target = self._prepare(output, target)
-        right = output.argmax(dim=-1) == target
-        self.class_counts.index_add_(0, target, torch.stack([torch.ones_like(target), right.long()], dim=1))
-
-    def compute(self, distributed=False) -> torch.Tensor:
-        """Return the counts (classes, 2): images, right ones."""
-        counts = self.class_counts.clone()
-        if distributed:
-            torch.distributed.all_reduce(counts)
-        return counts.cpu()
-
-
 class Tally:
     """All that is counted of one output: loss and top-k; by sets of labels too; by classes too.
 
@@ -61,21 +39,27 @@ class Tally:
     def __init__(self, device, max_samples: int | None, real_labels: bool, per_class: int | None):
         self.plain = ClassificationEvaluator(device, max_samples=max_samples)
         self.real = RealLabelsEvaluator(device) if real_labels else None
-        self.classes = per_class and PerClassEvaluator(device, num_classes=per_class, max_samples=max_samples)
+        # Images of each class, and those of them whose first prediction is right.
+        self.classes = per_class and torch.zeros(per_class, 2, dtype=torch.int64, device=device)
 
     def update(self, output: torch.Tensor, target: torch.Tensor, real_labels: torch.Tensor | None) -> None:
-        """Count a batch."""
+        """Count a batch of logits (N, classes) and class indices (N,)."""
+        before = self.plain.num_samples
         self.plain.update(output, target)
         if self.real:
             self.real.update(output, real_labels)
-        if self.classes:
-            self.classes.update(output, target)
+        if self.classes is not None:
+            target = target[:self.plain.num_samples - before]
+            right = output[:len(target)].argmax(dim=-1) == target
+            self.classes.index_add_(0, target, torch.stack([torch.ones_like(target), right.long()], dim=1))
 
     def compute(self, distributed: bool) -> dict[str, Any]:
         """Return the figures, of all processes together."""
         figures: dict[str, Any] = _figures(self.plain, distributed)
-        if self.classes:
-            figures['classes'] = self.classes.compute(distributed)
+        if self.classes is not None:
+            if distributed:
+                torch.distributed.all_reduce(self.classes)
+            figures['classes'] = self.classes.cpu()
         if self.real:
             real = _figures(self.real, distributed)
             figures.update((f'real_{metric}', real[metric]) for metric in ('images', 'top1', 'top5'))

@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 from ..errors import RunError
 from ..options.options import resume_command
 from .control import GIVE_UP, GO_ON, SAVE, STOP, stop_line
-from .device import from_all, from_first
+from .device import agreement, from_all, from_first
 from .evaluate import evaluate_pair
 from .log import Clock, epoch_costs, epoch_terms, log_batch, log_result, save_images, write_summary
 from .optim import branch_lrs
@@ -149,12 +149,10 @@ def check_finite(run: Run) -> None:
         bad = [name for name, good in zip(names, finite, strict=True) if not good]
         if bad:  # by a finite gradient that was too large
             error = f'epoch {run.progress.epoch}: not finite: {bad[0]} and {len(bad) - 1} other parameters'
-    errors = from_all(run.args, error)
-    if any(errors):
-        if run.args.rank:
-            raise SystemExit(RunError.exit_status)
-        rank, line = max(enumerate(errors), key=lambda each: len(each[1] or ''))  # who saw most
-        raise RunError(f'{line} (process {rank}); nothing of it is saved, older checkpoints are as they were')
+    with agreement(run.args):
+        if error is not None:
+            raise RunError(
+                f'{error} (process {run.args.rank}); nothing of it is saved, older checkpoints are as they were')
 
 
 def share_statistics(run: Run, evaluated: bool) -> None:

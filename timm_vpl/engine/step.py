@@ -38,6 +38,7 @@ class Progress:
         self.kept.add_(good, alpha=batches)
 
 
+@dataclass(eq=False)
 class Update:
     """Takes the batches of a run one by one, and lets the optimizer step with the last of each update.
 
@@ -57,33 +58,22 @@ class Update:
         limit: Updates in a row that may be left out.
     """
 
-    def __init__(
-            self,
-            task: PairTask,
-            optimizer: torch.optim.Optimizer,
-            num_batches: int,
-            accum_steps: int = 1,
-            autocast: Callable = contextlib.nullcontext,
-            scaler: torch.amp.GradScaler | None = None,
-            clip_limits: dict[str, float | None] | None = None,
-            clip_mode: str = 'norm',
-            skip: bool = False,
-            limit: int = 10,
-    ):
-        self.task = task
-        self.optimizer = optimizer
-        self.num_batches = num_batches
-        self.accum_steps = accum_steps
-        self.autocast = autocast
-        self.scaler = scaler
-        self.clip_limits = clip_limits or {}
-        self.clip_mode = clip_mode
-        self.skip = skip
-        self.limit = limit
-        self.error: str | None = None  # why the run has to end
+    task: PairTask
+    optimizer: torch.optim.Optimizer
+    num_batches: int
+    accum_steps: int = 1
+    autocast: Callable = contextlib.nullcontext
+    scaler: torch.amp.GradScaler | None = None
+    clip_limits: dict[str, float | None] = field(default_factory=dict)
+    clip_mode: str = 'norm'
+    skip: bool = False
+    limit: int = 10
+    error: str | None = field(default=None, init=False)  # why the run has to end
+
+    def __post_init__(self):
         # Looks at gradients in one pass; some torch has no such kernel for MPS.
-        device = task.device
-        self._unit = torch.amp.GradScaler(device.type, init_scale=1., enabled=skip or device.type != 'mps')
+        device = self.task.device
+        self._unit = torch.amp.GradScaler(device.type, init_scale=1., enabled=self.skip or device.type != 'mps')
         self._unit.scale(torch.ones((), device=device))  # so that it has its scale
         self._losses: dict[str, torch.Tensor] = {}  # of the present update, sums over its batches
         self._found: list[torch.Tensor] = []  # for each phase, whether a gradient is bad
@@ -140,10 +130,11 @@ class Update:
         scaler = self.scaler or self._unit
         with only(self.optimizer, learners):
             scaler.unscale_(self.optimizer)
-            if self.scaler is None and scaler.is_enabled():
-                self._found.append(found_bad(scaler, self.optimizer))
+            found = found_bad(scaler, self.optimizer) if self.scaler is None and scaler.is_enabled() else None
+            if found is not None:
+                self._found.append(found)
             self.task.clip_gradients(self.clip_limits, self.clip_mode, learners)
-            if self.skip or self.scaler is not None:
+            if self.scaler is not None or (self.skip and found is not None):
                 scaler.step(self.optimizer)
             else:
                 self.optimizer.step()
