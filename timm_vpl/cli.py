@@ -55,7 +55,7 @@ def command(name: str, argv: list[str], prog: str) -> int:
         else:
             from .tools.study import run_study
             status = run_study(options)
-    return _finish(prog, work) or status
+    return _finish(prog, work) or status or 0
 
 
 def _finish(prog: str, work: Callable[[], None]) -> int:

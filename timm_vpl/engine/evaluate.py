@@ -40,7 +40,7 @@ class Tally:
         self.plain = ClassificationEvaluator(device, max_samples=max_samples)
         self.real = RealLabelsEvaluator(device) if real_labels else None
         # Images of each class, and those of them whose first prediction is right.
-        self.classes = per_class and torch.zeros(per_class, 2, dtype=torch.int64, device=device)
+        self.classes = None if per_class is None else torch.zeros(per_class, 2, dtype=torch.int64, device=device)
 
     def update(self, output: torch.Tensor, target: torch.Tensor, real_labels: torch.Tensor | None) -> None:
         """Count a batch of logits (N, classes) and class indices (N,)."""

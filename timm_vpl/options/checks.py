@@ -86,7 +86,7 @@ def _check_models(options: 'Options') -> None:
             f"--method {options.method} needs {wanted}, --model-a or --model-b; given: {_models(options) or 'none'}"
             " (--model-b '' drops that of a recipe)")
     for side, branch in options.branches.items():
-        check_model_name(f'--model-{side}', branch.model)
+        check_model_name(f'--model-{side}', branch.model or '')
 
 
 def _models(options: 'Options') -> str:
@@ -108,7 +108,7 @@ def _check_method(options: 'Options', given: Mapping[str, Any]) -> None:
         if os.sep in teacher and ':' not in teacher:
             raise UsageError(f'--teacher {teacher}: no such file or folder')
         check_model_name('--teacher', teacher)
-    if method.distilled and not any(_may_have_token(branch.model) for branch in options.branches.values()):
+    if method.distilled and not any(_may_have_token(branch.model or '') for branch in options.branches.values()):
         raise UsageError(f'--method {name}: {_models(options)} {no_token()}')
     for branch in options.branches.values() if method.uniform_drop_path else ():
         rate = branch.drop_path or branch.drop_connect
@@ -172,7 +172,7 @@ def _timm_sources() -> Iterator[str]:
     """Yield the text of timm's model files, without importing timm."""
     from importlib.util import find_spec
     spec = find_spec('timm')
-    if spec is None:
+    if spec is None or spec.submodule_search_locations is None:
         raise UsageError('timm is not installed (pip install timm)')
     for path in sorted(Path(spec.submodule_search_locations[0], 'models').glob('*.py')):
         yield path.read_text(encoding='utf-8')

@@ -14,7 +14,7 @@ def build_parser(prog='train_vpl.py'):
     parser = train.build_parser(prog)
     parser.presets = {dest: entry.default for dest, entry in parser.entries.items()}
     parser.how = {dest for dest, entry in parser.entries.items() if entry.row.how}
-    parser.actions = lambda: {dest: parser.action(dest) for dest in parser.entries}
+    parser.actions = lambda: parser.entries
     return parser
 
 

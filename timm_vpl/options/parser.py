@@ -77,6 +77,11 @@ class Entry:
         return flag_of(self.dest)
 
     @property
+    def values(self) -> tuple[Any, Any]:
+        """Type and number of its values, as argparse has them."""
+        return _values(self.type)
+
+    @property
     def resume(self) -> str:
         """Whether a run that goes on may have another value: 'fixed', 'free' or 'warned'."""
         return self.row.resume or ('free' if self.row.how else 'warned')
@@ -110,9 +115,13 @@ def show(value: Any) -> str:
     return f'{value:g}' if isinstance(value, float) else str(value)
 
 
+def _fields(section: Any) -> dict[str, dataclasses.Field]:
+    return {field.name: field for field in dataclasses.fields(section)}
+
+
 def field_default(section: type, name: str) -> Any:
     """Return the default of a field."""
-    field = section.__dataclass_fields__[name]
+    field = _fields(section)[name]
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
@@ -120,7 +129,7 @@ def entries_of(section: type, per_branch: bool = False) -> dict[str, Entry]:
     """Return the options of a section by dest; of one of each branch the form that sets both, then those of each."""
     entries = {}
     for name, annotation in typing.get_type_hints(section, include_extras=True).items():
-        row = section.__dataclass_fields__[name].metadata['row']
+        row = _fields(section)[name].metadata['row']
         default = field_default(section, name)
         if not per_branch:
             entries[name] = Entry(name, row, default, annotation, section)
@@ -161,7 +170,7 @@ class OptionParser(argparse.ArgumentParser):
         self.entries: dict[str, Entry] = {}
         groups: dict[str, Any] = {}
         for section, per_branch in (each if isinstance(each, tuple) else (each, False) for each in sections):
-            title = section.__doc__.strip().rstrip('.')
+            title = (section.__doc__ or '').strip().rstrip('.')
             if title not in groups:
                 groups[title] = self.add_argument_group(title)
             for entry in entries_of(section, per_branch).values():
@@ -172,11 +181,11 @@ class OptionParser(argparse.ArgumentParser):
     def _add(self, group, entry: Entry) -> None:
         row = entry.row
         kwargs: dict[str, Any] = {'default': argparse.SUPPRESS}
-        type_, nargs = _values(entry.type)
-        if type_ is bool:
+        kind, nargs = entry.values
+        if kind is bool:
             kwargs['action'] = 'store_true' if entry.dest.startswith('no_') else argparse.BooleanOptionalAction
         else:
-            kwargs.update(type=type_, choices=row.choices, metavar=row.metavar or getattr(type_, 'metavar', None))
+            kwargs.update(type=kind, choices=row.choices, metavar=row.metavar or getattr(kind, 'metavar', None))
             if nargs is not None:
                 kwargs.update(nargs=nargs, action=KeyValues if nargs == '*' else Sequenced)
             if row.const is not None:
@@ -203,10 +212,6 @@ class OptionParser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UsageError(message)
-
-    def action(self, dest: str) -> argparse.Action:
-        """Return the action of an option."""
-        return next(action for action in self._actions if action.dest == dest)
 
     def parse(self, tokens: Sequence[str], where: str = '') -> dict[str, Any]:
         """Return the values that `tokens` give, by dest. Errors begin with `where`, or else with the flag."""

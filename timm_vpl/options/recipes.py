@@ -1,5 +1,4 @@
 """Recipes: YAML files of options, read as what they would be on the command line."""
-import argparse
 import itertools
 import os
 import re
@@ -10,7 +9,7 @@ from typing import Any
 
 from ..core.names import SIDES
 from ..errors import UsageError
-from .parser import KeyValues, OptionParser, did_you_mean, flag_of, literal
+from .parser import Entry, OptionParser, did_you_mean, flag_of, literal
 from .refused import check_not_refused
 
 # A recipe is a page of options: what is far larger is none, and could keep the reader busy for long.
@@ -108,29 +107,27 @@ def _spell(value: Any) -> str:
     return repr(literal(value) if isinstance(value, str) else value)
 
 
-def option_tokens(action: argparse.Action, value: Any) -> list[str]:
+def option_tokens(entry: Entry, value: Any) -> list[str]:
     """Return the command line that says what a recipe says of one option."""
-    flag = next((name for name in action.option_strings if name.startswith('--')), None)
-    if action.nargs == 0 or (action.nargs == '?' and flag and isinstance(value, bool)):
+    flag, (kind, nargs) = entry.flag, entry.values
+    if kind is bool or (entry.row.const is not None and isinstance(value, bool)):
         if not isinstance(value, bool):
             raise UsageError(f'{value!r} is not true or false')
-        if isinstance(action, argparse.BooleanOptionalAction):
-            return [flag if value else f'--no-{flag[2:]}']
-        return [flag] if value else []
-    if isinstance(action, KeyValues) and isinstance(value, dict):
+        off = [f'--no-{flag[2:]}'] if kind is bool and not entry.dest.startswith('no_') else []
+        return [flag] if value else off
+    if nargs == '*' and isinstance(value, dict):
         return [flag, *(f'{key}={_spell(item)}' for key, item in value.items())]
-    many = action.nargs not in (None, '?')
-    values = value if isinstance(value, list) and many else [value]
+    values = value if isinstance(value, list) and nargs else [value]
     for item in values:
         # Text that looks like an option would be taken for one.
-        if not isinstance(item, str) or (many and re.match(r'-[^\d.]', item)):
-            wanted = 'a list of values' if many else 'one value'
+        if not isinstance(item, str) or (nargs and re.match(r'-[^\d.]', item)):
+            wanted = 'a list of values' if nargs else 'one value'
             raise UsageError(f'{_spell(item)} is not {wanted} (text that YAML takes for something else needs quotes)')
-    if isinstance(action.nargs, int) and len(values) != action.nargs:
-        raise UsageError(f'{_spell(values)} is not a list of {action.nargs} values')
-    if many:
+    if isinstance(nargs, int) and len(values) != nargs:
+        raise UsageError(f'{_spell(values)} is not a list of {nargs} values')
+    if nargs:
         return [flag, *values] if values else []
-    return [f'{flag}={values[0]}'] if flag else ['--', values[0]]
+    return ['--', values[0]] if entry.row.positional else [f'{flag}={values[0]}']
 
 
 def _recipes() -> dict[str, Path]:
@@ -176,7 +173,7 @@ def load_recipe(parser: OptionParser, path: Path) -> dict[str, Any]:
         if dest in given:
             raise UsageError(f'{where} is given twice')
         try:
-            tokens = option_tokens(parser.action(dest), value)
+            tokens = option_tokens(entry, value)
         except UsageError as error:
             raise UsageError(f'{where}: {error}') from None
         given.update(parser.parse(tokens, where))

@@ -196,11 +196,11 @@ def _continue_in(folder: str, command_line: dict[str, Any]) -> None:
 def resume_command(options: Options, folder: str) -> str:
     """Return the command that goes on with a run in its folder: what was given, but for where it starts."""
     prog, given = options.command
-    parser = build_parser()
+    entries = build_parser().entries
     tokens = [
         token for dest, value in given.items()
         if dest not in ('resume', 'no_resume_opt', 'start_epoch', 'output', 'experiment')
-        for token in option_tokens(parser.action(dest), _as_text(value))]
+        for token in option_tokens(entries[dest], _as_text(value))]
     python = ['python'] if prog.endswith('.py') else []
     return shlex.join([*python, *prog.split(), *tokens, '--resume', folder])
 
@@ -266,7 +266,7 @@ def idle_options(options: Options) -> dict[Idle, list[str]]:
     idle: dict[Idle, list[str]] = {}
     for dest, entry in build_parser().entries.items():
         if entry.side is None:
-            places = [view] if hasattr(view, dest) else []
+            places: list[Any] = [view] if hasattr(view, dest) else []
         else:
             places = [branch for side, branch in options.branches.items() if entry.side in (side, 'both')]
         for reason in entry.row.idle if places else ():

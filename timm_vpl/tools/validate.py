@@ -204,7 +204,7 @@ def validate_models(args) -> list[dict[str, Any]]:
             if args.check_data:
                 trained_on = create_split(
                     Namespace(**vars(args), seed=0), args.check_data, is_training=False, flag='--check-data')
-                splits = passes[0].loader.dataset, trained_on
+                splits: Any = passes[0].loader.dataset, trained_on
                 names = [_file_names(dataset, '--check-data') for dataset in splits]
         with data_errors():
             results = [_run_pass(args, each, device) for each in passes]
