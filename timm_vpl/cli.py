@@ -2,28 +2,27 @@
 import os
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable
 
 from . import __version__
 from .errors import RunError, UsageError
 from .options.commands import COMMANDS, parse_command
-from .options.train import namespace, parse_args, speaks
+from .options.train import parse_args, speaks
 from .text import one_line
 
 
 def train(argv: list[str] | None = None, prog: str = 'train_vpl.py') -> int:
     """Train; return the exit status: 0, 1 for a failure, 2 for a usage error, 128 + N after signal N."""
-    args = namespace(parse_args(argv, prog))
+    options = parse_args(argv, prog)
 
     def work():
         from .engine.control import Stopped  # torch and timm, once the options are known to be good
         from .engine.train import train
         from .tools.trackers import observers_of
         try:
-            train(args, observers_of(args))
+            train(options, observers_of(options))
         except Stopped as e:
-            if args.rank == 0:
+            if os.environ.get('RANK', '0') == '0':
                 print(f'{prog}: {e}', file=sys.stderr)
             raise SystemExit(e.exit_status) from None
     return _finish(prog, work)
@@ -45,7 +44,7 @@ def command(name: str, argv: list[str], prog: str) -> int:
         # Here, since they import torch and timm.
         if name == 'validate':
             from .tools.validate import validate_models
-            validate_models(Namespace(**vars(options)))
+            validate_models(options)
         elif name == 'export':
             from .tools.export import export_branches
             export_branches(options)

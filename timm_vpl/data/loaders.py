@@ -16,8 +16,10 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset
 
 from ..compat import guard_posterize
+from ..core.processes import Processes
 from ..errors import UsageError
-from ..options.options import mixup_active
+from ..options.sections import Loader
+from ..options.train import Options
 from .images import Images, Split, StreamImages
 from .order import SeededCollate, SeededDataset, SeededErasing, SeededSampler
 
@@ -42,23 +44,22 @@ def _end_with_main() -> None:
     os._exit(0)
 
 
-def _batches(args, dataset: Dataset, **kwargs) -> DataLoader:
+def _batches(loader: Loader, dataset: Dataset, **kwargs) -> DataLoader:
     if isinstance(dataset, StreamImages):
-        dataset.set_loader_cfg(num_workers=args.workers)
+        dataset.set_loader_cfg(num_workers=loader.workers)
     return DataLoader(
         dataset,
-        num_workers=args.workers,
-        pin_memory=args.pin_mem,
+        num_workers=loader.workers,
+        pin_memory=loader.pin_mem,
         worker_init_fn=init_worker,
-        persistent_workers=args.workers > 0,
+        persistent_workers=loader.workers > 0,
         **kwargs,
     )
 
 
-def _normalization(data_config, device) -> dict[str, Any]:
+def _normalization(data_config) -> dict[str, Any]:
     return {
-        'mean': data_config['mean'], 'std': data_config['std'], 'channels': data_config['input_size'][0],
-        'device': device}
+        'mean': data_config['mean'], 'std': data_config['std'], 'channels': data_config['input_size'][0]}
 
 
 class TrainLoader(PrefetchLoader):
@@ -72,28 +73,30 @@ class TrainLoader(PrefetchLoader):
     Streams keep their reader's own order, and end for all processes with the shortest share.
 
     Args:
-        args: Options of the run.
+        options: Options of the run.
         images: The images, with their transform.
         collate: Makes a batch.
-        device: Where batches go.
+        processes: The processes that share an epoch.
         **kwargs: Further arguments of timm's PrefetchLoader.
     """
 
-    def __init__(self, args, images: Split, collate: Callable, device: torch.device, **kwargs):
-        self.images, self.world_size, self.skipped = images, args.world_size, 0
+    def __init__(self, options: Options, images: Split, collate: Callable, processes: Processes, **kwargs):
+        self.images, self.world_size, self.skipped = images, processes.world_size, 0
         dataset: Dataset = images
         self.order = None
         if isinstance(images, Images):
-            dataset = SeededDataset(images, args.seed)
+            dataset = SeededDataset(images, options.run.seed)
             self.order = SeededSampler(
-                len(images), args.batch_size, args.seed, args.rank, args.world_size, args.aug_repeats)
-            collate = SeededCollate(collate, args.seed, args.mixup_off_epoch)
+                len(images), options.loader.batch_size, options.run.seed, processes.rank, processes.world_size,
+                options.augmentation.aug_repeats)
+            collate = SeededCollate(collate, options.run.seed, options.augmentation.mixup_off_epoch)
         batches = _batches(
-            args, dataset, batch_size=args.batch_size, sampler=self.order, collate_fn=collate, drop_last=True)
-        super().__init__(batches, device=device, **kwargs)
+            options.loader, dataset, batch_size=options.loader.batch_size, sampler=self.order, collate_fn=collate,
+            drop_last=True)
+        super().__init__(batches, device=processes.device, **kwargs)
         if self.random_erasing is not None:
             self.random_erasing = SeededErasing(  # type: ignore[assignment]
-                self.random_erasing, args.seed, args.rank, device)
+                self.random_erasing, options.run.seed, processes.rank, processes.device)
 
     def epoch(self, epoch: int, first_batch: int = 0):
         """Yield (batch, input, target, sample_ids) from `first_batch` to the epoch's end.
@@ -134,50 +137,58 @@ def together(batches, device: torch.device):
         yield batch
 
 
-def create_train_loader(args, images: Split, data_config: dict, device: torch.device) -> TrainLoader:
+def create_train_loader(
+        options: Options,
+        images: Split,
+        data_config: dict[str, Any],
+        num_classes: int,
+        processes: Processes,
+) -> TrainLoader:
     """Create the training loader from timm's options.
 
     Raises:
         UsageError: An augmentation policy that timm does not know, or fewer images than a batch.
     """
+    asked = options.augmentation
     guard_posterize()
     collate = fast_collate
-    if mixup_active(args):
+    if asked.mixes:
         collate = FastCollateMixup(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=args.num_classes,
+            mixup_alpha=asked.mixup,
+            cutmix_alpha=asked.cutmix,
+            cutmix_minmax=asked.cutmix_minmax,
+            prob=asked.mixup_prob,
+            switch_prob=asked.mixup_switch_prob,
+            mode=asked.mixup_mode,
+            label_smoothing=asked.smoothing,
+            num_classes=num_classes,
         )
     names = (
         'no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob',
         'grayscale_prob', 'gaussian_blur_prob')
-    augmentation = {name: getattr(args, name) for name in names}
-    if args.train_interpolation and not args.no_aug:
-        augmentation['interpolation'] = args.train_interpolation
+    augmentation = {name: getattr(asked, name) for name in names}
+    if asked.train_interpolation and not asked.no_aug:
+        augmentation['interpolation'] = asked.train_interpolation
     images = copy.copy(images)  # with a transform of its own
     try:
         images.transform = create_transform(
-            **{**data_config, **augmentation}, is_training=True, auto_augment=args.aa, use_prefetcher=True)
+            **{**data_config, **augmentation}, is_training=True, auto_augment=asked.aa, use_prefetcher=True)
     except (AssertionError, KeyError, ValueError) as e:
-        raise UsageError(f'--aa {args.aa}: not an augmentation policy of timm ({type(e).__name__} {e})') from e
+        raise UsageError(f'--aa {asked.aa}: not an augmentation policy of timm ({type(e).__name__} {e})') from e
     loader = TrainLoader(
-        args,
+        options,
         images,
         collate,
-        **_normalization(data_config, device),
-        re_prob=0. if args.no_aug else args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-        re_num_splits=2 if args.resplit else 0,
+        processes,
+        **_normalization(data_config),
+        re_prob=0. if asked.no_aug else asked.reprob,
+        re_mode=asked.remode,
+        re_count=asked.recount,
+        re_num_splits=2 if asked.resplit else 0,
     )
     if loader.order is not None and not len(loader):
         raise UsageError(
-            f'--batch-size {args.batch_size}: {args.world_size} batch(es) of it are more than the '
+            f'--batch-size {options.loader.batch_size}: {processes.world_size} batch(es) of it are more than the '
             f'{len(images)} training images')
     return loader
 
@@ -213,24 +224,29 @@ class PairEvalLoader:
             yield {side: images for side, (images, _) in zip(self.loaders, batches, strict=True)}, batches[0][1]
 
 
-def create_eval_loaders(args, images: Split, configs: dict[str, dict], device: torch.device):
+def create_eval_loaders(loader: Loader, images: Split, configs: dict[str, dict], processes: Processes):
     """Create the validation loader of a pair, one for both where the branches' images are prepared alike."""
     first, *others = configs.values()
     if all(config == first for config in others):
-        return create_eval_loader(args, images, first, device)
+        return create_eval_loader(loader, images, first, processes)
     return PairEvalLoader({
-        side: create_eval_loader(args, images, config, device) for side, config in configs.items()})
+        side: create_eval_loader(loader, images, config, processes) for side, config in configs.items()})
 
 
-def create_eval_loader(args, images: Split, data_config: dict[str, Any], device) -> EvalLoader:
+def create_eval_loader(
+        loader: Loader,
+        images: Split,
+        data_config: dict[str, Any],
+        processes: Processes,
+) -> EvalLoader:
     """Create a validation loader, with timm's transform for a data configuration."""
     images = copy.copy(images)  # with a transform of its own; what is replaced, they share
     images.transform = create_transform(**data_config, use_prefetcher=True)
     batches = _batches(
-        args,
+        loader,
         images,
-        batch_size=args.validation_batch_size or args.batch_size,
-        sampler=OrderedDistributedSampler(images) if args.distributed and isinstance(images, Images) else None,
+        batch_size=loader.validation_batch_size or loader.batch_size,
+        sampler=OrderedDistributedSampler(images) if processes.distributed and isinstance(images, Images) else None,
         collate_fn=fast_collate,
     )
-    return EvalLoader(batches, **_normalization(data_config, device))
+    return EvalLoader(batches, device=processes.device, **_normalization(data_config))

@@ -25,7 +25,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 
 from ..errors import UsageError
-from ..options.options import check_shards
+from ..options.checks import check_shards
 from .folders import HIDDEN, LOOSE, check_folders, find_split, number_classes
 
 _DIGITS_TRAIN = 1437  # first 80 %; the pictures are in the order of their writers
@@ -33,8 +33,10 @@ _DIGITS_TRAIN = 1437  # first 80 %; the pictures are in the order of their write
 
 class Request(NamedTuple):
     """What is asked for: a split, as the options of the data set say."""
-    args: Any
+    data: Any  # the options
     split: str
+    batch_size: int
+    seed: int
     is_training: bool
     whole: bool  # take a folder of class folders, or a tar, for the split itself
     flag: str  # option that names the split
@@ -44,29 +46,29 @@ class Request(NamedTuple):
     @property
     def where(self) -> str:
         """The option that says where the data is."""
-        return f'--data-dir {self.args.data_dir}' if self.args.data_dir else f'--dataset {self.args.dataset}'
+        return f'--data-dir {self.data.data_dir}' if self.data.data_dir else f'--dataset {self.data.dataset}'
 
     def find(self) -> tuple:
         """Return what `find_split` does."""
-        return find_split(self.args.data_dir, self.split, self.flag, self.whole, self.args.input_key)
+        return find_split(self.data.data_dir, self.split, self.flag, self.whole, self.data.input_key)
 
     def create_dataset(self):
         """Return the split as a data set of timm's or torchvision's."""
-        args = self.args
+        data = self.data
         return create_dataset(
-            args.dataset,
-            root=args.data_dir,
+            data.dataset,
+            root=data.data_dir,
             split=self.split,
             is_training=self.is_training,
             class_map=self.class_map,
-            download=args.dataset_download,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            num_samples=args.train_num_samples if self.is_training else args.val_num_samples,
+            download=data.dataset_download,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            num_samples=data.train_num_samples if self.is_training else data.val_num_samples,
             input_img_mode=self.mode,
-            input_key=args.input_key,
-            target_key=args.target_key,
-            trust_remote_code=args.dataset_trust_remote_code,
+            input_key=data.input_key,
+            target_key=data.target_key,
+            trust_remote_code=data.dataset_trust_remote_code,
         )
 
 
@@ -174,14 +176,14 @@ class Part(Reader):
 
 
 def _open_files(request: Request) -> Any:
-    args, (root, images, not_read) = request.args, request.find()
-    for key, value in (('--target-key', args.target_key), ('--input-key', images is None and args.input_key)):
+    data, (root, images, not_read) = request.data, request.find()
+    for key, value in (('--target-key', data.target_key), ('--input-key', images is None and data.input_key)):
         if value:
             raise UsageError(f'{key} {value}: has no meaning for {root}')
-    number = partial(number_classes, root=root, class_map=request.class_map, file=args.class_map)
+    number = partial(number_classes, root=root, class_map=request.class_map, file=data.class_map)
     if images is None:
         return TarReader(root, number)
-    check_folders(root, images, not_read, allow_empty=bool(args.class_map))
+    check_folders(root, images, not_read, allow_empty=bool(data.class_map))
     class_to_idx = number(folder for folder, paths in images.items() if paths)
     samples = [(path, class_to_idx[os.path.basename(folder)]) for folder, paths in images.items() for path in paths]
     samples.sort()  # the sort that follows, timm's, keeps this order in ties
@@ -190,10 +192,10 @@ def _open_files(request: Request) -> Any:
 
 
 def _open_torchvision(request: Request) -> Any:
-    args = request.args
-    if args.class_map:
-        raise UsageError(f'--class-map {args.class_map}: torchvision numbers the classes of {args.dataset} itself')
-    if args.dataset.lower() in ('torch/folder', 'torch/image_folder'):
+    data = request.data
+    if data.class_map:
+        raise UsageError(f'--class-map {data.class_map}: torchvision numbers the classes of {data.dataset} itself')
+    if data.dataset.lower() in ('torch/folder', 'torch/image_folder'):
         request.find()
     dataset = request.create_dataset()
     hidden = [name for name in getattr(dataset, 'classes', ()) if isinstance(name, str) and name.startswith('.')]
@@ -216,7 +218,7 @@ def _open_shards(request: Request) -> Any:
         version = f'none ({e})'
     if not re.match('[1-9]', version):
         raise UsageError(
-            f"--dataset {request.args.dataset}: needs webdataset 1.0 or later (pip install 'timm-vpl[wds]'), found "
+            f"--dataset {request.data.dataset}: needs webdataset 1.0 or later (pip install 'timm-vpl[wds]'), found "
             f"{version}")
     reader = _open_timm(request)  # nothing is read yet but _info.json
     where, names = f'{request.where}: split {request.split!r} of _info.json:', reader.split_info.filenames
@@ -224,7 +226,7 @@ def _open_shards(request: Request) -> Any:
         raise UsageError(f'{where} {len(names)} shards, {reader.num_samples!r} samples')
     for name in map(str, names):
         check_shards(where, name)
-        if '://' in request.args.data_dir and os.path.isabs(name):
+        if '://' in request.data.data_dir and os.path.isabs(name):
             raise UsageError(f'{where} {name}: not below the address')
     return reader
 

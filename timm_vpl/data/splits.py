@@ -11,6 +11,8 @@ from PIL import Image
 from timm.data.readers.class_map import load_class_map
 
 from ..errors import UsageError, first_line
+from ..options.sections import Source
+from ..options.train import Options
 from ..text import one_line
 from .images import Images, Split, StreamImages
 from .sources import SOURCES, Request
@@ -18,12 +20,24 @@ from .sources import SOURCES, Request
 _logger = logging.getLogger(__name__)
 
 
-def create_split(args, split: str, is_training: bool, whole: bool = False, flag: str = '') -> Split:
+def create_split(
+        data: Source,
+        split: str,
+        channels: int,
+        batch_size: int = 1,
+        seed: int = 0,
+        is_training: bool = False,
+        whole: bool = False,
+        flag: str = '',
+) -> Split:
     """Open one split of the data that the options name.
 
     Args:
-        args: Options of the data set.
+        data: Options of the data set.
         split: Name of the split.
+        channels: Channels of the images.
+        batch_size: Images of a batch, for streams.
+        seed: Seed of a stream's order.
         is_training: Whether it is trained on.
         whole: Take a folder of class folders, or a tar, for the split itself.
         flag: Option that names the split.
@@ -31,27 +45,26 @@ def create_split(args, split: str, is_training: bool, whole: bool = False, flag:
     Raises:
         UsageError: The data can't be read as asked.
     """
-    mode = _image_mode(args)
-    class_map = read_class_map(args.class_map, args.data_dir or '') if args.class_map else None
+    mode = _image_mode(data, channels)
+    class_map = read_class_map(data.class_map, data.data_dir or '') if data.class_map else None
     flag = flag or ('--train-split' if is_training else '--val-split')
-    request = Request(args, split, is_training, whole, flag, mode, class_map)
-    source = SOURCES[args.dataset.partition('/')[0].lower()]
+    request = Request(data, split, batch_size, seed, is_training, whole, flag, mode, class_map)
+    source = SOURCES[data.dataset.partition('/')[0].lower()]
     try:
         reader = source.open(request)
     except ImportError as e:
-        raise UsageError(f'--dataset {args.dataset}: needs a package that is not installed ({e})') from e
+        raise UsageError(f'--dataset {data.dataset}: needs a package that is not installed ({e})') from e
     except (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError,
             tarfile.TarError) as e:
         raise UsageError(f'{request.where}: split {split!r} could not be read: {first_line(e, 400)}') from e
     dataset = StreamImages(reader, source) if source.is_stream else Images(reader, source, mode)
-    if args.dataset != 'digits':  # which are always the same
+    if data.dataset != 'digits':  # which are always the same
         _log_card(request.where, split, split_card(dataset))
     return dataset
 
 
-def _image_mode(args) -> str:
-    in_chans = args.input_size[0] if args.input_size else args.in_chans or 3
-    mode = args.input_img_mode or ('L' if in_chans == 1 else 'RGB')
+def _image_mode(data: Source, in_chans: int) -> str:
+    mode = data.input_img_mode or ('L' if in_chans == 1 else 'RGB')
     try:
         bands = len(Image.new(mode, (1, 1)).getbands())
     except ValueError as e:
@@ -129,13 +142,13 @@ def class_names(dataset: Split) -> list[str] | None:
     return names_of(class_to_idx) if class_to_idx else None
 
 
-def resolve_classes(args, train: Split, held_out: Split) -> tuple[int, list[str] | None]:
+def resolve_classes(options: Options, train: Split, held_out: Split) -> tuple[int, list[str] | None]:
     """Return how many classes two splits have, by --num-classes or by their names, and the names if any.
 
     From now on the splits refuse other labels.
 
     Args:
-        args: Options of the data set.
+        options: Options.
         train: The training images.
         held_out: The validation images.
 
@@ -146,9 +159,10 @@ def resolve_classes(args, train: Split, held_out: Split) -> tuple[int, list[str]
     if names and eval_names and names != eval_names:
         missing, extra = sorted(set(names) - set(eval_names))[:3], sorted(set(eval_names) - set(names))[:3]
         raise UsageError(
-            f'--data-dir: {len(names)} classes in {args.train_split!r} and {len(eval_names)} in {args.val_split!r} '
-            f'are not the same (only in the first: {missing}, only in the second: {extra}), so labels would disagree')
-    number = args.num_classes or len(names or ())
+            f'--data-dir: {len(names)} classes in {options.data.train_split!r} and {len(eval_names)} in '
+            f'{options.data.val_split!r} are not the same (only in the first: {missing}, only in the second: '
+            f'{extra}), so labels would disagree')
+    number = options.input.num_classes or len(names or ())
     if not number:
         raise UsageError('--num-classes: needed, the data set does not name its classes')
     if names and len(names) > number:

@@ -1,43 +1,45 @@
 """The device of a process, and what the processes of a command agree on."""
 import contextlib
 import os
+from typing import Any
 
 import torch
-from timm.utils import init_distributed_device
+from timm.utils.distributed import init_distributed_device_so
 
+from ..core.processes import Processes
 from ..errors import RunError, UsageError, first_line
 
 LOST = 'another process ended or can not be reached, see the lines before this one, of the other machines too'
 
 
 @contextlib.contextmanager
-def agreement(args):
+def agreement(processes: Processes):
     """Let an error of one process end all of them, with one line; no collective may run inside."""
     error = None
     try:
         yield
     except (RunError, UsageError) as e:
         error = e
-    first = next((e for e in from_all(args, error) if e is not None), None)
+    first = next((e for e in from_all(processes, error) if e is not None), None)
     if first is not None:
-        if args.rank:
+        if processes.rank:
             raise SystemExit(first.exit_status)
         raise first
 
 
-def from_first(args, value):
+def from_first(processes: Processes, value: Any) -> Any:
     """Return the first process's value in all of them."""
     values = [value]
-    if args.distributed:
+    if processes.distributed:
         torch.distributed.broadcast_object_list(values, 0)
     return values[0]
 
 
-def from_all(args, value) -> list:
+def from_all(processes: Processes, value: Any) -> list:
     """Return the values of all processes, in each of them."""
     values = [value]
-    if args.distributed:
-        values = [None] * args.world_size
+    if processes.distributed:
+        values = [None] * processes.world_size
         torch.distributed.all_gather_object(values, value)
     return values
 
@@ -48,25 +50,32 @@ def is_lost(error: BaseException) -> bool:
         word in str(error) for word in ('gloo', 'Gloo', 'Connection', 'TCPStore'))
 
 
-def init_device(args) -> torch.device:
-    """Choose the device (CUDA, then MPS, then CPU, unless named), join the other processes, set CPU threads."""
-    if args.device is None:
-        args.device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    deterministic = getattr(args, 'deterministic', False)
+def init_device(name: str | None, workers: int = 0, deterministic: bool = False) -> Processes:
+    """Join the other processes, on the device that is named, else CUDA, MPS or the CPU; set CPU threads.
+
+    Args:
+        name: Device, as --device names it.
+        workers: Processes that load data beside this one.
+        deterministic: Let a device compute the same bits each time.
+    """
+    if name is None:
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
     try:
-        device = init_distributed_device(args)
+        found = init_distributed_device_so(name)
+        processes = Processes(
+            torch.device(found['device']), found['global_rank'], found['world_size'], found['local_rank'])
     except (AssertionError, RuntimeError, ValueError) as e:
         if is_lost(e):
             raise RunError(f'the processes do not find each other: {first_line(e, 300)}') from e
-        raise UsageError(f'--device {args.device}: {first_line(e)}') from e
-    if device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
+        raise UsageError(f'--device {name}: {first_line(e)}') from e
+    if processes.device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
         # torch would take every core, and its threads and the loader's workers would wait for each other.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - args.workers))
-    elif device.type == 'cuda':
+        torch.set_num_threads(max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - workers))
+    elif processes.device.type == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = not deterministic
-    return device
+    return processes

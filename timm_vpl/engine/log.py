@@ -47,29 +47,31 @@ class Clock:
 
 def log_plan(run) -> None:
     """Log what a run is about to do, and what room its checkpoints will take."""
-    args, criterion, lrs = run.args, run.task.criterion, learning_rates(run.args)
+    options, processes, criterion = run.options, run.processes, run.task.criterion
+    lrs = learning_rates(options, processes.world_size)
     for side in run.pair.sides:
         count = sum(parameter.numel() for parameter in run.pair.branch(side).parameters())
         _logger.info(
-            f'Branch {side}: {getattr(args, f"model_{side}")}, {count / 1e6:.2f} M parameters, LR {lrs[side]:.3g}, '
+            f'Branch {side}: {options.branches[side].model}, {count / 1e6:.2f} M parameters, LR {lrs[side]:.3g}, '
             f'images {" x ".join(map(str, run.configs[side]["input_size"]))}')
     if run.pair.affine is not None:
         _logger.info(
             f'Affine layer on side {run.pair.affine_side}: {run.pair.affine.in_features} -> '
             f'{run.pair.affine.out_features}')
     _logger.info(
-        f'{args.num_classes} classes, {run.updates_per_epoch} updates an epoch, '
-        f'{run.num_epochs} epochs, device {run.device}, {args.world_size} process(es), '
+        f'{run.pair.num_classes} classes, {run.updates_per_epoch} updates an epoch, '
+        f'{run.num_epochs} epochs, device {run.device}, {processes.world_size} process(es), '
         f'{torch.get_num_threads()} CPU thread(s)')
-    negatives = args.batch_size * (args.world_size if getattr(criterion, 'gather', False) else 1)
-    if hasattr(criterion, 'gather') and args.grad_accum_steps > 1:
+    negatives = options.loader.batch_size * (processes.world_size if getattr(criterion, 'gather', False) else 1)
+    if hasattr(criterion, 'gather') and options.optimizer.grad_accum_steps > 1:
         _logger.info(
             f'Gradient accumulation: the contrastive term sees the {negatives} images of a micro-batch, not the '
-            f'{negatives * args.grad_accum_steps} of an update')
+            f'{negatives * options.optimizer.grad_accum_steps} of an update')
     each = checkpoint_bytes(run.task, run.optimizer)
     # History, last, a best for each branch, one being written; recovery checkpoints; milestones.
-    files = args.checkpoint_hist + 2 + len(run.pair.sides)
-    files += 2 * bool(args.recovery_interval or args.recovery_minutes) + len(args.save_epochs or ())
+    files = options.run.checkpoint_hist + 2 + len(run.pair.sides)
+    files += len(options.run.save_epochs or ())
+    files += 2 * bool(options.run.recovery_interval or options.run.recovery_minutes)
     free = shutil.disk_usage(run.output_dir).free
     _logger.info(
         f'Checkpoints: about {each / 2**20:.0f} MiB each, at most {files} of them, {files * each / 2**30:.2f} GiB in '
@@ -82,7 +84,7 @@ def log_batch(run, clock: Clock, losses: dict[str, float]) -> None:
     """Log the mean losses of an update."""
     batch, batches = run.progress.batch - 1, len(run.loader_train)
     terms = '  '.join(f'{name.removesuffix("_loss")} {value:#.4g}' for name, value in losses.items())
-    rate = run.args.batch_size * run.args.world_size / clock.batch_time.avg
+    rate = run.options.loader.batch_size * run.processes.world_size / clock.batch_time.avg
     _logger.info(
         f'Train: {run.progress.epoch} [{batch:>4d}/{batches} ({100 * (batch + 1) / batches:>3.0f}%)]  '
         f'{terms}  Time: {clock.batch_time.avg:.3f}s, {rate:>7.2f}/s  '
@@ -101,11 +103,11 @@ def save_images(run, input: torch.Tensor) -> None:
 
 def epoch_terms(run) -> dict[str, Any]:
     """Return the mean of each loss term over the epoch and the processes, '' where it was off."""
-    args, progress = run.args, run.progress
+    processes, progress = run.processes, run.progress
     means = progress.sums / progress.kept
-    if args.distributed:
+    if processes.distributed:
         torch.distributed.all_reduce(means)
-        means /= args.world_size
+        means /= processes.world_size
     terms = dict.fromkeys(['loss', *(term.name for term in run.task.criterion.all_terms)], '')
     terms.update(zip(progress.terms, means.tolist(), strict=True))
     return {f'train_{name}': value for name, value in terms.items()}
@@ -119,13 +121,13 @@ def epoch_costs(run, skipped: int, eval_seconds: float) -> dict[str, Any]:
         skipped: Images of the epoch, validation included, that could not be read.
         eval_seconds: Time that its validation took.
     """
-    args, progress, criterion = run.args, run.progress, run.task.criterion
-    images = len(run.loader_train) * args.batch_size * args.world_size
+    processes, progress, criterion = run.processes, run.progress, run.task.criterion
+    images = len(run.loader_train) * run.options.loader.batch_size * processes.world_size
     return {
         **{f'lr_{side}': lr for side, lr in progress.lrs.items()},
         **({'stage': criterion.schedule.stage(progress.epoch)} if hasattr(criterion, 'stage') else {}),
         'num_epochs': run.num_epochs,
-        'processes': args.world_size,
+        'processes': processes.world_size,
         'images': images,
         'flops': images * run.flops,
         'skipped': skipped,
@@ -162,7 +164,7 @@ def log_result(run, seconds: float) -> None:
             f'{name} {metrics[column]:.2f} %'
             for name, column in (('top-1', f'eval_top1_{side}'), ('EMA', f'eval_ema_top1_{side}')) if column in metrics)
         _logger.info(
-            f'Branch {side} ({getattr(run.args, f"model_{side}")}): {last}; best {best:.2f} % at epoch {epoch}: '
+            f'Branch {side} ({run.options.branches[side].model}): {last}; best {best:.2f} % at epoch {epoch}: '
             f'{os.path.join(run.output_dir, f"best_{side}.pth.tar")}')
     if 'model_best' in bests:
         best, epoch = bests['model_best']

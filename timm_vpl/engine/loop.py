@@ -9,7 +9,7 @@ from timm.utils import distribute_bn
 from torch.utils.data import IterableDataset
 
 from ..errors import RunError
-from ..options.options import resume_command
+from ..options.train import resume_command
 from .control import GIVE_UP, GO_ON, SAVE, STOP, stop_line
 from .device import agreement, from_all, from_first
 from .evaluate import evaluate_pair
@@ -38,13 +38,14 @@ def fit(run: Run) -> None:
         _logger.info(f'Nothing to train: epoch {run.progress.epoch} would come next, the run ends with epoch '
                      f'{run.end_epoch - 1}')
     while run.progress.epoch < run.end_epoch:
-        evaluated = run.progress.epoch + 1 == run.end_epoch or (run.progress.epoch + 1) % run.args.val_interval == 0
+        completed = run.progress.epoch + 1
+        evaluated = completed == run.end_epoch or completed % run.options.run.val_interval == 0
         run.task.set_epoch(run.progress.epoch)
         if run.progress.batch < len(run.loader_train):
             decision = train_one_epoch(run)
             share_statistics(run, evaluated)
             # Here, since validation comes next in a run that goes on from this place.
-            heed(run, max(decision, SAVE) if run.args.recovery_interval else decision)
+            heed(run, max(decision, SAVE) if run.options.run.recovery_interval else decision)
         end_epoch(run, evaluated)
     if run.saver is None:
         return
@@ -90,20 +91,20 @@ def train_one_epoch(run: Run) -> int:
 
 def look(run: Run, clock: Clock, input: torch.Tensor, is_last: bool) -> None:
     """Log an update, if it is one to be logged: here alone the host waits for the device."""
-    update = (run.progress.batch - 1) // run.args.grad_accum_steps
-    if run.saver is None or not (is_last or update % run.args.log_interval == 0):
+    update = (run.progress.batch - 1) // run.options.optimizer.grad_accum_steps
+    if run.saver is None or not (is_last or update % run.options.run.log_interval == 0):
         return
     losses = run.update.read(run.progress)
     log_batch(run, clock, losses)
     run.tell('log', losses)
-    if run.args.save_images:
+    if run.options.run.save_images:
         save_images(run, input)
 
 
 def decide(run: Run) -> int:
     """Return what the processes decide after an update."""
     decision = run.control.decide(GIVE_UP if run.update.error else GO_ON)
-    due = run.args.recovery_interval and run.num_updates % run.args.recovery_interval == 0
+    due = run.options.run.recovery_interval and run.num_updates % run.options.run.recovery_interval == 0
     return max(decision, SAVE) if due else decision
 
 
@@ -123,8 +124,8 @@ def heed(run: Run, decision: int) -> None:
         progress = run.progress
         end = 'NOT saved, older checkpoints are kept'
         if saved and run.output_dir:  # of the process that speaks
-            torchrun = ' (under torchrun, as before)' if run.args.distributed else ''
-            end = f'to go on{torchrun}: {resume_command(run.args, run.output_dir)}'
+            torchrun = ' (under torchrun, as before)' if run.processes.distributed else ''
+            end = f'to go on{torchrun}: {resume_command(run.options, run.output_dir)}'
         raise stop_line(
             decision, f'after epoch {progress.epoch}, batch {progress.batch} of {len(run.loader_train)}; {end}')
 
@@ -135,7 +136,7 @@ def save_recovery(run: Run) -> bool:
     state = run_state(run)
     saved = run.saver is not None and run.saver.save_recovery(run.progress.epoch, run.progress.batch, state)
     run.control.saved()
-    return from_first(run.args, saved)
+    return from_first(run.processes, saved)
 
 
 @torch.no_grad()
@@ -149,18 +150,18 @@ def check_finite(run: Run) -> None:
         bad = [name for name, good in zip(names, finite, strict=True) if not good]
         if bad:  # by a finite gradient that was too large
             error = f'epoch {run.progress.epoch}: not finite: {bad[0]} and {len(bad) - 1} other parameters'
-    with agreement(run.args):
+    with agreement(run.processes):
         if error is not None:
             raise RunError(
-                f'{error} (process {run.args.rank}); nothing of it is saved, older checkpoints are as they were')
+                f'{error} (process {run.processes.rank}); nothing of it is saved, older checkpoints are as they were')
 
 
 def share_statistics(run: Run, evaluated: bool) -> None:
     """Give all processes the same running statistics, as --dist-bn says."""
-    args = run.args
-    if args.distributed and args.dist_bn in ('broadcast', 'reduce'):
+    processes, mode = run.processes, run.options.batch_norm.dist_bn
+    if processes.distributed and mode:
         for ema in (False, True)[:1 + (evaluated and run.evaluates_ema)]:
-            distribute_bn(run.task.get_eval_model(ema=ema), args.world_size, args.dist_bn == 'reduce')
+            distribute_bn(run.task.get_eval_model(ema=ema), processes.world_size, mode == 'reduce')
 
 
 def end_epoch(run: Run, evaluated: bool) -> None:
@@ -174,7 +175,7 @@ def end_epoch(run: Run, evaluated: bool) -> None:
     if run.scheduler is not None:
         run.scheduler.step(epoch + 1)
     row.update((f'eval_{name}', metrics.get(name, '')) for name in run.columns)
-    row.update(epoch_costs(run, sum(from_all(run.args, skipped)), time.time() - trained))
+    row.update(epoch_costs(run, sum(from_all(run.processes, skipped)), time.time() - trained))
     run.rows.append(row)
     run.progress = Progress(epoch + 1)
     state = run_state(run)
@@ -183,7 +184,7 @@ def end_epoch(run: Run, evaluated: bool) -> None:
         return
     if row['skipped']:
         _logger.warning(f"Epoch {epoch}: {row['skipped']} images could not be read, others took their places")
-    ranked = {'model_best': metrics.get(run.args.eval_metric)}
+    ranked = {'model_best': metrics.get(run.options.run.eval_metric)}
     ranked.update((f'best_{side}', value) for side, value in branch_metrics(run, metrics).items())
     saver.save(epoch, {**state, 'metrics': dict(metrics)}, ranked)
     if not (saver.failed and epoch + 1 == run.end_epoch):  # without its row the run is not finished
@@ -207,7 +208,7 @@ def validate(run: Run) -> dict[str, Any]:
             run.pair.sides,
             run.device,
             run.autocast,
-            run.args.distributed,
+            run.processes.distributed,
             after_batch=run.control.watch if stream else lambda: heed(run, run.control.decide()),
         )
         metrics.update((f'ema_{name}' if ema else name, value) for name, value in found.items())
@@ -216,7 +217,7 @@ def validate(run: Run) -> dict[str, Any]:
         _logger.warning(f'Epoch {run.progress.epoch}: not finite: {", ".join(bad)}; it is no best epoch for them')
     branches = branch_metrics(run, metrics)
     metrics['top1'] = sum(branches.values()) / len(branches)
-    if run.args.rank == 0:
+    if run.processes.rank == 0:
         names = [name for name in run.columns if 'top1' in name and name != 'top1']
         _logger.info('Test: ' + '  '.join(f'{name} {metrics[name]:.3f}' for name in names))
     return metrics

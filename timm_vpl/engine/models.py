@@ -22,36 +22,40 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..compat import has_batch_norm, write_config
 from ..core.methods import METHODS
 from ..core.pair import PairWrapper, classifiers_of
+from ..core.processes import Processes
 from ..core.seeding import seed_all
 from ..core.stochastic_depth import set_uniform_drop_path
 from ..core.task import PairTask
 from ..core.teacher import Teacher
 from ..data.splits import names_of
 from ..errors import UsageError, first_line
-from ..options.options import INPUT_OPTIONS, INTERPOLATIONS, no_token
+from ..options.checks import no_token
+from ..options.sections import INTERPOLATIONS
+from ..options.train import Options
 
 _logger = logging.getLogger(__name__)
+_INPUT = ('img_size', 'crop_pct', 'mean', 'std', 'interpolation')  # how a branch's images are prepared
 
 
-def resolve_data(args) -> dict[str, dict[str, Any]]:
+def resolve_data(options: Options) -> dict[str, dict[str, Any]]:
     """Return timm's data configuration of each branch, by side: its input size, statistics, interpolation and crop.
 
     They are those of the pretrained model, else ImageNet's, unless the options say otherwise: a branch does not depend
     on its partner.
     """
     configs = {}
-    for side in args.sides:
-        cfg = pretrained_cfg_of(getattr(args, f'model_{side}'), f'--model-{side}')
-        if not _is_pretrained(args, side):
+    for side in options.sides:
+        cfg = pretrained_cfg_of(options.branches[side].model or '', f'--model-{side}')
+        if not options.branches[side].starts_trained:
             cfg = {key: cfg[key] for key in ('input_size',) if key in cfg}
-        given = {key: getattr(args, f'{key}_{side}') for key in INPUT_OPTIONS}
+        given = {key: getattr(options.branches[side], key) for key in _INPUT}
         config = resolve_data_config(
-            {**given, 'in_chans': args.in_chans, 'input_size': args.input_size}, pretrained_cfg=cfg)
-        if not args.input_size:
-            in_chans = args.in_chans or 3  # as the images are read
-            if not args.in_chans and cfg.get('input_size', (3,))[0] != in_chans:
+            {**given, 'in_chans': options.input.in_chans, 'input_size': options.input.input_size}, pretrained_cfg=cfg)
+        if not options.input.input_size:
+            in_chans = options.input.in_chans or 3  # as the images are read
+            if not options.input.in_chans and cfg.get('input_size', (3,))[0] != in_chans:
                 raise UsageError(
-                    f'--model-{side} {getattr(args, f"model_{side}")} takes images of {cfg["input_size"][0]} '
+                    f'--model-{side} {options.branches[side].model} takes images of {cfg["input_size"][0]} '
                     f'channel(s); --in-chans {cfg["input_size"][0]} reads them so')
             config['input_size'] = (in_chans, *config['input_size'][1:])
         for key in ('mean', 'std'):
@@ -63,13 +67,6 @@ def resolve_data(args) -> dict[str, dict[str, Any]]:
 def loader_config(configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return the configuration of the images that the branches share: that of the branch with the larger images."""
     return max(configs.values(), key=lambda config: math.prod(config['input_size']))
-
-
-def _is_pretrained(args, side):
-    return bool(
-        getattr(args, f'pretrained_{side}')
-        or getattr(args, f'pretrained_path_{side}')
-        or getattr(args, f'initial_checkpoint_{side}'))
 
 
 def pretrained_cfg_of(name: str, flag: str) -> dict[str, Any]:
@@ -155,20 +152,20 @@ def branch_config(model: Any, data_config: dict[str, Any], class_names: list[str
         return json.loads(path.read_text())  # with lists for tuples, as whoever loads it will have it
 
 
-def create_branch(args, side: str, data_config: dict[str, Any]) -> nn.Module:
+def create_branch(options: Options, side: str, data_config: dict[str, Any], num_classes: int) -> nn.Module:
     """Create a branch's model with timm, its weights drawn from a stream of their own.
 
     Raises:
         UsageError: timm can't build the model with these options.
     """
     def option(name):
-        return getattr(args, f'{name}_{side}')
+        return getattr(options.branches[side], name)
 
     name = option('model')
     kwargs = {
         'pretrained': option('pretrained') or bool(option('pretrained_path')),
         'in_chans': data_config['input_size'][0],
-        'num_classes': args.num_classes,
+        'num_classes': num_classes,
         'drop_rate': option('drop'),
         'drop_path_rate': option('drop_path') if option('drop_path') is not None else option('drop_connect'),
         'drop_block_rate': option('drop_block'),
@@ -182,9 +179,9 @@ def create_branch(args, side: str, data_config: dict[str, Any]) -> nn.Module:
         kwargs['pretrained_cfg_overlay'] = {'file': option('pretrained_path'), 'num_classes': -1}
     kwargs.update(size_kwargs(pretrained_cfg_of(name, f'--model-{side}'), data_config['input_size']))
     kwargs.update(option('model_kwargs') or {})
-    uniform = METHODS[args.method].uniform_drop_path
+    uniform = METHODS[options.method].uniform_drop_path
     rate = (kwargs.pop('drop_path_rate') or 0.) if uniform else 0.
-    seed_all(args.seed, 'init', side)
+    seed_all(options.run.seed, 'init', side)
     model = create_named(name, f'--model-{side} {name}', **kwargs)
     try:
         _initialize_head(model, option('head_init_scale'), option('head_init_bias'))
@@ -192,9 +189,9 @@ def create_branch(args, side: str, data_config: dict[str, Any]) -> nn.Module:
         raise UsageError(f'--model-{side} {name}: {e}') from e
     if uniform:
         try:
-            set_uniform_drop_path(model, rate, skip=args.drop_path_skip)
+            set_uniform_drop_path(model, rate, skip=options.own.drop_path_skip)
         except ValueError as e:
-            raise UsageError(f'--model-{side} {name}: --method {args.method} can not train it: {e}') from e
+            raise UsageError(f'--model-{side} {name}: --method {options.method} can not train it: {e}') from e
     if option('grad_checkpointing'):
         model.set_grad_checkpointing(enable=True)
     return model
@@ -211,78 +208,82 @@ def _initialize_head(model, scale, bias):
 
 
 def create_pair(
-        args,
+        options: Options,
         configs: dict[str, dict[str, Any]],
-        device: torch.device,
+        num_classes: int,
+        processes: Processes,
         teacher: Teacher | None = None,
 ) -> PairWrapper:
     """Create the pair on its device, ready to train.
 
     Args:
-        args: Options.
+        options: Options.
         configs: Data configuration of each branch.
-        device: Where the pair will be.
+        num_classes: Number of classes.
+        processes: The processes; the pair will be on the device of this one.
         teacher: Frozen teacher of a method that has one.
 
     Raises:
         UsageError: A model can't be built or can't be a branch, or BatchNorm would see one image.
     """
-    sync_bn = args.sync_bn and args.distributed
-    if args.sync_bn and device.type != 'cuda':
+    device = processes.device
+    sync_bn = options.batch_norm.sync_bn and processes.distributed
+    if options.batch_norm.sync_bn and device.type != 'cuda':
         raise UsageError(f'--sync-bn: torch has it on CUDA devices only, this is {device.type}')
-    if args.sync_bn and not args.distributed:
+    if options.batch_norm.sync_bn and not processes.distributed:
         _logger.warning('--sync-bn: no effect with one process')
-    models = {side: create_branch(args, side, configs[side]) for side in args.sides}
-    _check_models(args, models, sync_bn)
-    if METHODS[args.method].distilled:
-        _set_distilled(args, models)
-    seed_all(args.seed, 'init', 'affine')
+    models: dict[str, Any] = {side: create_branch(options, side, configs[side], num_classes) for side in options.sides}
+    _check_models(options, models, sync_bn)
+    student = student_of(options, models)
+    if student is not None:
+        models[student].set_distilled_training(True)
+    seed_all(options.run.seed, 'init', 'affine')
     try:
         pair = PairWrapper(
             models.get('a'),
             models.get('b'),
-            affine_side=args.affine_side,
+            affine_side=getattr(options.own, 'affine_side', 'b'),
             partner_dim=None if teacher is None else teacher.embed_dim,
-            affine=METHODS[args.method].projects(args.options.own, args.sides),
+            affine=METHODS[options.method].projects(options.own, options.sides),
         )
     except ValueError as e:
         raise UsageError(str(e)) from e
     for side in pair.sides:
         if sync_bn:
             convert_sync_batchnorm(pair.branch(side))  # timm's, which keeps the activation of its own layers
-        _freeze(args, pair, side)
+        _freeze(options, pair, side)
     pair.set_inputs(loader_config(configs), configs)
     pair.eval()
     for side, model in models.items():
         try_images(
-            partial(pair.run, side), configs[side]['input_size'], f'--model-{side} {getattr(args, f"model_{side}")}')
-        if getattr(args, f'channels_last_{side}'):
+            partial(pair.run, side), configs[side]['input_size'], f'--model-{side} {options.branches[side].model}')
+        if options.branches[side].channels_last:
             model.to(memory_format=torch.channels_last)
             part: Any = pair.parts[side]
             part.memory_format = torch.channels_last
     return pair.to(device)
 
 
-def _check_models(args, models, sync_bn):
+def _check_models(options, models, sync_bn):
     for side, model in models.items():
-        if args.batch_size == 1 and not sync_bn and has_batch_norm(model):
-            raise UsageError(f'--batch-size 1: --model-{side} {getattr(args, f"model_{side}")} has BatchNorm, which '
+        if options.loader.batch_size == 1 and not sync_bn and has_batch_norm(model):
+            raise UsageError(f'--batch-size 1: --model-{side} {options.branches[side].model} has BatchNorm, which '
                              f'needs at least 2 images a process')
     if len(models) == 2 and _has_attention(models['a']) and not _has_attention(models['b']):
         _logger.warning(
-            f'--model-a {args.model_a} has attention and --model-b {args.model_b} has not: the paper has the CNN as a '
-            f'and the transformer as b, here their roles are swapped')
+            f'--model-a {options.branches["a"].model} has attention and --model-b {options.branches["b"].model} has '
+            f'not: the paper has the CNN as a and the transformer as b, here their roles are swapped')
 
 
-def check_pretrained_classes(args, pair: PairWrapper, class_names: list[str] | None) -> None:
+def check_pretrained_classes(options: Options, pair: PairWrapper, class_names: list[str] | None) -> None:
     """Warn where a pretrained branch keeps a classifier of as many other classes."""
     for side in pair.sides:
         model: Any = pair.branch(side)
-        names = model.pretrained_cfg.get('label_names') if _is_pretrained(args, side) else None
+        names = model.pretrained_cfg.get('label_names') if options.branches[side].starts_trained else None
         difference = first_difference(names, class_names)
         if len(names or ()) == len(class_names or ()) and difference:
             _logger.warning(
-                f'--model-{side} {getattr(args, f"model_{side}")}: its classifier knows other classes, {difference}; '
+                f'--model-{side} {options.branches[side].model}: its classifier knows other classes, {difference}; '
                 f'training begins with it all the same')
 
 
@@ -295,10 +296,10 @@ def first_difference(names: Sequence[str] | dict | None, class_names: list[str] 
     return None
 
 
-def _freeze(args, pair, side):
-    depth = getattr(args, f'freeze_depth_{side}')
+def _freeze(options, pair, side):
+    depth = options.branches[side].freeze_depth
     if depth:
-        if not _is_pretrained(args, side):
+        if not options.branches[side].starts_trained:
             _logger.warning(f'--freeze-depth-{side} {depth}: freezes layers that were never trained (no --pretrained)')
         try:
             pair.freeze(side, depth)
@@ -306,14 +307,19 @@ def _freeze(args, pair, side):
             raise UsageError(f'--freeze-depth-{side}: {e}') from e
 
 
-def _set_distilled(args, models):
-    """Choose the branch that has a distillation token as the student, b where both have, and switch its heads."""
+def student_of(options: Options, models: dict[str, Any]) -> str | None:
+    """Return the branch that learns by a distillation token, b where both have one; None where the method has none.
+
+    Raises:
+        UsageError: No model has a token.
+    """
+    if not METHODS[options.method].distilled:
+        return None
     able = [side for side, model in models.items() if hasattr(model, 'set_distilled_training')]
     if not able:
-        names = ', '.join(f'--model-{side} {getattr(args, f"model_{side}")}' for side in models)
-        raise UsageError(f'--method {args.method}: {names} {no_token()}')
-    args.student = able[-1]
-    models[args.student].set_distilled_training(True)
+        names = ', '.join(f'--model-{side} {options.branches[side].model}' for side in models)
+        raise UsageError(f'--method {options.method}: {names} {no_token()}')
+    return able[-1]
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Optimizer, schedule and criterion of a run, from its options."""
 import contextlib
 import logging
+from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,48 +21,55 @@ from ..core.criterion import StagedLoss
 from ..core.methods import METHODS, Setting
 from ..core.pair import PairWrapper
 from ..errors import UsageError
-from ..options.options import mixup_active
+from ..options.train import Options
 
 _logger = logging.getLogger(__name__)
 
 
-def learning_rates(args) -> dict[str, float]:
+def learning_rates(options: Options, world_size: int) -> dict[str, float]:
     """Return each branch's learning rate: as given, or its base scaled to the global batch by timm's rule."""
-    global_batch = args.batch_size * args.world_size * args.grad_accum_steps
-    ratio = global_batch / args.lr_base_size
-    scale = args.lr_base_scale or ('sqrt' if any(name in args.opt.lower() for name in ('ada', 'lamb')) else 'linear')
+    global_batch = options.loader.batch_size * world_size * options.optimizer.grad_accum_steps
+    ratio = global_batch / options.schedule.lr_base_size
+    adaptive = any(name in options.optimizer.opt.lower() for name in ('ada', 'lamb'))
+    scale = options.schedule.lr_base_scale or ('sqrt' if adaptive else 'linear')
     if scale == 'sqrt':
         ratio = ratio ** 0.5
     return {
-        side: lr if (lr := getattr(args, f'lr_{side}')) is not None else getattr(args, f'lr_base_{side}') * ratio
-        for side in args.sides
+        side: lr if (lr := options.branches[side].lr) is not None else options.branches[side].lr_base * ratio
+        for side in options.sides
     }
 
 
-def param_groups(args, pair: PairWrapper, lrs: dict[str, float]) -> list[dict[str, Any]]:
+def _config(options: Options) -> Namespace:
+    """Return what timm reads of the optimizer and the schedule; learning rates and weight decay are the groups'."""
+    return Namespace(**vars(options.optimizer), **vars(options.schedule), lr=None, weight_decay=0., patience_epochs=0)
+
+
+def param_groups(options: Options, pair: PairWrapper, lrs: dict[str, float]) -> list[dict[str, Any]]:
     """Return the optimizer's groups, each with its 'side', each branch's as timm makes them for the model alone.
 
     The affine layer has the learning rate and weight decay of branch b, or of the only one.
     """
-    opt_kwargs = args.opt_kwargs or {}
-    fallback = {key: opt_kwargs[key] for key in ('fallback_list', 'fallback_no_weight_decay') if key in opt_kwargs}
+    opt_kwargs = options.optimizer.opt_kwargs
+    names = 'fallback_list', 'fallback_no_weight_decay'
+    fallback: dict[str, Any] = {key: opt_kwargs[key] for key in names if key in opt_kwargs}
     groups = []
     for side in pair.sides:
         model = pair.branch(side)
         kwargs = {
-            'weight_decay': getattr(args, f'weight_decay_{side}'),
+            'weight_decay': options.branches[side].weight_decay,
             'no_weight_decay_list': getattr(model, 'no_weight_decay', set)(),
             **fallback,
         }
-        layer_decay = getattr(args, f'layer_decay_{side}')
+        layer_decay = options.branches[side].layer_decay
         if layer_decay is None:
             branch_groups = param_groups_weight_decay(model, **kwargs)
         else:
             branch_groups = param_groups_layer_decay(
                 model,
                 layer_decay=layer_decay,
-                min_scale=getattr(args, f'layer_decay_min_scale_{side}') or 0.,
-                no_opt_scale=getattr(args, f'layer_decay_no_opt_scale_{side}'),
+                min_scale=options.branches[side].layer_decay_min_scale or 0.,
+                no_opt_scale=options.branches[side].layer_decay_no_opt_scale,
                 **kwargs,
             )
         if side == pair.sides[-1] and pair.affine is not None:
@@ -70,29 +78,30 @@ def param_groups(args, pair: PairWrapper, lrs: dict[str, float]) -> list[dict[st
     return groups
 
 
-def create_optimizer(args, pair: PairWrapper, lrs: dict[str, float]) -> torch.optim.Optimizer:
+def create_optimizer(options: Options, pair: PairWrapper, lrs: dict[str, float]) -> torch.optim.Optimizer:
     """Create the one optimizer of both branches.
 
     Raises:
         UsageError: An optimizer that timm does not know, or options that it does not take.
     """
-    kwargs = optimizer_kwargs(args)
+    asked = options.optimizer
+    kwargs = optimizer_kwargs(_config(options))
     for key in ('lr', 'weight_decay', 'layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale'):
         kwargs.pop(key, None)
-    if _has_fused(args.opt) and not {'foreach', 'capturable', 'differentiable'} & set(args.opt_kwargs or {}):
+    if _has_fused(asked.opt) and not {'foreach', 'capturable', 'differentiable'} & set(asked.opt_kwargs):
         kwargs['fused'] = True  # one kernel for all parameters, on a CPU too
     kwargs.update({
-        key: value for key, value in (args.opt_kwargs or {}).items() if not key.startswith('fallback_')})
+        key: value for key, value in (asked.opt_kwargs).items() if not key.startswith('fallback_')})
     try:
-        optimizer = create_optimizer_v2(param_groups(args, pair, lrs), lr=max(lrs.values()), **kwargs)
+        optimizer = create_optimizer_v2(param_groups(options, pair, lrs), lr=max(lrs.values()), **kwargs)
     except (AssertionError, TypeError, ValueError) as e:
-        raise UsageError(f'--opt {args.opt}: {e}') from e
+        raise UsageError(f'--opt {asked.opt}: {e}') from e
     if getattr(optimizer, 'is_second_order', False):
-        raise UsageError(f'--opt {args.opt}: not available, fused attention and the gather have no second derivative')
+        raise UsageError(f'--opt {asked.opt}: not available, fused attention and the gather have no second derivative')
     clips = [key for key in ('max_grad_norm', 'grad_clip_norm') if optimizer.defaults.get(key)]
-    if clips and len(pair.sides) > 1 and METHODS[args.method].updates(args.options.own) == 1:
+    if clips and len(pair.sides) > 1 and METHODS[options.method].updates(options.own) == 1:
         _logger.warning(
-            f'--opt {args.opt} clips gradients by one norm over both branches ({clips[0]}='
+            f'--opt {asked.opt} clips gradients by one norm over both branches ({clips[0]}='
             f'{optimizer.defaults[clips[0]]}), which couples them; --opt-kwargs {clips[0]}=None and --clip-grad clip '
             f'each branch by its own norm')
     let_scaler_skip(optimizer)
@@ -127,7 +136,7 @@ def _has_fused(name: str) -> bool:
     return optimizer_class in (torch.optim.Adam, torch.optim.AdamW)
 
 
-def create_scheduler(args, optimizer: torch.optim.Optimizer, updates_per_epoch: int):
+def create_scheduler(options: Options, optimizer: torch.optim.Optimizer, updates_per_epoch: int):
     """Create the learning rate scheduler and return it (None for --sched none) with the epochs that it runs.
 
     Raises:
@@ -135,16 +144,21 @@ def create_scheduler(args, optimizer: torch.optim.Optimizer, updates_per_epoch: 
     """
     try:
         scheduler, num_epochs = create_scheduler_v2(
-            optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
+            optimizer, **scheduler_kwargs(_config(options)), updates_per_epoch=updates_per_epoch)
     except (AssertionError, ValueError) as e:
-        raise UsageError(f'--sched {args.sched}: {e}') from e
+        raise UsageError(f'--sched {options.schedule.sched}: {e}') from e
     if scheduler is None:
         for group in optimizer.param_groups:  # timm leaves the scale of a layer to the scheduler
             group['lr'] *= group.get('lr_scale', 1.)
     return scheduler, num_epochs
 
 
-def create_criterion(args, epochs: int, device: torch.device) -> StagedLoss:
+def create_criterion(
+        options: Options,
+        epochs: int,
+        device: torch.device,
+        student: str | None = None,
+) -> StagedLoss:
     """Create the criterion of --method, on timm's classification loss.
 
     Args:
@@ -152,18 +166,18 @@ def create_criterion(args, epochs: int, device: torch.device) -> StagedLoss:
         device: Where the loss is computed.
     """
     base_loss = None
-    if args.bce_loss or METHODS[args.method].bce:
+    if options.augmentation.bce_loss or METHODS[options.method].bce:
         base_loss = create_classification_loss(
             'bce',
-            smoothing=args.smoothing,
-            soft_targets=mixup_active(args),
-            bce_target_thresh=args.bce_target_thresh,
-            bce_sum=args.bce_sum,
-            pos_weight=args.bce_pos_weight,
+            smoothing=options.augmentation.smoothing,
+            soft_targets=options.augmentation.mixes,
+            bce_target_thresh=options.augmentation.bce_target_thresh,
+            bce_sum=options.augmentation.bce_sum,
+            pos_weight=options.augmentation.bce_pos_weight,
         )
-    elif args.smoothing and not mixup_active(args):
-        base_loss = create_classification_loss('ce', smoothing=args.smoothing)
+    elif options.augmentation.smoothing and not options.augmentation.mixes:
+        base_loss = create_classification_loss('ce', smoothing=options.augmentation.smoothing)
     if base_loss is not None:
         base_loss.to(device)  # its class weights
-    setting = Setting(args.sides, epochs, base_loss, getattr(args, 'student', None), args.bce_sum)
-    return METHODS[args.method].criterion(args.options.own, setting)
+    setting = Setting(options.sides, epochs, base_loss, student, options.augmentation.bce_sum)
+    return METHODS[options.method].criterion(options.own, setting)

@@ -9,7 +9,8 @@ import torch
 
 from ..data.identity import data_changes
 from ..errors import RunError, UsageError, first_line
-from ..options.options import changed_options
+from ..options.checks import is_auto
+from ..options.train import Options, changed_options, recipe_values
 from .checkpoint import newest_checkpoint, read_checkpoint
 from .step import Progress
 
@@ -25,33 +26,33 @@ class Start:
     optimizer: bool = True  # go on with that of the checkpoint
 
 
-def find_start(args, restarted: bool = False) -> Start:
+def find_start(options: Options, restarted: bool = False) -> Start:
     """Return where to begin; called by one process.
 
     The checkpoint is that of --resume; with --resume auto or a folder, and where torchrun has restarted the processes,
     the newest one of the run's folder.
 
     Args:
-        args: Options.
+        options: Options.
         restarted: Whether torchrun has restarted a process of the run.
     """
-    if restarted and not args.experiment:
+    if restarted and not options.run.experiment:
         _logger.warning(
             'Restarted by torchrun, from the beginning: only a run with --experiment NAME goes on by itself')
-    folder, auto = os.path.join(output_of(args), args.experiment), args.resume_auto
+    folder, auto = os.path.join(output_of(options), options.run.experiment), is_auto(options.run.resume)
     if int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)):
         if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
             # Its store keeps the addresses of processes that have ended, which a restart then tries to reach.
             _logger.warning('torchrun --max-restarts: start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or the '
                             'processes of a restart will not find each other')
-        if args.experiment and not args.resume:
+        if options.run.experiment and not options.run.resume:
             auto = True  # a restart could not tell an older run of this name from its own
-    by_hand = Start(args.resume, auto, args.start_epoch, not args.no_resume_opt)
-    if not auto and not (restarted and args.experiment):
+    by_hand = Start(options.run.resume, auto, options.run.start_epoch, not options.run.no_resume_opt)
+    if not auto and not (restarted and options.run.experiment):
         return by_hand
     path = newest_checkpoint(folder)
-    if path is None and args.resume not in ('', 'auto') and auto:
-        raise UsageError(f'--resume {args.resume}: no checkpoint in this folder')
+    if path is None and options.run.resume not in ('', 'auto') and auto:
+        raise UsageError(f'--resume {options.run.resume}: no checkpoint in this folder')
     _logger.info(f'--resume auto: {path}' if path else f'--resume auto: nothing to resume in {folder}, a fresh start')
     if path is None:
         return replace(by_hand, path='') if auto else by_hand
@@ -59,9 +60,9 @@ def find_start(args, restarted: bool = False) -> Start:
     return Start(path, True) if restarted else replace(by_hand, path=path, auto=True)
 
 
-def output_of(args) -> str:
+def output_of(options: Options) -> str:
     """Return the folder of all runs."""
-    return args.output or './output/train'
+    return options.run.output or './output/train'
 
 
 def load_checkpoint(start: Start) -> dict[str, Any]:
@@ -82,13 +83,12 @@ def load_checkpoint(start: Start) -> dict[str, Any]:
     return checkpoint
 
 
-def resume(run, checkpoint: dict[str, Any], options: dict[str, Any]) -> None:
+def resume(run, checkpoint: dict[str, Any]) -> None:
     """Restore a run from a checkpoint, but for what each process has of its own.
 
     Args:
         run: The run, as built.
         checkpoint: The checkpoint.
-        options: Options as given.
 
     Raises:
         RunError: The checkpoint is one of other models.
@@ -96,7 +96,7 @@ def resume(run, checkpoint: dict[str, Any], options: dict[str, Any]) -> None:
     """
     task, start = run.task, run.start
     try:
-        _check_same_run(run, checkpoint, options)
+        _check_same_run(run, checkpoint)
         task.load_checkpoint_state(checkpoint['state_dict'], task_state=checkpoint.get('task_state'))
         if task.has_ema():
             task.load_checkpoint_state(checkpoint.get('state_dict_ema', checkpoint['state_dict']), ema=True)
@@ -171,22 +171,22 @@ def _adapted(saved: dict[str, Any], own: list[dict], keys: list[str], uniform: b
     return {**saved, 'param_groups': groups, 'state': state}
 
 
-def _check_same_run(run, checkpoint, options):
+def _check_same_run(run, checkpoint):
     """Refuse what would make a continued run another one, warn of what changes its course."""
-    args, start = run.args, run.start
+    options, start, world_size = run.options, run.start, run.processes.world_size
     then = checkpoint.get('run', {})
     processes, batch_size = then.get('processes'), checkpoint['args'].get('batch_size') if then else None
     # A checkpoint of timm's own script has options of another kind.
-    refused, warned = changed_options(checkpoint['args'], options, args.sides) if then else ([], [])
+    refused, warned = changed_options(checkpoint['args'], recipe_values(options)) if then else ([], [])
     if processes and batch_size:
-        before, now = processes * batch_size, args.world_size * args.batch_size
-        line = f'{processes} processes x batch {batch_size} before, now {args.world_size} x {args.batch_size}'
+        before, now = processes * batch_size, world_size * options.loader.batch_size
+        line = f'{processes} processes x batch {batch_size} before, now {world_size} x {options.loader.batch_size}'
         if before != now:
             refused.append(line)
-        elif processes != args.world_size:
+        elif processes != world_size:
             warned.append(f'{line}: the same batches, but other BatchNorm statistics and random draws')
     others = _check_data(run, checkpoint)
-    accepted = args.accept_data_change and not (checkpoint.get('progress') or {}).get('batch')
+    accepted = options.run.accept_data_change and not (checkpoint.get('progress') or {}).get('batch')
     (warned if accepted else refused).extend(others)
     for name, value in (('batches an epoch', len(run.loader_train)), ('epochs in all', run.num_epochs)):
         if then.get(name, value) != value and not (refused or others):  # else that is why
@@ -228,11 +228,11 @@ def restore_ranks(run, checkpoint: dict[str, Any]) -> None:
     rows = checkpoint.get('ranks')
     if rows is None:
         return
-    if len(rows) == run.args.world_size:
-        own = rows[run.args.rank]
+    if len(rows) == run.processes.world_size:
+        own = rows[run.processes.rank]
     else:
         own = rows.mean(dim=0)
-        own[-1] = rows[:, -1].sum() if run.args.rank == 0 else 0
+        own[-1] = rows[:, -1].sum() if run.processes.rank == 0 else 0
     terms = checkpoint['progress']['terms']
     *statistics, sums, skipped = own.split([
         *(buffer.numel() for buffer in run.statistics), len(terms) + bool(terms), 1])
@@ -246,15 +246,15 @@ def restore_ranks(run, checkpoint: dict[str, Any]) -> None:
 
 def run_state(run) -> dict[str, Any]:
     """Return what a checkpoint needs, beside weights and optimizer, to go on exactly; all processes call it."""
-    args, progress = run.args, run.progress
+    processes, progress = run.processes, run.progress
     own = torch.cat([
         *(buffer.flatten().to(run.device) for buffer in run.statistics),
         *([] if progress.sums is None else [progress.sums, progress.kept[None]]),
         torch.tensor([progress.skipped], device=run.device),
     ]).float()
     rows: list[torch.Tensor] | None = [own]
-    if args.distributed:
-        rows = [torch.empty_like(own) for _ in range(args.world_size)] if args.rank == 0 else None
+    if processes.distributed:
+        rows = [torch.empty_like(own) for _ in range(processes.world_size)] if processes.rank == 0 else None
         torch.distributed.gather(own, rows)
     return {
         'progress': {
@@ -265,7 +265,8 @@ def run_state(run) -> dict[str, Any]:
         },
         'ranks': torch.stack(rows).cpu() if rows else None,
         'run': {
-            'processes': args.world_size, 'batches an epoch': len(run.loader_train), 'epochs in all': run.num_epochs},
+            'processes': processes.world_size, 'batches an epoch': len(run.loader_train),
+            'epochs in all': run.num_epochs},
         'data': run.data,
         'summary': run.rows,
     }

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from ..compat import compile_modes
+from ..core.processes import Processes
 from ..core.seeding import BranchStreams
 from ..core.task import PairTask
 from ..data.identity import data_identity
 from ..data.loaders import TrainLoader, create_eval_loaders, create_train_loader
 from ..data.splits import create_split, resolve_classes
 from ..errors import UsageError
+from ..options.train import Options
 from . import models, optim
 from .checkpoint import Saver
 from .control import Control
@@ -29,9 +31,9 @@ _logger = logging.getLogger('train')
 @dataclass
 class Run:
     """The parts of a training run."""
-    args: Any
+    options: Options
+    processes: Processes
     start: Start
-    device: torch.device
     task: PairTask
     optimizer: torch.optim.Optimizer
     scheduler: Any
@@ -54,6 +56,11 @@ class Run:
     output_dir: str | None = None  # likewise
 
     @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self.processes.device
+
+    @property
     def pair(self):
         """The pair that is trained."""
         return self.task.get_trainable_module()
@@ -61,23 +68,23 @@ class Run:
     @property
     def end_epoch(self) -> int:
         """Completed epochs at the end of this start."""
-        return min(self.num_epochs, self.args.stop_epoch or self.num_epochs)
+        return min(self.num_epochs, self.options.run.stop_epoch or self.num_epochs)
 
     @property
     def num_updates(self) -> int:
         """Optimizer updates done so far."""
-        in_epoch = math.ceil(self.progress.batch / self.args.grad_accum_steps)
+        in_epoch = math.ceil(self.progress.batch / self.options.optimizer.grad_accum_steps)
         return self.progress.epoch * self.updates_per_epoch + in_epoch
 
     @property
     def evaluates_ema(self) -> bool:
         """Whether the EMA is validated."""
-        return self.task.has_ema() and not self.args.model_ema_force_cpu
+        return self.task.has_ema() and not self.options.ema.model_ema_force_cpu
 
     @property
     def place(self) -> str:
         """Where the run is, for an error."""
-        process = f'process {self.args.rank}, ' if self.args.distributed else ''
+        process = f'process {self.processes.rank}, ' if self.processes.distributed else ''
         return f'{process}epoch {self.progress.epoch}, batch {self.progress.batch}'
 
     @property
@@ -95,39 +102,43 @@ class Run:
                 getattr(observer, event)(self, *values)
 
 
-def create_run(args, device: torch.device, start: Start | None = None) -> Run:
+def create_run(options: Options, processes: Processes, start: Start | None = None) -> Run:
     """Build everything that a run needs, but for what the processes do together and what writes to disk.
 
     Args:
-        args: Options, completed by `init_device`.
-        device: Device of this process.
+        options: Options.
+        processes: The processes of the run.
         start: Where it begins; None at the beginning.
     """
     start = start or Start()
-    dataset_train = create_split(args, args.train_split, is_training=True)
-    dataset_eval = create_split(args, args.val_split, is_training=False)
-    args.num_classes, class_names = resolve_classes(args, dataset_train, dataset_eval)
+    splits = {'train': options.data.train_split, 'validation': options.data.val_split}
+    train, held_out = (
+        create_split(
+            options.data, split, options.input.channels, options.loader.batch_size, options.run.seed, role == 'train')
+        for role, split in splits.items())
+    num_classes, class_names = resolve_classes(options, train, held_out)
     data = {
-        role: {'split': split, **data_identity(dataset, class_names)} for role, split, dataset in (
-            ('train', args.train_split, dataset_train), ('validation', args.val_split, dataset_eval))}
-    configs = models.resolve_data(args)
+        role: {'split': splits[role], **data_identity(images, class_names)}
+        for role, images in (('train', train), ('validation', held_out))}
+    configs = models.resolve_data(options)
     data_config = models.loader_config(configs)
 
-    teacher = create_teacher(args, data_config, class_names)
-    pair = models.create_pair(args, configs, device, teacher)
-    models.check_pretrained_classes(args, pair, class_names)
-    optimizer = optim.create_optimizer(args, pair, optim.learning_rates(args))
-    loader_train = create_train_loader(args, dataset_train, data_config, device)
-    loader_eval = create_eval_loaders(args, dataset_eval, configs, device)
-    updates_per_epoch = math.ceil(len(loader_train) / args.grad_accum_steps)
-    scheduler, num_epochs = optim.create_scheduler(args, optimizer, updates_per_epoch)
-    task = _create_task(args, pair, teacher, num_epochs, device)
-    amp_dtype = torch.float16 if args.amp_dtype == 'float16' else torch.bfloat16
-    autocast = partial(torch.autocast, device.type, dtype=amp_dtype) if args.amp else contextlib.nullcontext
+    teacher = create_teacher(options, data_config, num_classes, class_names)
+    pair = models.create_pair(options, configs, num_classes, processes, teacher)
+    models.check_pretrained_classes(options, pair, class_names)
+    optimizer = optim.create_optimizer(options, pair, optim.learning_rates(options, processes.world_size))
+    loader_train = create_train_loader(options, train, data_config, num_classes, processes)
+    loader_eval = create_eval_loaders(options.loader, held_out, configs, processes)
+    updates_per_epoch = math.ceil(len(loader_train) / options.optimizer.grad_accum_steps)
+    scheduler, num_epochs = optim.create_scheduler(options, optimizer, updates_per_epoch)
+    task = _create_task(options, pair, teacher, num_epochs, processes)
+    amp_dtype = torch.float16 if options.device.amp_dtype == 'float16' else torch.bfloat16
+    autocast = contextlib.nullcontext if not options.device.amp else partial(
+        torch.autocast, processes.device.type, dtype=amp_dtype)
     run = Run(
-        args=args,
+        options=options,
+        processes=processes,
         start=start,
-        device=device,
         task=task,
         optimizer=optimizer,
         scheduler=scheduler,
@@ -137,57 +148,59 @@ def create_run(args, device: torch.device, start: Start | None = None) -> Run:
             task,
             optimizer,
             len(loader_train),
-            args.grad_accum_steps,
+            options.optimizer.grad_accum_steps,
             autocast,
-            torch.amp.GradScaler(device.type) if args.amp and amp_dtype == torch.float16 else None,
-            {side: getattr(args, f'clip_grad_{side}') for side in pair.sides},
-            args.clip_mode,
-            skip=args.on_nonfinite == 'skip',
-            limit=args.nonfinite_limit,
+            torch.amp.GradScaler(processes.device.type) if options.device.amp and amp_dtype == torch.float16 else None,
+            {side: options.branches[side].clip_grad for side in pair.sides},
+            options.optimizer.clip_mode,
+            skip=options.run.on_nonfinite == 'skip',
+            limit=options.run.nonfinite_limit,
         ),
         loader_train=loader_train,
         loader_eval=loader_eval,
         updates_per_epoch=updates_per_epoch,
-        columns=_eval_columns(pair.sides, ema=args.model_ema and not args.model_ema_force_cpu),
+        columns=_eval_columns(pair.sides, ema=options.ema.model_ema and not options.ema.model_ema_force_cpu),
         configs=configs,
         class_names=class_names,
         data=data,
         flops=models.training_flops(task, configs),
         progress=Progress(start.epoch or 0),
     )
-    if args.eval_metric not in run.columns:
-        raise UsageError(f'--eval-metric {args.eval_metric}: expected one of {", ".join(run.columns)}')
+    if options.run.eval_metric not in run.columns:
+        raise UsageError(f'--eval-metric {options.run.eval_metric}: expected one of {", ".join(run.columns)}')
     return run
 
 
-def _create_task(args, pair, teacher, num_epochs, device) -> PairTask:
-    criterion = optim.create_criterion(args, num_epochs, device)
-    if len(criterion.phases) > 1 and args.grad_accum_steps > 1:
-        raise UsageError(f'--grad-accum-steps {args.grad_accum_steps}: --method {args.method} has '
+def _create_task(options, pair, teacher, num_epochs, processes) -> PairTask:
+    device = processes.device
+    student = models.student_of(options, {side: pair.branch(side) for side in pair.sides})
+    criterion = optim.create_criterion(options, num_epochs, device, student)
+    if len(criterion.phases) > 1 and options.optimizer.grad_accum_steps > 1:
+        raise UsageError(f'--grad-accum-steps {options.optimizer.grad_accum_steps}: --method {options.method} has '
                          f'{len(criterion.phases)} optimizer phases a batch, 1 is the only value')
     task = PairTask(
         pair,
         criterion,
-        streams=BranchStreams(args.seed, args.rank, device),
+        streams=BranchStreams(options.run.seed, processes.rank, device),
         teacher=teacher,
         device=device,
-        verbose=args.rank == 0,
+        verbose=processes.rank == 0,
     )
-    if args.model_ema:
+    if options.ema.model_ema:
         task.setup_ema(
-            decay=args.model_ema_decay,
-            use_warmup=args.model_ema_warmup,
-            device=torch.device('cpu') if args.model_ema_force_cpu else None,
+            decay=options.ema.model_ema_decay,
+            use_warmup=options.ema.model_ema_warmup,
+            device=torch.device('cpu') if options.ema.model_ema_force_cpu else None,
         )
-    if args.torchcompile:
+    if options.input.torchcompile:
         for flag, value, known in (
-                ('--torchcompile', args.torchcompile, torch.compiler.list_backends(exclude_tags=())),
-                ('--torchcompile-mode', args.torchcompile_mode, [None, *compile_modes()]),
+                ('--torchcompile', options.input.torchcompile, torch.compiler.list_backends(exclude_tags=())),
+                ('--torchcompile-mode', options.input.torchcompile_mode, [None, *compile_modes()]),
         ):
             if value not in known:
                 raise UsageError(f'{flag} {value}: expected one of {", ".join(filter(None, known))}')
-        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-        task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+        task.compile(backend=options.input.torchcompile, mode=options.input.torchcompile_mode)
+        task.compile_ema(backend=options.input.torchcompile, mode=options.input.torchcompile_mode)
     return task
 
 

@@ -13,12 +13,13 @@ import yaml
 from timm.models import safe_model_name
 from timm.utils import get_outdir, setup_default_logging
 
+from ..core.processes import Processes
 from ..core.teacher import Teacher
 from ..data.loaders import create_eval_loader
 from ..data.splits import split_card
 from ..errors import RunError, UsageError
 from ..files import replacing
-from ..options.options import recipe_values
+from ..options.train import Options, recipe_values
 from . import models
 from .boundary import as_line
 from .checkpoint import Saver
@@ -28,17 +29,17 @@ from .environment import environment
 from .evaluate import evaluate
 from .log import SUMMARY, log_plan
 from .loop import fit, save_recovery
-from .resume import find_start, load_checkpoint, output_of, restore_ranks, resume
+from .resume import Start, find_start, load_checkpoint, output_of, restore_ranks, resume
 from .run import Run, create_run
 
 _logger = logging.getLogger('train')
 
 
-def train(args, observers: Iterable[Any] = ()) -> None:
+def train(options: Options, observers: Iterable[Any] = ()) -> None:
     """Train as the options say; they come from `options.parse_args`.
 
     Args:
-        args: Options.
+        options: Options.
         observers: Each may have methods of these names, which the first process calls: start(run), log(run, losses),
             validated(run, row), end(run); and finished(folder), whether nothing of its own is missing there.
 
@@ -49,30 +50,29 @@ def train(args, observers: Iterable[Any] = ()) -> None:
     """
     if not logging.getLogger().handlers:
         setup_default_logging()
-    options = recipe_values(args)  # as given, before device and data fill in what was not
     if not faulthandler.is_enabled() and sys.__stderr__ is not None:
         with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):
             faulthandler.enable(sys.__stderr__)  # stacks after a crash in native code
-    device = init_device(args)
-    if args.rank:
+    processes = init_device(options.device.device, options.loader.workers, options.run.deterministic)
+    if processes.rank:
         logging.getLogger().setLevel(logging.ERROR)
     run = None
     try:
-        start = _find_start(args)
-        with agreement(args):
+        start = _find_start(options, processes)
+        with agreement(processes):
             checkpoint = load_checkpoint(start) if start.path else None
-            run = create_run(args, device, start)
+            run = create_run(options, processes, start)
             run.observers = observers
             if checkpoint:
-                resume(run, checkpoint, options)
+                resume(run, checkpoint)
         check_data(run)
-        if from_first(args, start.auto and checkpoint is not None and args.rank == 0 and is_finished(run)):
+        if from_first(processes, start.auto and checkpoint is not None and processes.rank == 0 and is_finished(run)):
             _logger.info(f'--resume auto: nothing to train or to export, the run in {os.path.dirname(start.path)} is '
                          f'finished; no file is changed')
             return
-        with agreement(args):
-            if args.rank == 0:
-                open_folder(run, options, checkpoint)
+        with agreement(processes):
+            if processes.rank == 0:
+                open_folder(run, checkpoint)
         begin(run, checkpoint)
         checkpoint = None  # it may be large
         with run.control:
@@ -80,29 +80,29 @@ def train(args, observers: Iterable[Any] = ()) -> None:
     except Stopped:
         raise
     except Exception as e:
-        lost = LOST if args.distributed and is_lost(e) else None
+        lost = LOST if processes.distributed and is_lost(e) else None
         place, folder = (run.place, run.output_dir) if run else ('', None)
-        raise as_line(e, place, lost, folder, show=getattr(args, 'traceback', False)) from e
+        raise as_line(e, place, lost, folder, show=options.run.traceback) from e
     finally:
-        if args.distributed:
+        if processes.distributed:
             with contextlib.suppress(RuntimeError):  # of a group that is already broken
                 torch.distributed.destroy_process_group()
 
 
-def _find_start(args):
+def _find_start(options: Options, processes: Processes) -> Start:
     """Return where all processes begin."""
     # torchrun counts only the restarts for which a process of the same machine has failed.
-    restarted = any(from_all(args, os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'))
+    restarted = any(from_all(processes, os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'))
     start = None
-    with agreement(args):
-        if args.rank == 0:
-            start = find_start(args, restarted)
-    return from_first(args, start)
+    with agreement(processes):
+        if processes.rank == 0:
+            start = find_start(options, restarted)
+    return from_first(processes, start)
 
 
 def check_data(run: Run) -> None:
     """Raise UsageError in all processes if they do not see the same data."""
-    facts = from_all(run.args, {
+    facts = from_all(run.processes, {
         **{f'{role} {name}': value for role, identity in run.data.items() for name, value in identity.items()},
         'number of training batches': len(run.loader_train),
         'number of validation batches': len(run.loader_eval),
@@ -110,7 +110,7 @@ def check_data(run: Run) -> None:
     for rank, other in enumerate(facts):
         for name, value in other.items():
             if value != facts[0][name]:
-                if run.args.rank:
+                if run.processes.rank:
                     raise SystemExit(UsageError.exit_status)
                 shown = f' ({facts[0][name]} and {value})' if isinstance(value, int) else ''
                 raise UsageError(f'data: processes 0 and {rank} do not see the same {name}{shown}; each machine needs '
@@ -131,27 +131,26 @@ def is_finished(run: Run) -> bool:
         return False  # the run goes on and says why
 
 
-def open_folder(run: Run, options: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
+def open_folder(run: Run, checkpoint: dict[str, Any] | None) -> None:
     """Make the run's folder, or enter it again, and all that writes to it.
 
     Args:
         run: The run.
-        options: Options as given, which the folder and its checkpoints keep.
         checkpoint: The checkpoint that the run goes on from.
     """
-    args, data_config = run.args, models.loader_config(run.configs)
-    run.output_dir = _create_output_dir(run, data_config, options)
+    data_config, recipe = models.loader_config(run.configs), recipe_values(run.options)
+    run.output_dir = _create_output_dir(run, data_config, recipe)
     run.saver = Saver(
         run.output_dir,
         run.task,
         run.optimizer,
-        {**options, 'num_classes': args.num_classes, 'class_names': run.class_names, 'data_config': data_config},
+        {**recipe, 'num_classes': run.pair.num_classes, 'class_names': run.class_names, 'data_config': data_config},
         {side: models.branch_config(run.pair.branch(side), run.configs[side], run.class_names)
          for side in run.pair.sides},
         scaler=run.update.scaler,
-        decreasing='loss' in args.eval_metric,
-        max_history=args.checkpoint_hist,
-        milestones=args.save_epochs or (),
+        decreasing='loss' in run.options.run.eval_metric,
+        max_history=run.options.run.checkpoint_hist,
+        milestones=run.options.run.save_epochs or (),
     )
     if checkpoint and os.path.samefile(os.path.dirname(run.start.path) or '.', run.output_dir):
         run.saver.resume(checkpoint.get('saver', {}), run.start.path, checkpoint.get('epoch'))
@@ -159,29 +158,29 @@ def open_folder(run: Run, options: dict[str, Any], checkpoint: dict[str, Any] | 
     run.tell('start')
 
 
-def _create_output_dir(run, data_config, options) -> str:
-    args, start = run.args, run.start
-    name = args.experiment or '-'.join([
+def _create_output_dir(run, data_config, recipe) -> str:
+    options, start = run.options, run.start
+    name = options.run.experiment or '-'.join([
         datetime.now().strftime('%Y%m%d-%H%M%S'),
-        args.method,
-        *(safe_model_name(getattr(args, f'model_{side}')) for side in args.sides),
+        options.method,
+        *(safe_model_name(options.branches[side].model) for side in options.sides),
         str(data_config['input_size'][-1]),
     ])
     try:
         # A run of the same name is continued with --resume, never written over.
-        output_dir = get_outdir(output_of(args), name, inc=not (start.path or start.auto))
-        if start.path and not args.experiment:
+        output_dir = get_outdir(output_of(options), name, inc=not (start.path or start.auto))
+        if start.path and not options.run.experiment:
             _logger.info(f'New folder {output_dir}: --output and --experiment continue in the old one')
         environments = _environments(output_dir) if start.path else []
         now = environment(run.device)
         environments += [now] if now not in environments[-1:] else []
         contents = {'train': split_card(run.loader_train.images), 'validation': split_card(run.loader_eval.dataset)}
         data = {**run.data, 'contents': contents}
-        for name, content in (('args', options), ('data', data), ('environment', environments)):
+        for name, content in (('args', recipe), ('data', data), ('environment', environments)):
             with replacing(os.path.join(output_dir, f'{name}.yaml')) as f:
                 yaml.safe_dump(content, f, default_flow_style=False, sort_keys=name != 'data')
     except (AssertionError, OSError) as e:
-        raise UsageError(f'--output {output_of(args)}: {e}') from e
+        raise UsageError(f'--output {output_of(options)}: {e}') from e
     return output_dir
 
 
@@ -197,29 +196,29 @@ def _environments(output_dir: str) -> list[dict[str, Any]]:
 
 def begin(run: Run, checkpoint: dict[str, Any] | None) -> None:
     """Join the processes of a run that is built, and give each its own part of the checkpoint."""
-    args, task = run.args, run.task
-    if args.distributed:
+    options, processes, task = run.options, run.processes, run.task
+    if processes.distributed:
         task.prepare_distributed(
-            device_ids=[args.local_rank] if run.device.type == 'cuda' else None,
-            **({'broadcast_buffers': False} if args.no_ddp_bb else {}),  # torch's default without a warning
+            device_ids=[processes.local_rank] if run.device.type == 'cuda' else None,
+            **({'broadcast_buffers': False} if options.device.no_ddp_bb else {}),  # torch's default without a warning
         )
         task.train()
         size = models.loader_config(run.configs)['input_size']
-        task.settle_buckets(torch.zeros(args.batch_size, *size, device=run.device), run.autocast)
+        task.settle_buckets(torch.zeros(options.loader.batch_size, *size, device=run.device), run.autocast)
     if checkpoint and run.start.epoch is None:
         restore_ranks(run, checkpoint)
     if task.teacher is not None and (run.progress.epoch, run.progress.batch) == (0, 0):
         validate_teacher(run, task.teacher)
-    run.control = Control(args.distributed, args.hang_timeout, args.recovery_minutes if args.rank == 0 else 0)
+    minutes = options.run.recovery_minutes if processes.rank == 0 else 0
+    run.control = Control(processes.distributed, options.run.hang_timeout, minutes)
     if checkpoint and not run.start.auto:
         save_recovery(run)  # so that it is this place, not a later one of the old course, that is newest
 
 
 def validate_teacher(run: Run, teacher: Teacher) -> None:
     """Evaluate the frozen teacher once, on images prepared its own way, and log what it knows."""
-    args = run.args
-    loader = create_eval_loader(args, run.loader_eval.dataset, teacher.data_config, run.device)
+    loader = create_eval_loader(run.options.loader, run.loader_eval.dataset, teacher.data_config, run.processes)
     metrics = evaluate(
         lambda input: {'teacher': teacher.branch(input)[0]}, ['teacher'], loader, run.device, run.autocast,
-        args.distributed)['teacher']
+        run.processes.distributed)['teacher']
     _logger.info(f'Teacher: top1 {metrics["top1"]:.3f}  top5 {metrics["top5"]:.3f}')

@@ -14,6 +14,7 @@ from ..core.methods import METHODS
 from ..core.names import SIDES, partner_of
 from ..core.teacher import Teacher
 from ..errors import RunError, UsageError
+from ..options.train import Options
 from .checkpoint import read_checkpoint
 from .models import create_named, first_difference, try_images
 
@@ -178,33 +179,39 @@ def load_trained(source: str, ema: bool | None = None, side: str | None = None) 
     )]
 
 
-def create_teacher(args, data_config: dict[str, Any], class_names: list[str] | None) -> Teacher | None:
+def create_teacher(
+        options: Options,
+        data_config: dict[str, Any],
+        num_classes: int,
+        class_names: list[str] | None,
+) -> Teacher | None:
     """Create the frozen teacher of a method that has one, in the place of the branch that the pair has not.
 
     Args:
-        args: Options.
+        options: Options.
         data_config: Data configuration of the images that the student gets.
+        num_classes: Number of classes in the data.
         class_names: Names of the classes in the data, if they are known.
 
     Raises:
         UsageError: The teacher can't be read, is several, or knows other classes.
     """
-    if not METHODS[args.method].has_teacher(args.sides):
+    if not METHODS[options.method].has_teacher(options.sides):
         return None
-    [student] = args.sides
+    [student] = options.sides
     side = partner_of(student)
     try:
-        found = load_trained(args.teacher, side=args.teacher_branch)
+        found = load_trained(options.own.teacher, side=options.own.teacher_branch)
     except (RunError, UsageError) as e:
         raise type(e)(f'--teacher: {e}') from e
     if len(found) > 1:
         found = [branch for branch in found if branch.side == side]
     [trained] = found
-    if args.teacher_branch and trained.side is None:
+    if options.own.teacher_branch and trained.side is None:
         _logger.warning('--teacher-branch: no effect, the teacher is one model')
-    name = f'--teacher {args.teacher}: {trained.label}'
+    name = f'--teacher {options.own.teacher}: {trained.label}'
     for what, known, there in (
-            ('classes', trained.model.num_classes, args.num_classes),
+            ('classes', trained.model.num_classes, num_classes),
             ('channels', trained.data_config['input_size'][0], data_config['input_size'][0]),
     ):
         if known != there:
@@ -214,7 +221,7 @@ def create_teacher(args, data_config: dict[str, Any], class_names: list[str] | N
     try:
         teacher = Teacher(trained.model, side, trained.data_config, data_config)
     except ValueError as e:
-        raise UsageError(f'--teacher {args.teacher}: {trained.label} can not teach: {e}') from e
-    try_images(teacher, data_config['input_size'], f'--teacher {args.teacher}: {trained.label}')
+        raise UsageError(f'--teacher {options.own.teacher}: {trained.label} can not teach: {e}') from e
+    try_images(teacher, data_config['input_size'], f'--teacher {options.own.teacher}: {trained.label}')
     _logger.info(f'Teacher: {trained.label} of {trained.source}')
     return teacher

@@ -9,7 +9,6 @@ import os
 import shlex
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from types import SimpleNamespace
@@ -291,12 +290,3 @@ def warn_without_effect(options: Options, given: Mapping[str, Any]) -> None:
         if named:
             _logger.warning(f"{', '.join(map(flag_of, named))}: no effect, {reason}")
             left = [dest for dest in left if dest not in named]
-
-
-def namespace(options: Options) -> Namespace:
-    """Return the options as one flat namespace."""
-    values = {dest: entry.default for dest, entry in build_parser().entries.items()}
-    return Namespace(**{
-        **values, **options.flat(),
-        'zero': False, 'patience_epochs': 10, 'sides': options.sides, 'prefetcher': True, 'options': options,
-        'resume_auto': options.run.resume == 'auto' or os.path.isdir(options.run.resume)})

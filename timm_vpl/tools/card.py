@@ -11,15 +11,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..core.methods import METHODS
 from ..core.names import partner_of
 from ..engine.trained import TrainedModel
-from ..options.options import build_parser
+from ..options.train import build_parser
 from ..text import code, code_block, markdown, one_line
 from .runs import COLUMNS, VALIDATION, number
 from .tables import markdown_table, read_csv
 
-# Options that name files of a machine, and what a checkpoint keeps beside the options.
-_PRIVATE = (
-    'num_classes', 'class_names', 'data_config', 'class_map', 'teacher', 'pretrained_path_a', 'pretrained_path_b',
-    'initial_checkpoint_a', 'initial_checkpoint_b')
 MARK = '\n<!-- made by timm-vpl '  # before what tells whether somebody has edited a card
 _SETS = {'real': 'ReaL labels', 'v2': 'ImageNet-V2'}
 
@@ -181,8 +177,8 @@ def _facts(trained, args, method, data_name) -> list[str]:
 
 def _recipe(args: dict[str, Any]) -> dict[str, Any]:
     """Return the options that say what was trained, without the files of a machine."""
-    parser = build_parser()
+    entries = build_parser().entries
     return {
         key: _source(value) if key in ('model_a', 'model_b') else value
         for key, value in args.items()
-        if key == 'seed' or not (key in _PRIVATE or key in parser.how or value == parser.presets.get(key))}
+        if key in entries and entries[key].in_card and (key == 'seed' or value != entries[key].default)}

@@ -14,6 +14,7 @@ from timm.models import create_model, save_for_hf
 from ..core.names import SIDES
 from ..engine.trained import TrainedModel, load_branches
 from ..errors import RunError, UsageError, first_line
+from ..options.commands import Export
 from .card import MARK, is_unedited, model_card
 
 _logger = logging.getLogger(__name__)
@@ -23,36 +24,37 @@ FILES = {'README.md', 'config.json', 'model.safetensors', 'model.onnx'}
 ONNX_TOLERANCE = 1e-4
 
 
-def export_branches(args) -> list[Path]:
+def export_branches(options: Export) -> list[Path]:
     """Export as the options of `timm-vpl export` say, and return the folders.
 
     Raises:
         UsageError: The options and the checkpoint do not go together, or a folder is not free.
         RunError: Something can't be read, written or uploaded.
     """
-    trained = load_branches(args.source, None if args.branch == 'both' else args.branch, args.ema)
-    names = branch_names(trained, {side: getattr(args, f'name_{side}') for side in SIDES})
-    repo_ids = {side: f'{args.push_to}/{name}' for side, name in names.items()} if args.push_to is not None else {}
+    trained = load_branches(options.source, None if options.branch == 'both' else options.branch, options.ema)
+    names = branch_names(trained, {side: getattr(options, f'name_{side}') for side in SIDES})
+    pushed = names if options.push_to is not None else {}
+    repo_ids = {side: f'{options.push_to}/{name}' for side, name in pushed.items()}
     _check_names_of_the_hub(repo_ids.values())
-    if args.private and not repo_ids:
+    if options.private and not repo_ids:
         _logger.warning('--private: no effect without --push-to')
-    run_dir = args.source if os.path.isdir(args.source) else os.path.dirname(args.source)
-    out = Path(args.out or os.path.join(run_dir, EXPORT))
+    run_dir = options.source if os.path.isdir(options.source) else os.path.dirname(options.source)
+    out = Path(options.out or os.path.join(run_dir, EXPORT))
     folders = {branch.side: out / names[branch.side] for branch in trained}
     for folder in folders.values():
         try:
             free = not folder.exists() or (
-                _is_export(folder) if args.overwrite else args.out is None and _is_ours(folder))
+                _is_export(folder) if options.overwrite else options.out is None and _is_ours(folder))
         except (OSError, ValueError) as e:
             raise UsageError(f'--out {out}: can not be read: {getattr(e, "strerror", None) or first_line(e)}') from e
         if not free:
-            found = 'is not an export of timm-vpl' if args.overwrite else 'exists; --overwrite replaces it'
+            found = 'is not an export of timm-vpl' if options.overwrite else 'exists; --overwrite replaces it'
             raise UsageError(f'--out {out}: {folder} {found}, another --out keeps it')
     for branch in trained:
-        export_branch(branch, folders[branch.side], repo_ids.get(branch.side), args.license, args.onnx)
+        export_branch(branch, folders[branch.side], repo_ids.get(branch.side), options.license, options.onnx)
         print(f'{branch.label}: {folders[branch.side]}')
     for side, repo_id in repo_ids.items():
-        print(f'{folders[side]}: {push(folders[side], repo_id, args.private)}')
+        print(f'{folders[side]}: {push(folders[side], repo_id, options.private)}')
     return list(folders.values())
 
 

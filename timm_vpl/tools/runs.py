@@ -1,7 +1,6 @@
 """Runs as their folders tell of them: options, epochs, figures, and what makes two of them alike."""
 import math
 import os
-from argparse import Namespace
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,8 @@ from ..core.method_options import TeacherOptions
 from ..core.methods import METHODS
 from ..core.names import SIDES
 from ..errors import RunError, UsageError, first_line
-from ..options.options import build_parser, options_without_effect
-from ..options.parsing import read_yaml
-from ..options.train import METHOD_OPTIONS, make_options
+from ..options.recipes import read_yaml
+from ..options.train import METHOD_OPTIONS, build_parser, idle_options, make_options
 from .tables import read_csv
 
 VALIDATION = 'validation.csv'  # where `timm-vpl validate` leaves its figures, in the folder of a run
@@ -185,11 +183,12 @@ def make_recipe(options: dict[str, Any], sides: tuple[str, ...], path: Path) -> 
         sides: Branches that learn.
         path: The run's folder.
     """
-    method, parser = options['method'], build_parser()
-    idle = parser.how | {'dataset'}  # the data are compared by themselves
+    method = options['method']
+    idle = {dest for dest, entry in build_parser().entries.items() if entry.row.how}
+    idle.add('dataset')  # the data are compared by themselves
     if method in METHODS:
         idle |= set(METHOD_OPTIONS).difference(field.name for field in fields(METHODS[method].options))
-        idle |= options_without_effect(Namespace(**{**parser.presets, **options, 'sides': sides}))
+        idle.update(*idle_options(make_options(options)).values())
     absent = tuple(f'_{side}' for side in SIDES if side not in sides)
     recipe = {
         name[:-2] if len(sides) == 1 and name.endswith(f'_{sides[0]}') else name: value
@@ -245,10 +244,10 @@ def data_title(run: Run) -> str:
 
 def own_options(run: Run) -> list[str]:
     """Return the options of a run's method, without its teacher, that have an effect and are not at their defaults."""
-    presets, method = build_parser().presets, METHODS.get(run.options['method'])
+    entries, method = build_parser().entries, METHODS.get(run.options['method'])
     names = {field.name for field in fields(method.options)} if method else set()
     names -= {field.name for field in fields(TeacherOptions)}
-    return [name for name in names if run.recipe.get(name, presets[name]) != presets[name]]
+    return [name for name in names if run.recipe.get(name, entries[name].default) != entries[name].default]
 
 
 def framework(run: Run) -> str:

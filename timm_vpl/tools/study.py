@@ -16,8 +16,10 @@ from statistics import fmean
 from typing import Any
 
 from ..errors import RunError, UsageError
-from ..options.options import build_parser, read_args, recipe_path, recipe_values
-from ..options.parsing import did_you_mean, option_tokens, read_recipe, show
+from ..options.commands import Study
+from ..options.parser import did_you_mean, show
+from ..options.recipes import option_tokens, read_recipe, recipe_path
+from ..options.train import build_parser, read_args, recipe_values
 from ..text import one_line
 from .comparison import paired_difference
 from .report import Group, find_baselines, make_groups, make_report
@@ -125,14 +127,14 @@ def _texts(values: Any) -> list[str]:
 
 def _tokens(given: dict[str, Any], where: str) -> list[str]:
     """Return the command line of a row's options."""
-    actions = build_parser().actions()
+    entries = build_parser().entries
     tokens = []
     for key, value in given.items():
         dest = key.replace('-', '_')
-        if dest not in actions:
-            raise UsageError(f'{where}: {key} is not an option{did_you_mean(key, actions)}')
+        if dest not in entries:
+            raise UsageError(f'{where}: {key} is not an option{did_you_mean(key, entries)}')
         try:
-            tokens += option_tokens(actions[dest], value)
+            tokens += option_tokens(entries[dest], value)
         except UsageError as e:
             raise UsageError(f'{where}: {key}: {e}') from None
     return tokens
@@ -148,21 +150,21 @@ def check_plan(runs: Iterable[PlannedRun]) -> None:
         run.folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             # A teacher's folder may not be there yet.
-            args, parser, _ = read_args(run.command(teacher=run.folder.parent))
+            options, _ = read_args(run.command(teacher=run.folder.parent))
         except UsageError as e:
             raise UsageError(f'{run.row}, seed {run.seed}: {e}') from None
         if run.finished() is None:
             continue
-        then, now = read_options(run.folder) or {}, recipe_values(args)
-        for dest in sorted({*then, *now} - parser.how - {'teacher'} | {'seed'}):
-            preset = parser.presets.get(dest)
-            before, after = then.get(dest, preset), now.get(dest, preset)
-            if before != after and show(before) != show(after):  # '' and none are alike
+        then, now = read_options(run.folder) or {}, recipe_values(options)
+        for dest, entry in build_parser().entries.items():
+            before, after = then.get(dest, entry.default), now.get(dest, entry.default)
+            told = dest == 'seed' or not (entry.row.how or dest == 'teacher' or entry.side == 'both')
+            if told and show(before) != show(after):  # '' and none are alike
                 raise UsageError(f'{run.folder}: is finished with {dest} {show(before)}, the plan says {show(after)}; '
                                  f'name the row otherwise, or move the folder away')
 
 
-def run_study(args) -> int:
+def run_study(options: Study) -> int:
     """Do the runs of a plan that are not done, as the options of `timm-vpl study` say, and print the comparison.
 
     Returns:
@@ -172,15 +174,15 @@ def run_study(args) -> int:
         UsageError: The plan is wrong, or a finished run has other options.
         RunError: Another study is at work in this folder.
     """
-    plan = Path(args.plan)
-    output = Path(args.output or Path('output', 'study', plan.stem))
-    runs = read_plan(plan, args.data_dir, output)
+    plan = Path(options.plan)
+    output = Path(options.output or Path('output', 'study', plan.stem))
+    runs = read_plan(plan, options.data_dir, output)
     check_plan(runs)
     left = [run for run in runs if run.finished() is None]
     # A run whose weights are gone is done again for the sake of its students.
     again = {run.teacher for run in left if run.teacher and not run.teacher.has_weights()}
     left = [run for run in runs if run in left or run in again]
-    if args.print_commands:
+    if options.print_commands:
         print('\n'.join(shlex.join(['timm-vpl', 'train', *run.command()]) for run in left))
         return 0
     with open(output / '.lock', 'w') as lock:
@@ -188,11 +190,11 @@ def run_study(args) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f'{output}: another study, or a run that it started, is at work here') from None
-        if args.dry_run:
+        if options.dry_run:
             print('\n'.join(dry_run(runs, left)))
             return 0
-        end = math.inf if args.limit_minutes is None else time.time() + 60 * args.limit_minutes
-        failed = Runner(runs, left, args.jobs, end, lock.fileno()).train_all()
+        end = math.inf if options.limit_minutes is None else time.time() + 60 * options.limit_minutes
+        failed = Runner(runs, left, options.jobs, end, lock.fileno()).train_all()
     print(conclusion(runs))
     for line in failed:
         print(f'Failed: {line}', file=sys.stderr)

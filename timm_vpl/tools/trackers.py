@@ -2,7 +2,7 @@
 from typing import Any
 
 from ..errors import UsageError
-from ..options.options import recipe_values
+from ..options.train import Options, recipe_values
 from .export import ExportObserver
 
 
@@ -19,11 +19,11 @@ class WandbObserver:
             import wandb
         except ImportError as e:
             raise UsageError("--log-wandb: needs the package wandb (pip install 'timm-vpl[wandb]')") from e
-        args = run.args
-        resume_id = {'id': args.wandb_resume_id, 'resume': 'must'} if args.wandb_resume_id else {}
+        options, asked = run.options, run.options.run
+        resume_id = {'id': asked.wandb_resume_id, 'resume': 'must'} if asked.wandb_resume_id else {}
         wandb.init(
-            project=args.wandb_project, name=args.experiment, config=recipe_values(args), tags=args.wandb_tags,
-            **resume_id)
+            project=asked.wandb_project, name=asked.experiment, config=recipe_values(options),
+            tags=list(asked.wandb_tags), **resume_id)
 
     def validated(self, run, row: dict[str, Any]) -> None:
         """Send the row of an epoch."""
@@ -31,6 +31,6 @@ class WandbObserver:
         wandb.log(row)
 
 
-def observers_of(args) -> list[Any]:
+def observers_of(options: Options) -> list[Any]:
     """Return the observers that the options ask for."""
-    return [ExportObserver()] * args.export + [WandbObserver()] * args.log_wandb
+    return [ExportObserver()] * options.run.export + [WandbObserver()] * options.run.log_wandb

@@ -3,7 +3,6 @@ import logging
 import math
 import os
 import time
-from argparse import Namespace
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset, r
 from timm.data.loader import adapt_to_chs
 from timm.utils import setup_default_logging
 
+from ..core.processes import Processes
 from ..data.failures import data_errors
 from ..data.images import Images, Split, StreamImages
 from ..data.loaders import create_eval_loader
@@ -24,6 +24,8 @@ from ..engine.device import agreement, from_all, init_device
 from ..engine.evaluate import PAD, evaluate
 from ..engine.trained import TrainedModel, load_branches, load_trained
 from ..errors import UsageError, first_line
+from ..options.commands import Validate
+from ..options.sections import Loader
 from ..text import one_line
 from .runs import COLUMNS, VALIDATION
 from .tables import read_csv, screen_table, write_rows
@@ -183,7 +185,7 @@ class Pass(NamedTuple):
     class_names: list[str]
 
 
-def validate_models(args) -> list[dict[str, Any]]:
+def validate_models(options: Validate) -> list[dict[str, Any]]:
     """Validate as the options of `timm-vpl validate` say; print the results, write them, and return them.
 
     Raises:
@@ -192,37 +194,36 @@ def validate_models(args) -> list[dict[str, Any]]:
     """
     if not logging.getLogger().handlers:
         setup_default_logging()
-    device = init_device(args)
-    if args.rank:
+    processes = init_device(options.device, options.workers)
+    if processes.rank:
         logging.getLogger().setLevel(logging.ERROR)
     try:
-        with agreement(args):
-            models = [_prepare(trained, args) for trained in load_all(args.model)]
+        with agreement(processes):
+            models = [_prepare(trained, options) for trained in load_all(options.model)]
             passes = [
-                _create_pass(args, list(group), device)
+                _create_pass(options, list(group), processes)
                 for _, group in groupby(models, key=lambda trained: (trained.data_config, trained.class_names))]
-            if args.check_data:
-                trained_on = create_split(
-                    Namespace(**vars(args), seed=0), args.check_data, is_training=False, flag='--check-data')
+            if options.check_data:
+                trained_on = create_split(options, options.check_data, options.in_chans or 3, flag='--check-data')
                 splits: Any = passes[0].loader.dataset, trained_on
                 names = [_file_names(dataset, '--check-data') for dataset in splits]
         with data_errors():
-            results = [_run_pass(args, each, device) for each in passes]
+            results = [_run_pass(options, each, processes) for each in passes]
     finally:
-        if args.distributed:
+        if processes.distributed:
             torch.distributed.destroy_process_group()
     rows, classes = ([row for result in results for row in result[i]] for i in (0, 1))
-    if args.rank == 0:
+    if processes.rank == 0:
         print('\n'.join([*_table(rows, models), *_class_lines(classes)]))
-        write_results(args, rows)
-        if args.per_class:
-            write_rows(args.per_class, CLASS_COLUMNS, classes)
-        if args.check_data:
+        write_results(options, rows)
+        if options.per_class:
+            write_rows(options.per_class, CLASS_COLUMNS, classes)
+        if options.check_data:
             shared = shared_images(*splits)
             count = len({index for index, _ in shared})
-            print(f'{passes[0].data}: {count} of {len(splits[0])} images lie in the split {args.check_data!r} too')
+            print(f'{passes[0].data}: {count} of {len(splits[0])} images lie in the split {options.check_data!r} too')
             for index, twin in shared:
-                print(one_line(f'{names[0][index]} is {args.check_data}/{names[1][twin]}'))
+                print(one_line(f'{names[0][index]} is {options.check_data}/{names[1][twin]}'))
     return rows
 
 
@@ -236,19 +237,19 @@ def load_all(source: str) -> list[TrainedModel]:
     return models
 
 
-def _prepare(trained: TrainedModel, args) -> TrainedModel:
+def _prepare(trained: TrainedModel, options: Validate) -> TrainedModel:
     """Return a model with the data configuration that it has under the options, and resized for it if need be."""
     model, own = trained.model, trained.data_config
     if model.num_classes < 1:
         raise UsageError(f'{trained.source}: {trained.architecture} has no classifier')
-    height, width = (args.img_size,) * 2 if args.img_size else own['input_size'][-2:]
-    size = tuple(args.input_size or (args.in_chans or own['input_size'][0], height, width))
+    height, width = (options.img_size,) * 2 if options.img_size else own['input_size'][-2:]
+    size = tuple(options.input_size or (options.in_chans or own['input_size'][0], height, width))
     for name in ('mean', 'std'):
-        values = getattr(args, name)
+        values = getattr(options, name)
         if values and len(values) not in (1, size[0]):
             raise UsageError(f'--{name}: {len(values)} values, the images of {trained.architecture} have {size[0]} '
                              f'channels')
-    given = {name: getattr(args, name) for name in ('crop_pct', 'mean', 'std', 'interpolation')}
+    given = {name: getattr(options, name) for name in ('crop_pct', 'mean', 'std', 'interpolation')}
     config = resolve_data_config({**given, 'input_size': size}, pretrained_cfg=own)
     for name in ('mean', 'std'):
         config[name] = tuple(adapt_to_chs(config[name], size[0]))
@@ -263,40 +264,42 @@ def _prepare(trained: TrainedModel, args) -> TrainedModel:
     return trained._replace(data_config=config)
 
 
-def _create_pass(args, models: list[TrainedModel], device: torch.device) -> Pass:
+def _create_pass(options: Validate, models: list[TrainedModel], processes: Processes) -> Pass:
     """Create what one pass over the data needs, for models of the same data configuration and classes."""
     trained = models[0]
-    args = Namespace(**{
-        **vars(args), 'input_size': trained.data_config['input_size'], 'seed': 0, 'validation_batch_size': None})
-    dataset: Any = create_split(args, args.val_split, is_training=False, whole=args.val_split == 'validation')
-    data = _data_name(args, dataset)
+    dataset: Any = create_split(
+        options, options.val_split, trained.data_config['input_size'][0], options.batch_size,
+        whole=options.val_split == 'validation')
+    data = _data_name(options, dataset)
     names = class_names(dataset)
-    if not (args.class_map and names):  # whose indices are the model's
-        if args.imagenet_v2:
+    if not (options.class_map and names):  # whose indices are the model's
+        if options.imagenet_v2:
             names = _imagenet_v2_names(names or [''], data)
         indices = target_indices(trained, names, data)
         if indices is not None:
             dataset.label_map = indices.__getitem__
     dataset.num_classes = trained.model.num_classes
     part = dataset
-    if args.file_list:
-        part = select_files(dataset, args.file_list, data)
-        data = f'{data} ({os.path.basename(args.file_list)})'
-    real_labels = None if args.real_labels is None else real_label_sets(part, args.real_labels, trained, names)
-    loader = create_eval_loader(args, part, trained.data_config, device)
+    if options.file_list:
+        part = select_files(dataset, options.file_list, data)
+        data = f'{data} ({os.path.basename(options.file_list)})'
+    real_labels = None if options.real_labels is None else real_label_sets(part, options.real_labels, trained, names)
+    asked = Loader(options.batch_size, workers=options.workers, pin_mem=options.pin_mem)
+    loader = create_eval_loader(asked, part, trained.data_config, processes)
     return Pass(models, loader, data, real_labels, list(trained.class_names or names or []))
 
 
-def _data_name(args, dataset) -> str:
+def _data_name(options, dataset) -> str:
     """Return what the images are called in the results: their folder, or data set and split."""
     root = getattr(dataset.reader, 'root', None)
-    return os.path.normpath(root) if root else f'{args.dataset}/{args.val_split}'
+    return os.path.normpath(root) if root else f'{options.dataset}/{options.val_split}'
 
 
-def _run_pass(args, each: Pass, device: torch.device) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _run_pass(options: Validate, each: Pass, processes: Processes) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Evaluate the models of a pass and return their rows of the results, and of the results by class."""
-    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    dtype = torch.float16 if args.amp_dtype == 'float16' else torch.bfloat16
+    device = processes.device
+    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+    dtype = torch.float16 if options.amp_dtype == 'float16' else torch.bfloat16
     models = [trained.model.to(device, memory_format=memory_format) for trained in each.models]
 
     def forward(input):
@@ -309,19 +312,19 @@ def _run_pass(args, each: Pass, device: torch.device) -> tuple[list[dict[str, An
         range(len(models)),
         each.loader,
         device,
-        autocast=partial(torch.autocast, device.type, dtype=dtype) if args.amp else nullcontext,
-        distributed=args.distributed,
+        autocast=partial(torch.autocast, device.type, dtype=dtype) if options.amp else nullcontext,
+        distributed=processes.distributed,
         real_labels=each.real_labels,
-        per_class=None if args.per_class is None else models[0].num_classes,
+        per_class=None if options.per_class is None else models[0].num_classes,
     )
     seconds = time.perf_counter() - started
-    skipped = sum(from_all(args, int(each.loader.dataset.replaced.sum())))
+    skipped = sum(from_all(processes, int(each.loader.dataset.replaced.sum())))
     if skipped:
         labels = '' if each.real_labels is None else ', and their ReaL labels'
         _logger.warning(f'{each.data}: {skipped} images could not be read; others took their places{labels}')
     rows, classes = [], []
     for i, trained in enumerate(each.models):
-        rows += _rows(args, each, trained, results[i], seconds)
+        rows += _rows(options, each, trained, results[i], seconds)
         for index, (images, right) in enumerate(results[i]['classes'].tolist() if 'classes' in results[i] else ()):
             if images:
                 classes.append({
@@ -333,14 +336,20 @@ def _run_pass(args, each: Pass, device: torch.device) -> tuple[list[dict[str, An
     return rows, classes
 
 
-def _rows(args, each: Pass, trained: TrainedModel, figures: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
+def _rows(
+        options: Validate,
+        each: Pass,
+        trained: TrainedModel,
+        figures: dict[str, Any],
+        seconds: float,
+) -> list[dict[str, Any]]:
     """Return the rows of the results of a model, one for each set of labels."""
     if not math.isfinite(figures['loss']):
         figures = {'images': figures['images']}
         _logger.warning(f'{trained.source}: {trained.label}: the loss is not finite, so there is no figure')
     config = trained.data_config
     height, width = config['input_size'][-2:]
-    sets = [('v2' if args.imagenet_v2 else args.val_split, '')]
+    sets = [('v2' if options.imagenet_v2 else options.val_split, '')]
     if each.real_labels is not None:
         sets.append(('real', 'real_'))
     return [
@@ -386,16 +395,16 @@ def _table(rows: list[dict[str, Any]], models: list[TrainedModel]) -> list[str]:
         texts=5)
 
 
-def write_results(args, rows: list[dict[str, Any]]) -> None:
+def write_results(options: Validate, rows: list[dict[str, Any]]) -> None:
     """Write the results to --results-file, or else add them to those in the folder of the run, if it is one.
 
     Raises:
         RunError: The file can't be written, or is none of this command.
     """
-    path = args.results_file
+    path = options.results_file
     if not path:
-        folder = args.model if os.path.isdir(args.model) else os.path.dirname(args.model)
-        if not (os.path.exists(args.model) and os.path.isfile(os.path.join(folder, 'args.yaml'))):
+        folder = options.model if os.path.isdir(options.model) else os.path.dirname(options.model)
+        if not (os.path.exists(options.model) and os.path.isfile(os.path.join(folder, 'args.yaml'))):
             return
         path = os.path.join(folder, VALIDATION)
         rows = [{**row, 'model': os.path.basename(row['model'])} for row in rows]
