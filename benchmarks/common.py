@@ -25,7 +25,7 @@ from timm_vpl.engine.loop import train_one_epoch  # noqa: E402
 from timm_vpl.engine.run import create_run  # noqa: E402
 from timm_vpl.engine.step import Progress  # noqa: E402
 from timm_vpl.engine.train import begin  # noqa: E402
-from timm_vpl.options.options import parse_args  # noqa: E402
+from timm_vpl.options.train import parse_args  # noqa: E402
 
 # Data named as more classes than it has: the width of the classifiers is what is measured.
 logging.getLogger('timm_vpl.data').setLevel(logging.ERROR)

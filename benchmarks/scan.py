@@ -34,8 +34,8 @@ def timm_splits(root: str) -> int:
 
 def package_splits(root: str) -> int:
     """Return the number of images that the package finds."""
-    args = common.parse_args(['--model-a', 'test_resnet', '--model-b', 'test_vit', root])
-    return sum(len(create_split(args, split, split == 'train')) for split in ('train', 'validation'))
+    options = common.parse_args(['--model-a', 'test_resnet', '--model-b', 'test_vit', root])
+    return sum(len(create_split(options.data, split, 3)) for split in ('train', 'validation'))
 
 
 def in_process(find, root: str) -> tuple[float, int]:

@@ -28,7 +28,7 @@ from timm_vpl.cli import main
 from timm_vpl.data.sources import DigitsReader
 from timm_vpl.engine.models import branch_config
 from timm_vpl.engine.trained import load_branches
-from timm_vpl.options.options import parse_args, recipe_values
+from timm_vpl.options.train import parse_args, recipe_values
 from timm_vpl.text import code, code_block, markdown
 from timm_vpl.tools.card import model_card
 from timm_vpl.tools.report import make_report
@@ -355,9 +355,9 @@ def test_code_of_a_data_set_only_by_the_command_line(capsys):
     assert line.endswith('a recipe can not allow a data set to run code, only --dataset-trust-remote-code on the '
                          'command line can')
     args = parse_args(['--dataset', 'digits', *PAIR, '-c', 'recipe.yaml', '--dataset-trust-remote-code'])
-    assert args.dataset_trust_remote_code and 'dataset_trust_remote_code' not in recipe_values(args)
+    assert args.data.dataset_trust_remote_code and 'dataset_trust_remote_code' not in recipe_values(args)
     Path('recipe.yaml').write_text('dataset_trust_remote_code: false')
-    assert not parse_args(['--dataset', 'digits', *PAIR, '-c', 'recipe.yaml']).dataset_trust_remote_code
+    assert not parse_args(['--dataset', 'digits', *PAIR, '-c', 'recipe.yaml']).data.dataset_trust_remote_code
 
 
 @pytest.mark.parametrize('value', ['/elsewhere', '..', '../x', 'a/../../x'])
@@ -365,9 +365,9 @@ def test_output_of_a_recipe_stays_below(value, capsys):
     assert recipe_line(f'output: {value}', capsys).endswith(
         f'output: {value} is not below the current folder; give --output on the command line')
     args = parse_args(['--dataset', 'digits', *PAIR, '-c', 'recipe.yaml', '--output', value])
-    assert args.output == value and 'output' not in recipe_values(args)
+    assert args.run.output == value and 'output' not in recipe_values(args)
     Path('recipe.yaml').write_text('output: runs/mine')
-    assert parse_args(['--dataset', 'digits', *PAIR, '-c', 'recipe.yaml']).output == 'runs/mine'
+    assert parse_args(['--dataset', 'digits', *PAIR, '-c', 'recipe.yaml']).run.output == 'runs/mine'
 
 
 @pytest.mark.parametrize('name', [
@@ -377,7 +377,7 @@ def test_experiment_is_a_name(name, capsys):
     Path('recipe.yaml').write_text(yaml.safe_dump({'experiment': name}))
     refused(['train', '--dataset', 'digits', *PAIR, '-c', 'recipe.yaml'], capsys, '--experiment')
     for good in ('', 'run', '007', 'a.b_c-d', 'lr=0.1 (2)', 'größe'):
-        assert parse_args(['--dataset', 'digits', *PAIR, '--experiment', good]).experiment == good
+        assert parse_args(['--dataset', 'digits', *PAIR, '--experiment', good]).run.experiment == good
 
 
 @pytest.mark.parametrize('key', ['cache_dir', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay'])
@@ -431,7 +431,7 @@ def test_names_of_shards_that_are_taken():
     for split in ('train', 'train-{0000..0012}.tar', 'a.tar::b.tar|64', 'x/{a,b}-{0..9}.tar|5', '{0..9}/{00..99}.tar'):
         for place in ('.', 'https://host:8080/a/b', 'gs://bucket', 'file:///data', 'http://host'):
             args = parse_args([*PAIR, '--dataset', 'wds/x', '--data-dir', place, '--train-split', split])
-            assert (args.train_split, args.data_dir) == (split, place)
+            assert (args.data.train_split, args.data.data_dir) == (split, place)
     assert parse_args([*PAIR, '--dataset', 'tfds/mnist', '--train-split', 'train[:80%]'])
 
 

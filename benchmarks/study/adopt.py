@@ -15,14 +15,14 @@ from timm_vpl.engine.device import init_device
 from timm_vpl.engine.environment import environment
 from timm_vpl.engine.run import create_run
 from timm_vpl.files import replacing
-from timm_vpl.options.options import parse_args
+from timm_vpl.options.train import parse_args
 from timm_vpl.tools.runs import read_run
 
 
 def adopt(folder: Path, data: Path) -> None:
     """Write the files that are missing in a run's folder."""
     args = parse_args(['--config', str(folder / 'args.yaml'), '--data-dir', str(data), '--device', 'cpu'])
-    run = create_run(args, init_device(args))
+    run = create_run(args, init_device('cpu'))
     (folder / 'data.yaml').write_text(yaml.safe_dump(run.data))
     (folder / 'environment.yaml').write_text(yaml.safe_dump([{**environment(run.device), 'timm_vpl': 'study-1'}]))
     with open(folder / 'summary.csv', newline='') as file:

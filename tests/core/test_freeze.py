@@ -2,6 +2,7 @@
 import copy
 import logging
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,12 +15,13 @@ from timm.optim import create_optimizer_v2
 
 from timm_vpl import PairWrapper
 from timm_vpl.cli import train
+from timm_vpl.core.processes import Processes
 from timm_vpl.core.task import PairTask
 from timm_vpl.engine.checkpoint import read_checkpoint
-from timm_vpl.engine.device import init_device
 from timm_vpl.engine.models import create_pair, resolve_data
 from timm_vpl.engine.optim import create_criterion, create_optimizer, learning_rates
-from timm_vpl.options.options import parse_args
+from timm_vpl.options.sections import BatchNorm
+from timm_vpl.options.train import parse_args
 
 SIZE = 32
 NUM_CLASSES = 4
@@ -55,17 +57,19 @@ def images(num_images=8, seed=0):
     return torch.randn(num_images, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
 
 
-def start(names, *options):
+CPU = torch.device('cpu')
+
+
+def start(names, *words):
     """The options and the pair, built as the command builds it."""
-    args = parse_args([
+    options = parse_args([
         '--dataset', 'digits', '--num-classes', str(NUM_CLASSES), '--model-a', names[0], '--model-b', names[1], *SMALL,
-        *options])
-    device = init_device(args)
-    return args, create_pair(args, resolve_data(args), device)
+        *words])
+    return options, create_pair(options, resolve_data(options), NUM_CLASSES, Processes(CPU))
 
 
-def start_task(args, pair):
-    task = PairTask(pair, create_criterion(args, 1, torch.device('cpu')), verbose=False)
+def start_task(options, pair):
+    task = PairTask(pair, create_criterion(options, 1, CPU), verbose=False)
     task.set_epoch(0)
     return task
 
@@ -163,12 +167,12 @@ def test_layers_that_were_never_trained_are_warned_of(caplog):
 @pytest.mark.parametrize(('names', 'how'), zip(PAIRS, ['task.train()', 'pair.train()', 'a copy'], strict=True), ids=str)
 def test_frozen_layers_stay_and_the_others_move(names, how):
     depths = (3, 2)
-    args, pair = start(names, '--freeze-depth-a', '3', '--freeze-depth-b', '2')
-    task = start_task(args, pair)
+    options, pair = start(names, '--freeze-depth-a', '3', '--freeze-depth-b', '2')
+    task = start_task(options, pair)
     if how == 'a copy':
         task = copy.deepcopy(task)
         pair = task.trainable_module
-    optimizer = create_optimizer(args, pair, learning_rates(args))
+    optimizer = create_optimizer(options, pair, learning_rates(options, 1))
     task.setup_ema(decay=0.5)
     before = state_of(pair)
     train_steps(task, optimizer, pair.train if how == 'pair.train()' else task.train)
@@ -194,8 +198,8 @@ def test_frozen_layers_stay_and_the_others_move(names, how):
 def test_branch_frozen_up_to_its_head_is_a_fixed_function(names, side):
     # Its BatchNorm normalises by the running statistics in training too.
     name = names['ab'.index(side)]
-    args, pair = start(names, f'--freeze-depth-{side}', str(len(GROUPS[name])))
-    train_steps(start_task(args, pair), create_optimizer(args, pair, learning_rates(args)), pair.train)
+    options, pair = start(names, f'--freeze-depth-{side}', str(len(GROUPS[name])))
+    train_steps(start_task(options, pair), create_optimizer(options, pair, learning_rates(options, 1)), pair.train)
     resting, embeddings = [], []
     for mode in (True, False):
         pair.train(mode)
@@ -209,10 +213,12 @@ def test_branch_frozen_up_to_its_head_is_a_fixed_function(names, side):
 def test_synchronized_batch_norm(monkeypatch):
     # Converted without the GPU that it runs on, and evaluated, where it needs none.
     names = ('test_resnet', 'test_efficientnet')
-    args, plain = start(names, '--freeze-depth-a', '3', '--freeze-depth-b', '3')
+    words = '--freeze-depth-a', '3', '--freeze-depth-b', '3'
+    plain_options, plain = start(names, *words)
     monkeypatch.setattr(PairWrapper, 'to', lambda pair, device: pair)
-    args.sync_bn = args.distributed = True
-    pair = create_pair(args, resolve_data(args), SimpleNamespace(type='cuda'))
+    options = replace(plain_options, batch_norm=BatchNorm(sync_bn=True))
+    processes = Processes(SimpleNamespace(type='cuda'), world_size=2)
+    pair = create_pair(options, resolve_data(options), NUM_CLASSES, processes)
     converted = [module for module in pair.modules() if isinstance(module, torch.nn.SyncBatchNorm)]
     assert len(converted) == sum(isinstance(module, torch.nn.BatchNorm2d) for module in plain.modules())
     for got, want in zip(pair.eval()(images())[:2], plain.eval()(images())[:2], strict=True):
@@ -246,8 +252,8 @@ def settings(optimizer, pair):
 def test_optimizer_has_the_trainable_weights_as_without_freezing(names, options):
     found = {}
     for depths in (('0', '0'), ('2', '3')):
-        args, pair = start(names, *options, '--freeze-depth-a', depths[0], '--freeze-depth-b', depths[1])
-        found[depths] = settings(create_optimizer(args, pair, learning_rates(args)), pair)
+        given, pair = start(names, *options, '--freeze-depth-a', depths[0], '--freeze-depth-b', depths[1])
+        found[depths] = settings(create_optimizer(given, pair, learning_rates(given, 1)), pair)
         trainable = {name for name, parameter in pair.named_parameters() if parameter.requires_grad}
         assert found[depths].keys() == trainable
     whole, part = found.values()

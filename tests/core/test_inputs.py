@@ -16,14 +16,14 @@ from torch.testing import assert_close
 
 from timm_vpl.cli import main, train
 from timm_vpl.core.inputs import InputTransform
+from timm_vpl.core.processes import Processes
 from timm_vpl.data.loaders import PairEvalLoader, create_eval_loaders
 from timm_vpl.data.splits import create_split
-from timm_vpl.engine.device import init_device
 from timm_vpl.engine.log import epoch_terms
 from timm_vpl.engine.loop import train_one_epoch
 from timm_vpl.engine.models import create_branch, loader_config, resolve_data
 from timm_vpl.engine.run import create_run
-from timm_vpl.options.options import parse_args
+from timm_vpl.options.train import parse_args
 
 CPU = torch.device('cpu')
 IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
@@ -64,14 +64,14 @@ SLOW = [
 def parse(data, pair, *options):
     """The options of a pair given as 'MODEL_A + MODEL_B', and timm's configuration of each branch."""
     model_a, model_b = pair.split(' + ')
-    args = parse_args([str(data), '--model-a', model_a, '--model-b', model_b, *QUICK, *map(str, options)])
-    return args, resolve_data(args)
+    parsed = parse_args([str(data), '--model-a', model_a, '--model-b', model_b, *QUICK, *map(str, options)])
+    return parsed, resolve_data(parsed)
 
 
 def start_run(data, output, pair, *options):
     """The parts of a run as the command builds them, and the configurations of the branches."""
-    args, configs = parse(data, pair, '--output', output, '--experiment', 'run', *options)
-    run = create_run(args, init_device(args))
+    parsed, configs = parse(data, pair, '--output', output, '--experiment', 'run', *options)
+    run = create_run(parsed, Processes(CPU))
     run.task.set_epoch(0)
     return run, configs
 
@@ -90,7 +90,7 @@ def bare_model(run, side, configs, ema=False):
     """The model of a branch by itself, built by timm, with its weights."""
     pair = run.task.get_trainable_module(ema=ema)
     pair = pair.module if ema else pair
-    model = create_branch(run.args, side, configs[side])
+    model = create_branch(run.options, side, configs[side], run.pair.num_classes)
     model.load_state_dict(pair.branch(side).state_dict())
     return model.eval()
 
@@ -189,13 +189,13 @@ def test_noise_is_resized_as_by_pillow(size, interpolation):
     ['--img-size', '48', '--crop-pct-a', '0.8', '--interpolation-b', 'bilinear', *HALF_B],
 ], ids=['a smaller', 'other crop and interpolation'])
 def test_validation_is_timms_own_of_each_branch(digits_folder, tmp_path, options):
-    args, configs = parse(digits_folder, 'test_resnet + test_vit', *options, '-vb', '5')
-    init_device(args)
-    loader = create_eval_loaders(args, create_split(args, 'validation', is_training=False), configs, CPU)
+    parsed, configs = parse(digits_folder, 'test_resnet + test_vit', *options, '-vb', '5')
+    images = create_split(parsed.data, 'validation', 3)
+    loader = create_eval_loaders(parsed.loader, images, configs, Processes(CPU))
     assert isinstance(loader, PairEvalLoader) and len(loader) == 4
     alone = {
         side: create_loader(
-            create_split(args, 'validation', is_training=False),
+            create_split(parsed.data, 'validation', 3),
             batch_size=5,
             use_prefetcher=True,
             num_workers=0,
@@ -337,9 +337,9 @@ def test_configuration_of_a_pretrained_branch(digits_folder, tmp_path):
         found['b'], mean=(0.1,) * 3, std=(0.9,) * 3, input_size=(3, 32, 32), crop_pct=0.8, interpolation='bilinear')
     assert not differing(found['a'], mean=(0.1,) * 3, input_size=(3, 64, 64))
     # A model that timm knows by name, without its weights: its size alone.
-    args, found = parse(digits_folder, 'test_resnet + test_vit', *options)
+    _, found = parse(digits_folder, 'test_resnet + test_vit', *options)
     assert found['b']['input_size'] == (3, 160, 160) and loader_config(found) is found['b']
-    args, found = parse(digits_folder, pair, *options)
+    _, found = parse(digits_folder, pair, *options)
     assert loader_config(found) is found['a']
 
 
@@ -357,12 +357,11 @@ def test_pretrained_branch_trains_and_validates_on_its_own_images(digits_folder,
         assert torch.equal(output.logits_a, bare_model(run, 'a', configs)(own['a']))
         assert torch.equal(output.logits_b, bare_model(run, 'b', configs)(own['b']))
     # And at another size.
-    args, configs = parse(
+    parsed, configs = parse(
         digits_folder, f'test_resnet + local-dir:{tmp_path / "vit"}', '--img-size-b', '64', '--pretrained-b')
     assert configs['b'] == {**configs['b'], 'input_size': (3, 64, 64), 'mean': OWN['mean'], 'std': OWN['std']}
     wanted = timm.create_model(f'local-dir:{tmp_path / "vit"}', pretrained=True, num_classes=4, img_size=64)
-    args.num_classes = 4
-    assert torch.equal(create_branch(args, 'b', configs['b']).pos_embed, wanted.pos_embed)
+    assert torch.equal(create_branch(parsed, 'b', configs['b'], 4).pos_embed, wanted.pos_embed)
 
 
 # a whole run

@@ -20,14 +20,14 @@ from torch.utils.data import DataLoader
 
 from timm_vpl import PairTask, PairWrapper
 from timm_vpl.core.methods import METHODS
+from timm_vpl.core.processes import Processes
 from timm_vpl.core.teacher import Teacher
-from timm_vpl.engine.device import init_device
 from timm_vpl.engine.log import epoch_terms
 from timm_vpl.engine.loop import train_one_epoch
 from timm_vpl.engine.optim import create_criterion, only
 from timm_vpl.engine.run import create_run
 from timm_vpl.engine.trained import create_teacher
-from timm_vpl.options.options import parse_args
+from timm_vpl.options.train import parse_args
 
 NUM_CLASSES = 4
 CPU = torch.device('cpu')
@@ -226,12 +226,11 @@ NORMS = {'a': nn.BatchNorm2d, 'b': lambda width: nn.GroupNorm(1, width)}
 
 def make_task(case, *options):
     """The method's task on tiny models: pair and criterion as the options say, and the teacher's model."""
-    args = parse_args(['--dataset', 'digits', *case.options, *options])
-    args.num_classes, args.student = NUM_CLASSES, case.token
-    method = METHODS[args.method]
+    parsed = parse_args(['--dataset', 'digits', *case.options, *options])
+    method = METHODS[parsed.method]
     models = {}
     for i, side in enumerate('ab'):
-        if side in args.sides:
+        if side in parsed.sides:
             drop_path = 0.5 if method.uniform_drop_path else 0.
             models[side] = TinyModel(WIDTHS[side], NORMS[side], drop_path, token=side == case.token, seed=i)
     teacher = None
@@ -243,11 +242,11 @@ def make_task(case, *options):
     pair = PairWrapper(
         models.get('a'),
         models.get('b'),
-        affine_side=args.affine_side,
+        affine_side=getattr(parsed.own, 'affine_side', 'b'),
         partner_dim=teacher and teacher.embed_dim,
-        affine=method.projects(args),
+        affine=method.projects(parsed.own, parsed.sides),
     ).double()
-    criterion = create_criterion(args, 3, CPU)
+    criterion = create_criterion(parsed, 3, CPU, case.token)
     criterion.set_epoch(1)  # all terms are on
     task = PairTask(pair, criterion, teacher=teacher, verbose=False)
     task.train()
@@ -373,8 +372,8 @@ def save_teacher(folder, name='test_efficientnet', size=48, class_names=None, **
 
 def start_run(data, output, *options):
     """The parts of a run as the command builds them."""
-    args = parse_args([str(data), *SMALL, '--output', str(output), '--experiment', 'run', *options])
-    run = create_run(args, init_device(args))
+    parsed = parse_args([str(data), *SMALL, '--output', str(output), '--experiment', 'run', *options])
+    run = create_run(parsed, Processes(CPU))
     run.task.set_epoch(0)
     return run
 
@@ -442,12 +441,11 @@ def test_sources_of_a_teacher(digits_folder, teacher_run, tmp_path):
     pair_run = run(digits_folder, tmp_path, '--method', 'dml', '--epochs', '1')
 
     def teacher(source, *options, student='b'):
-        args = parse_args([
+        parsed = parse_args([
             str(digits_folder), '--method', 'distill', f'--model-{student}', 'test_vit', '--teacher', str(source),
             *options])
-        args.num_classes = NUM_CLASSES
         config = {'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD, 'input_size': (3, 32, 32)}
-        found = create_teacher(args, config, [f'class{i}' for i in range(NUM_CLASSES)])
+        found = create_teacher(parsed, config, NUM_CLASSES, [f'class{i}' for i in range(NUM_CLASSES)])
         assert found.side == {'a': 'b', 'b': 'a'}[student]
         return found.branch.model.state_dict()
 
@@ -514,9 +512,8 @@ TIMMS = {
 @pytest.mark.parametrize('kind', TIMMS)
 def test_distillation_is_timms(kind, statistics):
     options, timm_task, timm_kwargs, (name, timm_name, ratio) = TIMMS[kind]
-    args = parse_args([
+    parsed = parse_args([
         '--dataset', 'digits', *STUDENT, '--teacher', 'test_resnet', '--smoothing', '0', '--method', *options])
-    args.student = 'b'
     torch.manual_seed(0)
     student = timm.create_model(
         DEIT, num_classes=NUM_CLASSES, img_size=32, depth=2, embed_dim=48, num_heads=3).double()
@@ -531,7 +528,7 @@ def test_distillation_is_timms(kind, statistics):
     if options[0] == 'deit':
         student.set_distilled_training(True)
     ours = PairTask(
-        PairWrapper(None, student), create_criterion(args, 1, CPU),
+        PairWrapper(None, student), create_criterion(parsed, 1, CPU, 'b'),
         teacher=Teacher(teacher, 'a', {**config, 'mean': mean, 'std': std}, config), verbose=False)
     # The factors of the normalisation are float32 here.
     close = {} if statistics == 'same statistics' else {'rtol': 1e-5, 'atol': 1e-6}

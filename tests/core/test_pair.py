@@ -1,5 +1,4 @@
 """PairWrapper against the bare timm models: outputs, embeddings, affine layer, state, timm's tools, compilation."""
-import argparse
 import copy
 import pickle
 
@@ -15,6 +14,7 @@ from torch._dynamo.utils import counters
 from timm_vpl import PairOutput, PairWrapper
 from timm_vpl.core.names import SIDES
 from timm_vpl.engine.optim import param_groups
+from timm_vpl.options.train import make_options
 
 SIZE = 32
 NUM_CLASSES = 5
@@ -581,16 +581,9 @@ def test_layer_decay_of_known_layers():
 @pytest.mark.parametrize('layer_decay', [None, 0.75])
 def test_named_groups_of_the_script_are_each_branchs_own(layer_decay):
     pair = make_pair()
-    args = argparse.Namespace(opt_kwargs=None)
-    for side, weight_decay in (('a', 0.1), ('b', 0.05)):
-        for name, value in (
-                ('weight_decay', weight_decay),
-                ('layer_decay', layer_decay),
-                ('layer_decay_min_scale', None),
-                ('layer_decay_no_opt_scale', None),
-        ):
-            setattr(args, f'{name}_{side}', value)
-    groups = param_groups(args, pair, {'a': 0.5, 'b': 0.25})
+    options = make_options({
+        'model_a': 'x', 'model_b': 'x', 'weight_decay_a': 0.1, 'weight_decay_b': 0.05, 'layer_decay': layer_decay})
+    groups = param_groups(options, pair, {'a': 0.5, 'b': 0.25})
     assert {(group['side'], group['lr']) for group in groups} == {('a', 0.5), ('b', 0.25)}
     got = group_settings(create_optimizer_v2(groups, 'adamw', lr=1))
     want = {id(pair.affine.weight): (1., 0.05), id(pair.affine.bias): (1., 0.)}

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from timm_vpl.core.processes import Processes
 from timm_vpl.data.loaders import create_eval_loader, create_train_loader
 from timm_vpl.data.splits import create_split, resolve_classes
-from timm_vpl.engine.device import init_device
-from timm_vpl.options.options import parse_args
+from timm_vpl.options.train import parse_args
 
 CPU = torch.device('cpu')
 MODELS = ['--model-a', 'test_resnet', '--model-b', 'test_vit', '--img-size', '32', '--device', 'cpu']
@@ -19,26 +19,23 @@ CONFIG = {
 
 
 def options(*argv):
-    args = parse_args([*MODELS, '-b', '8', '-j', '0', *map(str, argv)])
-    init_device(args)
-    return args
+    return parse_args([*MODELS, '-b', '8', '-j', '0', *map(str, argv)])
 
 
 def split(*argv, name='train'):
     """A split, by default that of training."""
-    return create_split(options(*argv), name, is_training=name == 'train')
+    asked = options(*argv)
+    return create_split(asked.data, name, asked.input.channels, 8, asked.run.seed, is_training=name == 'train')
 
 
 def train_loader(*argv):
-    args = options(*argv)
-    dataset = create_split(args, 'train', is_training=True)
-    args.num_classes, _ = resolve_classes(args, dataset, dataset)
-    return create_train_loader(args, dataset, CONFIG, CPU)
+    asked, images = options(*argv), split(*argv)
+    num_classes, _ = resolve_classes(asked, images, images)
+    return create_train_loader(asked, images, CONFIG, num_classes, Processes(CPU))
 
 
 def eval_loader(*argv):
-    args = options(*argv)
-    return create_eval_loader(args, create_split(args, 'validation', is_training=False), CONFIG, CPU)
+    return create_eval_loader(options(*argv).loader, split(*argv, name='validation'), CONFIG, Processes(CPU))
 
 
 def pack(folder, *names):

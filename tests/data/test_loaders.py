@@ -17,6 +17,7 @@ from processes import load_results, run_ranks
 from timm.data import FastCollateMixup, ImageDataset, create_loader
 from torch.utils.data import DataLoader, Dataset
 
+from timm_vpl.core.processes import Processes
 from timm_vpl.core.seeding import seed_all
 from timm_vpl.data.failures import data_errors
 from timm_vpl.data.images import StreamImages
@@ -342,9 +343,8 @@ def stream(*args):
 
 
 def stream_loader(labels, *argv, rank=0, world_size=1):
-    args, dataset = options('.', *argv), stream(labels)
-    args.rank, args.world_size = rank, world_size
-    loader = create_train_loader(args, dataset, CONFIG, CPU)
+    processes = Processes(CPU, rank, world_size)
+    loader = create_train_loader(options('.', *argv), stream(labels), CONFIG, 4, processes)
     loader.images.transform = None
     return loader
 

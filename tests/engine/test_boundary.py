@@ -10,7 +10,7 @@ from timm_vpl.cli import train
 from timm_vpl.engine.boundary import as_line
 from timm_vpl.engine.train import train as train_run
 from timm_vpl.errors import RunError, UsageError
-from timm_vpl.options.options import parse_args
+from timm_vpl.options.train import parse_args
 
 
 def raised(error, cause=None):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from timm_vpl.cli import train
 from timm_vpl.engine.checkpoint import newest_checkpoint, read_checkpoint, recovery_files
-from timm_vpl.options.options import changed_options, parse_args, recipe_values
+from timm_vpl.options.train import changed_options, parse_args, recipe_values
 
 SHORT = [
     *NOISE, '--epochs', '3', '--x', '40', '--y', '30', '--log-interval', '1', '--experiment', 'run', '-vb', '4',
@@ -118,8 +118,8 @@ def test_a_folder_to_resume(digits_folder, tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert train([str(digits_folder), *PAIR, *SMALL, '--resume', str(tmp_path)]) == 2
     assert f'--resume {tmp_path}: no checkpoint in this folder' in capsys.readouterr().err
-    args = parse_args([*pair, '--output', str(tmp_path.parent), '--experiment', tmp_path.name])
-    assert (args.output, args.experiment, args.resume_auto) == (str(tmp_path.parent), tmp_path.name, True)
+    run_options = parse_args([*pair, '--output', str(tmp_path.parent), '--experiment', tmp_path.name])
+    assert (run_options.run.output, run_options.run.experiment) == (str(tmp_path.parent), tmp_path.name)
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ def recipe(rng: random.Random, real: Path):
 
     from timm_vpl.engine.device import init_device
     from timm_vpl.engine.run import create_run
-    from timm_vpl.options.options import parse_args
+    from timm_vpl.options.train import parse_args
     source = rng.choice(sorted((ROOT / 'hparams').glob('*.yaml')))
     if rng.random() < 0.4:
         data = mutate_bytes(rng, source.read_bytes())
@@ -114,10 +114,11 @@ def recipe(rng: random.Random, real: Path):
              *(PAIR if rng.random() < 0.8 else []), *(SMALL if rng.random() < 0.8 else [])]
 
     def build():
-        args = parse_args([*words, '--workers', '0', '--device', 'cpu'], 'fuzz')
-        names = [name for name in (args.model_a, args.model_b) if name]
-        if set(names) <= {'test_resnet', 'test_vit'} and args.dataset == 'digits' and args.batch_size < 2000:
-            create_run(args, init_device(args))
+        options = parse_args([*words, '--workers', '0', '--device', 'cpu'], 'fuzz')
+        names = {branch.model for branch in options.branches.values()}
+        small = names <= {'test_resnet', 'test_vit'} and options.loader.batch_size < 2000
+        if small and options.data.dataset == 'digits':
+            create_run(options, init_device('cpu'))
     return build
 
 

@@ -13,8 +13,8 @@ from timm_vpl import ContrastiveLoss, VPLLoss
 from timm_vpl.core.names import DEFAULT_TAU
 from timm_vpl.core.option import SAME
 from timm_vpl.errors import RunError, UsageError
-from timm_vpl.options.checks import timm_model_names
 from timm_vpl.options import recipes, train
+from timm_vpl.options.checks import timm_model_names
 from timm_vpl.options.page import options_markdown
 from timm_vpl.options.parser import show
 from timm_vpl.options.recipes import recipe_path

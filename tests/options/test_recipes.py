@@ -7,20 +7,21 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
 from timm.data import dataset_factory
+from timm_vpl.options.parsing import read_recipe
 
 from timm_vpl.cli import train
 from timm_vpl.core.methods import METHODS
 from timm_vpl.core.pair import PairWrapper
 from timm_vpl.engine.models import create_branch, loader_config, resolve_data
 from timm_vpl.engine.optim import learning_rates
-from timm_vpl.options.options import build_parser, parse_args
-from timm_vpl.options.parsing import read_recipe
+from timm_vpl.options.train import build_parser, parse_args
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / 'hparams').glob('*.yaml'))
@@ -93,10 +94,11 @@ def arguments(path, data_dir):
 
 def options_of(path, data_dir):
     """Return the options of a recipe, as its command gives them on so many processes."""
-    args = parse_args(arguments(path, data_dir))
-    args.world_size = int((re.search(r'--nproc-per-node (\d+)', ' '.join(command(path))) or (0, 1))[1])
-    args.num_classes, args.rank = CLASSES[path.stem.partition('_')[0]], 0
-    return args
+    options = parse_args(arguments(path, data_dir))
+    return SimpleNamespace(
+        **options.flat(), sides=options.sides, options=options,
+        world_size=int((re.search(r'--nproc-per-node (\d+)', ' '.join(command(path))) or (0, 1))[1]),
+        classes=CLASSES[path.stem.partition('_')[0]])
 
 
 def is_cnn(args, side):
@@ -138,23 +140,24 @@ built = {}
 @each_recipe
 def test_real_models_on_the_meta_device(path, digits_folder):
     args = options_of(path, digits_folder)
-    key = str([args.img_size, args.num_classes, METHODS[args.method].uniform_drop_path] + [
-        getattr(args, f'{name}_{side}') for side in args.sides for name in ('model', 'model_kwargs', 'drop_path')])
+    names = 'model', 'model_kwargs', 'drop_path', 'img_size'
+    key = str([args.classes, METHODS[args.method].uniform_drop_path] + [
+        getattr(args, f'{name}_{side}') for side in args.sides for name in names])
     if key not in built:
-        configs = resolve_data(args)
+        configs = resolve_data(args.options)
         with torch.device('meta'):
-            models = {side: create_branch(args, side, configs[side]) for side in args.sides}
-            pair = PairWrapper(models.get('a'), models.get('b'), affine_side=args.affine_side).eval()
+            models = {side: create_branch(args.options, side, configs[side], args.classes) for side in args.sides}
+            pair = PairWrapper(models.get('a'), models.get('b'), affine_side=getattr(args, 'affine_side', 'b')).eval()
             output = pair(torch.zeros(2, *loader_config(configs)['input_size']))
         built[key] = {side: tuple(getattr(output, f'logits_{side}').shape) for side in args.sides}
         assert not METHODS[args.method].distilled or hasattr(models['b'], 'set_distilled_training')
-    assert built[key] == dict.fromkeys(args.sides, (2, args.num_classes))
+    assert built[key] == dict.fromkeys(args.sides, (2, args.classes))
 
 
 @each_recipe
 def test_learning_rates(path, digits_folder):
     args = options_of(path, digits_folder)
-    lrs = learning_rates(args)
+    lrs = learning_rates(args.options, args.world_size)
     images = args.batch_size * args.world_size
     decays = {getattr(args, f'weight_decay_{side}') for side in args.sides}
     others = [value for part, value in OTHERS.items() if part in path.stem]

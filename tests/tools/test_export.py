@@ -16,12 +16,13 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from timm_vpl.cli import main, train
+from timm_vpl.core.processes import Processes
 from timm_vpl.core.task import PairTask
 from timm_vpl.engine.checkpoint import Saver, read_checkpoint
 from timm_vpl.engine.models import branch_config, create_pair, resolve_data
 from timm_vpl.engine.optim import create_criterion, create_optimizer, learning_rates
 from timm_vpl.engine.trained import load_branches
-from timm_vpl.options.options import parse_args, recipe_values
+from timm_vpl.options.train import parse_args, recipe_values
 from timm_vpl.tools.runs import COLUMNS
 from timm_vpl.tools.tables import write_rows
 
@@ -169,16 +170,14 @@ def test_weights_that_were_evaluated_are_exported(run_options, digits_folder, tm
 
 def save_pair(folder, *options):
     """Save an untrained pair, its BatchNorm statistics moved, as a run saves it; return its checkpoint."""
-    args = parse_args(['--dataset', 'digits', '--batch-size', '2', *options])
-    args.world_size, args.distributed = 1, False
-    args.num_classes = args.num_classes or 7
-    configs = resolve_data(args)
-    pair = create_pair(args, configs, torch.device('cpu'))
+    parsed = parse_args(['--dataset', 'digits', '--batch-size', '2', *options])
+    configs = resolve_data(parsed)
+    pair = create_pair(parsed, configs, parsed.input.num_classes or 7, Processes(torch.device('cpu')))
     generator = torch.Generator().manual_seed(0)
     for name, buffer in pair.named_buffers():
         if 'running_' in name:
             buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
-    task = PairTask(pair, create_criterion(args, 2, torch.device('cpu')), verbose=False)
+    task = PairTask(pair, create_criterion(parsed, 2, torch.device('cpu')), verbose=False)
     task.setup_ema(decay=0.5)
     pair.averaged = [task.get_trainable_module(ema=True).module]  # a list: not part of the pair
     with torch.no_grad():
@@ -187,8 +186,8 @@ def save_pair(folder, *options):
     saver = Saver(
         str(folder),
         task,
-        create_optimizer(args, pair, learning_rates(args)),
-        recipe_values(args),
+        create_optimizer(parsed, pair, learning_rates(parsed, 1)),
+        recipe_values(parsed),
         {side: branch_config(pair.branch(side), configs[side], None) for side in pair.sides},
     )
     saver.save(0, {}, {'model_best': 1., **{f'best_{side}': 1. for side in pair.sides}})

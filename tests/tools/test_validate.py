@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import tarfile
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from timm.data import ImageDataset, ImageNetInfo, create_loader, resolve_model_d
 from timm.models import save_for_hf
 
 from timm_vpl.cli import main
+from timm_vpl.core.processes import Processes
 from timm_vpl.engine.evaluate import RealLabelsEvaluator, evaluate
 from timm_vpl.engine.trained import TrainedModel, load_branches
 from timm_vpl.options.commands import parse_command
@@ -134,10 +134,8 @@ def test_imagenet_v2(imagenet_v2, dataset, shuffled):
     model = timm.create_model('test_vit', num_classes=1000, img_size=32)
     trained = TrainedModel(model, 'test_vit', 'test_vit', {
         **resolve_model_data_config(model), 'input_size': (3, 8, 8), 'crop_pct': 1.}, names)
-    args = Namespace(**vars(parse_command(
-        'validate', ['test_vit', str(imagenet_v2), '--dataset', dataset, '--imagenet-v2', *QUICK])), prefetcher=True)
-    args.distributed = False
-    each = _create_pass(args, [trained], CPU)
+    asked = parse_command('validate', ['test_vit', str(imagenet_v2), '--dataset', dataset, '--imagenet-v2', *QUICK])
+    each = _create_pass(asked, [trained], Processes(CPU))
 
     def forward(images):
         logits = read_colour(images, trained.data_config)
