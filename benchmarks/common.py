@@ -1,6 +1,7 @@
 """What the benchmarks share: options, runs of the package on a fixed batch, interleaved timing, tables and JSON."""
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -98,9 +99,10 @@ def arguments(options, method: str, sides: str = 'ab', *extra) -> list[str]:
     return [str(item) for item in [*argv, *extra]]
 
 
-# What `init_device` writes into the options.
-_OF_A_PROCESS = ('device', 'distributed', 'world_size', 'rank', 'local_rank')
-_joined: dict = {}
+@functools.cache
+def join(device: str | None):
+    """Join the other processes: once, for all runs of this one."""
+    return init_device(device)
 
 
 class FixedLoader:
@@ -127,15 +129,8 @@ def create(argv: list[str], epoch: int = STAGE_2, started: bool = True):
         epoch: Epoch that decides the stage.
         started: Wrap its parts for several processes, as before a training.
     """
-    args = parse_args(argv)
-    if torch.distributed.is_initialized():  # a process joins the others once, for all its runs
-        vars(args).update(_joined)
-        device = torch.device(args.device)
-    else:
-        device = init_device(args)
-        _joined.update({key: getattr(args, key) for key in _OF_A_PROCESS})
-    args.output = args.output or scratch()
-    run = create_run(args, device)
+    options = parse_args(['--output', scratch(), *argv])
+    run = create_run(options, join(options.device.device))
     if started:
         begin(run, None)
     run.task.set_epoch(epoch)
@@ -145,10 +140,10 @@ def create(argv: list[str], epoch: int = STAGE_2, started: bool = True):
 def create_fixed(argv: list[str], steps: int, epoch: int = STAGE_2, started: bool = True):
     """Return a run whose epoch is `steps` steps on one batch that lies on the device; it logs nothing."""
     run = create(argv, epoch, started)
-    args = run.args
+    batch_size, size = run.options.loader.batch_size, run.options.branches['a'].img_size
     generator = torch.Generator().manual_seed(0)
-    input = torch.randn(args.batch_size, 3, args.img_size, args.img_size, generator=generator)
-    target = torch.randint(args.num_classes, (args.batch_size,), generator=generator)
+    input = torch.randn(batch_size, 3, size, size, generator=generator)
+    target = torch.randint(run.pair.num_classes, (batch_size,), generator=generator)
     run.loader_train = FixedLoader(input.to(run.device), target.to(run.device), steps)
     run.saver = None
     return run

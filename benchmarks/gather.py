@@ -88,7 +88,7 @@ def plain_step(options):
 
 
 def _device_ids(run):
-    return [run.args.local_rank] if run.device.type == 'cuda' else None
+    return [run.processes.local_rank] if run.device.type == 'cuda' else None
 
 
 def work(rank, options, port):

@@ -53,8 +53,8 @@ def main(argv=None) -> None:
     if int(os.environ.get('RANK', 0)):
         return
     report = Report('guards', options)
-    name = f'guards, {run.args.world_size} process(es)'
-    report.times(name, seconds, options.steps, options.batch_size * run.args.world_size)
+    name = f'guards, {run.processes.world_size} process(es)'
+    report.times(name, seconds, options.steps, options.batch_size * run.processes.world_size)
     report.ratios(name, {'with / without': (seconds['with'], seconds['without'])})
     report.save()
 

@@ -11,6 +11,7 @@ of an epoch, without log lines: once on a batch that lies on the device, once wi
 import contextlib
 import logging
 import time
+from types import SimpleNamespace
 
 import common
 import timm
@@ -46,22 +47,23 @@ class Plain:
     """A run of timm's parts with the settings of one of the package's."""
 
     def __init__(self, run):
-        args, side = run.args, 'a'
+        options, side = run.options, 'a'
+        args = SimpleNamespace(**options.flat())
         self.args, self.device, self.num_epoch = args, run.device, 0
-        config = models.loader_config(models.resolve_data(args))
+        config = models.loader_config(models.resolve_data(options))
         size = models.size_kwargs(models.pretrained_cfg_of(args.model_a, '--model-a'), config['input_size'])
-        model = timm.create_model(args.model_a, num_classes=args.num_classes, **size)
+        model = timm.create_model(args.model_a, num_classes=run.pair.num_classes, **size)
         model.load_state_dict(run.pair.branch(side).state_dict())
         memory_format = torch.channels_last if args.channels_last_a else torch.contiguous_format
         model.to(self.device, memory_format=memory_format)
         self.memory_format = memory_format
         self.optimizer = create_optimizer_v2(
-            model, opt=args.opt, lr=optim.learning_rates(args)[side], weight_decay=args.weight_decay_a,
+            model, opt=args.opt, lr=optim.learning_rates(options, 1)[side], weight_decay=args.weight_decay_a,
             fused=run.optimizer.defaults.get('fused'))
         if args.data_dir:
             dataset = create_dataset('', root=args.data_dir, split=args.train_split, is_training=True)
         else:
-            dataset = create_split(args, args.train_split, is_training=True)  # timm's ImageDataset of the digits
+            dataset = create_split(options.data, args.train_split, 3)  # the digits
         self.loader = create_loader(
             dataset,
             input_size=config['input_size'],
@@ -81,8 +83,9 @@ class Plain:
             pin_memory=args.pin_mem,
             device=self.device,
         )
+        schedule = scheduler_kwargs(SimpleNamespace(**vars(options.schedule), patience_epochs=0))
         self.scheduler, _ = create_scheduler_v2(
-            self.optimizer, **scheduler_kwargs(args), updates_per_epoch=len(self.loader))
+            self.optimizer, **schedule, updates_per_epoch=len(self.loader))
         self.task = ClassificationTask(
             model, criterion_kwargs={'smoothing': args.smoothing}, device=self.device, verbose=False)
         self.task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)

@@ -30,7 +30,8 @@ run = common.create_fixed(json.loads(sys.argv[3]), options.steps)
 train = common.block(run)
 for _ in range(2):
     train()
-first = run.args.rank == 0
+several = common.torch.distributed.is_initialized()
+first = not (several and common.torch.distributed.get_rank())
 with common.torch.profiler.profile(activities=[common.torch.profiler.ProfilerActivity.CPU]) as profiler:
     train()
 names = [event.name for event in profiler.events()]
@@ -39,7 +40,7 @@ counts = [
     for begin in ('aten::', 'aten::_local_scalar_dense', 'c10d::')]
 print('ready', *counts, flush=True) if first else None
 for line in sys.stdin if first else iter(int, 1):
-    if run.args.distributed:
+    if several:
         common.torch.distributed.barrier()
     started = time.perf_counter()
     train()
