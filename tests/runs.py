@@ -63,7 +63,8 @@ def differences(folder: Path, other: Path) -> list[str]:
     """Return in what two finished runs differ: weights, EMA, optimizer, bookkeeping, summary, files; to the bit."""
     found = []
     names = [
-        sorted(path.name for path in f.glob('*') if not path.name.startswith('recovery-')) for f in (folder, other)]
+        sorted(path.name for path in f.glob('*') if not path.name.startswith(('recovery-', 'traceback-')))
+        for f in (folder, other)]
     if names[0] != names[1]:
         found.append(f'files: {names[0]} and {names[1]}')
     if summary(folder) != summary(other):

@@ -45,16 +45,15 @@ def test_args_yaml_is_a_recipe_of_the_same_run(digits_folder, tmp_path):
         assert yaml.safe_load(f)['model_a'] == 'test_resnet'
 
 
-@pytest.mark.parametrize('side', ['a', 'b'])
-def test_pair_with_weights_0_trains_a_branch_as_alone(digits_folder, tmp_path, side):
+def test_pair_with_weights_0_trains_each_branch_as_alone(digits_folder, tmp_path):
     options = [*NOISE, '--clip-grad', '1.0', '--mixup', '0.2']
     pair = run(digits_folder, tmp_path, *options, '--contrastive-weight', '0', '--kl-weight', '0', name='pair')
-    model = PAIR[:2] if side == 'a' else PAIR[2:]
-    solo = run(digits_folder, tmp_path, *options, '--method', 'solo', name='solo', models=model)
-    for key in ('state_dict', 'state_dict_ema'):
-        assert_equal_weights(last(solo)[key], last(pair)[key], f'model_{side}.')
-    assert [row[f'eval_loss_{side}'] for row in rows(solo)] == [row[f'eval_loss_{side}'] for row in rows(pair)]
-    assert f'train_ce_{side}_loss' in rows(solo)[0] and 'train_kl_loss' not in rows(solo)[0]
+    for side, model in (('a', PAIR[:2]), ('b', PAIR[2:])):
+        solo = run(digits_folder, tmp_path, *options, '--method', 'solo', name=f'solo_{side}', models=model)
+        for key in ('state_dict', 'state_dict_ema'):
+            assert_equal_weights(last(solo)[key], last(pair)[key], f'model_{side}.')
+        assert [row[f'eval_loss_{side}'] for row in rows(solo)] == [row[f'eval_loss_{side}'] for row in rows(pair)]
+        assert f'train_ce_{side}_loss' in rows(solo)[0] and 'train_kl_loss' not in rows(solo)[0]
 
 
 def test_workers_do_not_change_a_run(digits_folder, tmp_path):

@@ -104,8 +104,8 @@ def test_nodes(case, tmp_path):
 
 
 @pytest.mark.parametrize('args', [
-    ['--kills', '1', '--methods', 'vpl', '--processes', '2'],
-    pytest.param(['--kills', '2', '--methods', 'dml', '--processes', '1', '3'], marks=pytest.mark.faults),
+    ['--kills', '2', '--methods', 'vpl', '--processes', '1'],
+    pytest.param(['--kills', '2', '--methods', 'dml', '--processes', '2', '3'], marks=pytest.mark.faults),
 ], ids=['vpl', 'dml'])
 def test_kill(args, tmp_path):
     run(tmp_path, 'kill.py', *args)
