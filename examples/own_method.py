@@ -6,11 +6,13 @@ two networks that train at the same time: the transformer follows which images o
     python examples/own_method.py --config quickstart --method similarity
 """
 import sys
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 
 from timm_vpl import METHODS, Method, StagedLoss, StageSchedule, Term, base_term
 from timm_vpl.cli import train
+from timm_vpl.core.option import NonNegative, option
 
 
 def similarity_loss(output, target):
@@ -23,13 +25,20 @@ def similarity_loss(output, target):
 similarity_loss.uses_embeddings = True  # so that the pair computes them
 
 
-def criterion(args, epochs, base_loss):
+@dataclass(frozen=True)
+class Options:
+    """Options of the method: in the help, in recipes, and checked like all others."""
+    y: NonNegative = option(20., 'percent of the epochs after the term has ended')
+    similarity_weight: NonNegative = option(100., 'weight of the term')
+
+
+def criterion(own, setting):
     """Both branches learn from the labels, b in the first (100 - y) % of the epochs also from a."""
-    schedule = StageSchedule(epochs, y=args.y)
+    schedule = StageSchedule(setting.epochs, y=own.y)
     return StagedLoss([
-        base_term('a', base_loss),
-        base_term('b', base_loss),
-        Term('similarity_loss', similarity_loss, weight=100., active=schedule.contrastive),
+        base_term('a', setting.base_loss),
+        base_term('b', setting.base_loss),
+        Term('similarity_loss', similarity_loss, own.similarity_weight, schedule.contrastive),
     ])
 
 
@@ -37,9 +46,8 @@ METHODS['similarity'] = Method(
     'similarity-preserving distillation between two networks that train together',
     models=(2,),
     criterion=criterion,
-    passes=lambda options: 2,
-    options=('y',),
-    projects=lambda args: False,  # matrices of the images compare without an affine layer
+    options=Options,
+    projects=lambda own, sides: False,  # matrices of the images compare without an affine layer
 )
 
 if __name__ == '__main__':

@@ -14,13 +14,13 @@ import pytest
 import timm
 import torch
 from timm.data import dataset_factory
-from timm_vpl.options.parsing import read_recipe
 
 from timm_vpl.cli import train
 from timm_vpl.core.methods import METHODS
 from timm_vpl.core.pair import PairWrapper
 from timm_vpl.engine.models import create_branch, loader_config, resolve_data
 from timm_vpl.engine.optim import learning_rates
+from timm_vpl.options.recipes import read_recipe
 from timm_vpl.options.train import build_parser, parse_args
 
 ROOT = Path(__file__).resolve().parents[2]

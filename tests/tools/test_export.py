@@ -128,7 +128,7 @@ def test_card(run_dir):
     assert results == {
         'Top-1': pytest.approx(float(best['eval_ema_top1_b'])), 'Top-5': pytest.approx(float(best['eval_ema_top5_b']))}
     assert f'| validation | raw | {float(best["eval_top1_b"]):.3f} | {float(best["eval_top5_b"]):.3f} |' in card.text
-    assert 'Partner in training: `test_resnet`' in card.text and 'crop_pct: 0.9' in card.text
+    assert 'Partner in training: `test_resnet`' in card.text and 'crop_pct_b: 0.9' in card.text
     assert str(run_dir.parent) not in card.content and 'data_dir' not in card.content and 'seed: 3' in card.text
     for how in ('hang_timeout', 'recovery_minutes', 'nonfinite_limit', 'workers', 'device', 'experiment'):
         assert f'{how}:' not in card.text

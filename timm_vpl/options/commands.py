@@ -36,11 +36,15 @@ class Export:
 
 
 @dataclass(frozen=True)
-class Validate(Source):
-    """Dataset parameters."""
+class _Trained:
     model: str = option(
         '', 'folder of a run or checkpoint (both branches, raw and averaged), exported folder, hf-hub:ID or timm name',
         metavar='MODEL', positional=True)
+
+
+@dataclass(frozen=True)
+class Validate(Source, _Trained):  # MODEL comes before DIR
+    """Dataset parameters."""
     val_split: str = option('validation', 'split to validate on', '--split', metavar='NAME')
     val_num_samples: Count | None = option(None, 'images, where the data set does not tell', '--num-samples')
     real_labels: str | None = option(
