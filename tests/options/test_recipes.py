@@ -92,11 +92,11 @@ def arguments(path, data_dir):
     return argv if '--no-pretrained' in argv or not path.stem.startswith('finetune') else [*argv, '--no-pretrained']
 
 
-def options_of(path, data_dir):
+def options_of(path, data_dir, *more):
     """Return the options of a recipe, as its command gives them on so many processes."""
-    options = parse_args(arguments(path, data_dir))
+    options = parse_args([*arguments(path, data_dir), *more])
     return SimpleNamespace(
-        **options.flat(), sides=options.sides, options=options,
+        **{'model_a': '', 'model_b': '', **options.flat()}, sides=options.sides, options=options,
         world_size=int((re.search(r'--nproc-per-node (\d+)', ' '.join(command(path))) or (0, 1))[1]),
         classes=CLASSES[path.stem.partition('_')[0]])
 
@@ -173,9 +173,8 @@ def test_learning_rates(path, digits_folder):
 
 
 def test_learning_rates_scale_with_the_batch(digits_folder):
-    args = options_of(VPL, digits_folder)
-    args.batch_size = 50  # a quarter of the batch, AdamW: half the learning rate
-    assert learning_rates(args) == pytest.approx({'a': 0.0025, 'b': 0.001})
+    options = options_of(VPL, digits_folder, '-b', '50')  # a quarter of the batch, AdamW: half the learning rate
+    assert learning_rates(options.options, options.world_size) == pytest.approx({'a': 0.0025, 'b': 0.001})
 
 
 @pytest.mark.parametrize('prefix, others', [

@@ -38,7 +38,7 @@ def as_line(
     if show:
         traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, (RunError, UsageError)):
-        if '\n' not in str(error):
+        if 'Traceback' not in str(error):
             return error
         # Of a loader's worker: its traceback, with the message as the last line.
         return type(error)(str(error).strip().splitlines()[-1].removeprefix(f'{RunError.__module__}.RunError: '))

@@ -20,7 +20,7 @@ from ..core.option import Idle
 from ..errors import UsageError
 from ..text import one_line
 from .checks import check
-from .parser import Entry, OptionParser, flag_of, show
+from .parser import Entry, OptionParser, entries_of, flag_of, show
 from .recipes import check_foreign, load_recipe, option_tokens, recipe_path
 from .refused import check_not_refused
 from .sections import (
@@ -263,7 +263,8 @@ def idle_options(options: Options) -> dict[Idle, list[str]]:
         **options.flat(), 'sides': options.sides, 'branch': options.branches.__getitem__,
         'augmentation': options.augmentation})
     idle: dict[Idle, list[str]] = {}
-    for dest, entry in build_parser().entries.items():
+    own = entries_of(type(options.own))  # methods may name an option alike
+    for dest, entry in {**build_parser().entries, **own}.items():
         if entry.side is None:
             places: list[Any] = [view] if hasattr(view, dest) else []
         else:
