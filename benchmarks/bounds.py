@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from timm_vpl import losses
+from timm_vpl.core import losses
 
 # Dense bfloat16 TFLOP/s and memory TB/s by the makers' data sheets, for the default of --device-peak.
 PEAKS = {'H100 SXM': (989.4, 3.35), 'H200 SXM': (989.4, 4.8)}

@@ -20,13 +20,13 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import timm_vpl  # noqa: E402
-from timm_vpl.device import init_device  # noqa: E402
-from timm_vpl.options import parse_args  # noqa: E402
-from timm_vpl.resume import Progress  # noqa: E402
-from timm_vpl.train import create_run, start, train_one_epoch  # noqa: E402
+from timm_vpl.engine.device import init_device  # noqa: E402
+from timm_vpl.engine.resume import Progress  # noqa: E402
+from timm_vpl.engine.train import create_run, start, train_one_epoch  # noqa: E402
+from timm_vpl.options.options import parse_args  # noqa: E402
 
 # Data named as more classes than it has: the width of the classifiers is what is measured.
-logging.getLogger('timm_vpl.data').setLevel(logging.ERROR)
+logging.getLogger('timm_vpl.data.data').setLevel(logging.ERROR)
 
 PRECISIONS = {
     'fp32': [],

@@ -24,7 +24,7 @@ import torch.multiprocessing
 from common import arguments, block, create_fixed, create_parser, interleave, parse
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_vpl.train import update
+from timm_vpl.engine.train import update
 
 
 class Counter:

@@ -9,8 +9,8 @@ import os
 
 from common import STAGE_2, Report, arguments, block, create_fixed, create_parser, interleave, parse
 
-from timm_vpl.control import GO_ON, Control
-from timm_vpl.finite import FiniteCheck
+from timm_vpl.engine.control import GO_ON, Control
+from timm_vpl.engine.finite import FiniteCheck
 
 
 @contextlib.contextmanager

@@ -22,8 +22,8 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask
 from timm.utils import AverageMeter, NativeScaler
 
-from timm_vpl import build
-from timm_vpl.data import create_split
+from timm_vpl.data.data import create_split
+from timm_vpl.engine import build
 
 _logger = logging.getLogger('plain')
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import common
 
-from timm_vpl.data import create_split
+from timm_vpl.data.data import create_split
 
 VALIDATION_SHARE = 25  # ImageNet: 1,281,167 training images, 50,000 to validate
 

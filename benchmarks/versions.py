@@ -19,7 +19,7 @@ from pathlib import Path
 import common
 from common import arguments, create_parser, parse
 
-from timm_vpl.comparison import paired_difference
+from timm_vpl.tools.comparison import paired_difference
 
 WORKER = '''
 import json, sys, time

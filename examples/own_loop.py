@@ -11,7 +11,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import random_seed
 
 from timm_vpl import PairWrapper, VPLLoss
-from timm_vpl.data import DigitsReader
+from timm_vpl.data.data import DigitsReader
 
 
 def main():

@@ -13,7 +13,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # for the processes that tests st
 @pytest.fixture(scope='session')
 def digits_folder(tmp_path_factory):
     """A folder with `train` (4 classes, 40 images) and `validation` (17 images) splits."""
-    from timm_vpl.data import DigitsReader
+    from timm_vpl.data.data import DigitsReader
     root = tmp_path_factory.mktemp('digits')
     for split, count in (('train', 40), ('validation', 17)):
         reader = DigitsReader(split)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from timm_vpl.checkpoint import read_checkpoint
+from timm_vpl.engine.checkpoint import read_checkpoint
 
 TIMES = ('seconds', 'eval_seconds', 'images_per_second')
 

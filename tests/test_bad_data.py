@@ -23,7 +23,7 @@ from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 from torch.utils.data import DataLoader, IterableDataset
 
-from timm_vpl.data import (
+from timm_vpl.data.data import (
     MAX_WARNINGS,
     DigitsReader,
     ReadableImages,
@@ -41,10 +41,10 @@ from timm_vpl.data import (
     skipped_images,
     split_card,
 )
-from timm_vpl.device import init_device
+from timm_vpl.engine.device import init_device
+from timm_vpl.engine.evaluate import evaluate
 from timm_vpl.errors import RunError, UsageError
-from timm_vpl.options import parse_args
-from timm_vpl.validation import evaluate
+from timm_vpl.options.options import parse_args
 
 CPU = torch.device('cpu')
 MODELS = ['--model-a', 'test_resnet', '--model-b', 'test_vit', '--img-size', '32', '--device', 'cpu', '-b', '8']

@@ -15,9 +15,8 @@ from timm.data import create_transform
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
-from timm_vpl.checkpoint import read_checkpoint
 from timm_vpl.cli import train
-from timm_vpl.data import (
+from timm_vpl.data.data import (
     DigitsReader,
     Place,
     SeededDataset,
@@ -28,7 +27,8 @@ from timm_vpl.data import (
     create_split,
     create_train_loader,
 )
-from timm_vpl.options import parse_args
+from timm_vpl.engine.checkpoint import read_checkpoint
+from timm_vpl.options.options import parse_args
 
 MODELS = ['--model-a', 'test_resnet', '--model-b', 'test_vit', '--img-size', '32', '--device', 'cpu', '-j', '0']
 

@@ -7,7 +7,7 @@ import torch
 from timm.utils import ModelEmaV3
 
 from timm_vpl import PairWrapper
-from timm_vpl.ema import Ema
+from timm_vpl.core.ema import Ema
 
 
 class Wrapped(torch.nn.Module):

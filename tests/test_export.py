@@ -15,12 +15,12 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from timm_vpl import build
-from timm_vpl.checkpoint import PairCheckpointSaver, read_checkpoint
 from timm_vpl.cli import main, train
-from timm_vpl.options import parse_args, recipe_values
-from timm_vpl.task import PairTask
-from timm_vpl.trained import branch_config, load_branches
+from timm_vpl.core.task import PairTask
+from timm_vpl.engine import build
+from timm_vpl.engine.checkpoint import PairCheckpointSaver, read_checkpoint
+from timm_vpl.engine.trained import branch_config, load_branches
+from timm_vpl.options.options import parse_args, recipe_values
 
 OPTIONS = [
     '--model-a', 'test_resnet', '--model-b', 'test_vit', '--img-size', '32', '-b', '8', '--epochs', '2',

@@ -5,11 +5,11 @@ import torch
 from runs import summary
 from test_train import NOISE, PAIR, SMALL, last, run
 
-from timm_vpl import train as train_module
-from timm_vpl.checkpoint import read_checkpoint
 from timm_vpl.cli import train
-from timm_vpl.finite import FiniteCheck
-from timm_vpl.task import PairTask
+from timm_vpl.core.task import PairTask
+from timm_vpl.engine import train as train_module
+from timm_vpl.engine.checkpoint import read_checkpoint
+from timm_vpl.engine.finite import FiniteCheck
 
 OPTIONS = [*NOISE, '--epochs', '2', '--x', '0', '--opt', 'adamw', '--clip-grad', '1.0']
 

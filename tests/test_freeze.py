@@ -12,18 +12,18 @@ from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 
 from timm_vpl import PairWrapper
-from timm_vpl.build import (
+from timm_vpl.cli import train
+from timm_vpl.core.task import PairTask
+from timm_vpl.engine.build import (
     create_criterion,
     create_optimizer,
     create_pair,
     learning_rates,
     resolve_data,
 )
-from timm_vpl.checkpoint import read_checkpoint
-from timm_vpl.cli import train
-from timm_vpl.device import init_device
-from timm_vpl.options import parse_args
-from timm_vpl.task import PairTask
+from timm_vpl.engine.checkpoint import read_checkpoint
+from timm_vpl.engine.device import init_device
+from timm_vpl.options.options import parse_args
 
 SIZE = 32
 NUM_CLASSES = 4

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from timm_vpl import cli
-from timm_vpl.options import REFUSED, build_parser, parse_args
+from timm_vpl.options.options import REFUSED, build_parser, parse_args
 
 PARSERS = {
     'train': build_parser(), 'validate': cli.validate_parser(), 'export': cli.export_parser(),

@@ -24,13 +24,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 
-from timm_vpl.card import model_card
 from timm_vpl.cli import main
-from timm_vpl.data import DigitsReader
-from timm_vpl.options import parse_args, recipe_values
-from timm_vpl.report import report
+from timm_vpl.data.data import DigitsReader
+from timm_vpl.engine.trained import branch_config, load_branches
+from timm_vpl.options.options import parse_args, recipe_values
 from timm_vpl.text import code, code_block, markdown
-from timm_vpl.trained import branch_config, load_branches
+from timm_vpl.tools.card import model_card
+from timm_vpl.tools.report import report
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIR = ['--model-a', 'test_resnet', '--model-b', 'test_vit']
@@ -538,7 +538,7 @@ def test_runs_of_others_in_a_report(options, cell, capsys):
 
 def test_a_saver_of_others_names_files_of_its_folder():
     """What a checkpoint lists as its history is deleted in time: nothing elsewhere, nothing of another name."""
-    from timm_vpl import checkpoint as module
+    from timm_vpl.engine import checkpoint as module
     own = {'checkpoint_files': [
         ('../mine.txt', 1.), ('/etc/hosts', 1.), ('last.pth.tar', 1.), ('checkpoint-3.pth.tar', 2.)],
         'best_branches': {'a': (1., 3), '/../../x': (1., 3)}, 'pending': (3, 1.)}

@@ -9,7 +9,7 @@ import torch
 from hub import NOWHERE, Hub
 
 from timm_vpl.cli import train
-from timm_vpl.trained import load_branches
+from timm_vpl.engine.trained import load_branches
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = {'hf_writer': ('alice', {'org'}), 'hf_reader': ('bob', set())}

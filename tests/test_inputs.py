@@ -14,14 +14,14 @@ from timm.data import create_loader, create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 from torch.testing import assert_close
 
-from timm_vpl.build import create_branch, loader_config, resolve_data
-from timm_vpl.checkpoint import read_checkpoint
 from timm_vpl.cli import main, train
-from timm_vpl.data import PairEvalLoader, create_eval_loaders, create_split
-from timm_vpl.device import init_device
-from timm_vpl.inputs import InputTransform
-from timm_vpl.options import parse_args
-from timm_vpl.train import create_run, epoch_terms, train_one_epoch
+from timm_vpl.core.inputs import InputTransform
+from timm_vpl.data.data import PairEvalLoader, create_eval_loaders, create_split
+from timm_vpl.engine.build import create_branch, loader_config, resolve_data
+from timm_vpl.engine.checkpoint import read_checkpoint
+from timm_vpl.engine.device import init_device
+from timm_vpl.engine.train import create_run, epoch_terms, train_one_epoch
+from timm_vpl.options.options import parse_args
 
 CPU = torch.device('cpu')
 IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}

@@ -13,7 +13,7 @@ import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
 
 from timm_vpl import PairOutput, StagedLoss, VPLLoss
-from timm_vpl.criterion import Term, base_term, kl_loss, submodel_loss, token_loss
+from timm_vpl.core.criterion import Term, base_term, kl_loss, submodel_loss, token_loss
 
 TERMS = ('ce_a_loss', 'ce_b_loss', 'contrastive_loss', 'kl_loss')
 LEAVES = ('logits_a', 'logits_b', 'embed_a', 'embed_b', 'stopped_a', 'stopped_b')

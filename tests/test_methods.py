@@ -28,15 +28,15 @@ from timm.task import LogitDistillationTask, TokenDistillationTask
 from torch.utils.data import DataLoader
 
 from timm_vpl import PairTask, PairWrapper
-from timm_vpl.build import create_criterion, create_teacher
 from timm_vpl.cli import train
-from timm_vpl.device import init_device
-from timm_vpl.inputs import InputTransform
-from timm_vpl.losses import cross_entropy, kl_divergence
-from timm_vpl.methods import METHODS
-from timm_vpl.options import parse_args
-from timm_vpl.teacher import Teacher
-from timm_vpl.train import create_run, epoch_terms, train_one_epoch, update
+from timm_vpl.core.inputs import InputTransform
+from timm_vpl.core.losses import cross_entropy, kl_divergence
+from timm_vpl.core.methods import METHODS
+from timm_vpl.core.teacher import Teacher
+from timm_vpl.engine.build import create_criterion, create_teacher
+from timm_vpl.engine.device import init_device
+from timm_vpl.engine.train import create_run, epoch_terms, train_one_epoch, update
+from timm_vpl.options.options import parse_args
 
 NUM_CLASSES = 4
 CPU = torch.device('cpu')

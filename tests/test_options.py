@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from timm_vpl import ContrastiveLoss, VPLLoss, options
+from timm_vpl import ContrastiveLoss, VPLLoss
 from timm_vpl.errors import RunError, UsageError
-from timm_vpl.options import parse_args, recipe_path, recipe_values, timm_model_names
+from timm_vpl.options import options
+from timm_vpl.options.options import parse_args, recipe_path, recipe_values, timm_model_names
 
 ROOT = Path(__file__).parents[1]
 PAIR = ['--model-a', 'resnet18', '--model-b', 'vit_tiny_patch16_224']
@@ -345,9 +346,9 @@ def test_recipe_by_bare_name(monkeypatch, tmp_path):
         package = tmp_path / layout / 'timm_vpl'
         hparams = package.parent / 'hparams' if layout == 'clone' else package / 'hparams'
         hparams.mkdir(parents=True)
-        package.mkdir(exist_ok=True)
+        (package / 'options').mkdir(parents=True, exist_ok=True)
         (hparams / 'quick.yaml').write_text('epochs: 3')
-        monkeypatch.setattr(options, '__file__', str(package / 'options.py'))
+        monkeypatch.setattr(options, '__file__', str(package / 'options' / 'options.py'))
         assert recipe_path('quick') == recipe_path('quick.yaml') == hparams / 'quick.yaml'
         assert recipe_path(str(hparams / 'quick.yaml')) == hparams / 'quick.yaml'
 
@@ -421,7 +422,7 @@ def test_every_changed_default_is_in_the_docs():
 def test_a_mistake_imports_nothing_heavy():
     script = (
         'import sys\n'
-        'from timm_vpl.options import parse_args\n'
+        'from timm_vpl.options.options import parse_args\n'
         'try:\n'
         "    parse_args(['--dataset', 'digits', '--model-a', 'resnet5O', '--model-b', 'x'])\n"
         'finally:\n'

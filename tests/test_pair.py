@@ -12,8 +12,8 @@ from timm.optim import create_optimizer_v2
 from torch._dynamo.utils import counters
 
 from timm_vpl import PairOutput, PairWrapper
-from timm_vpl.build import param_groups
-from timm_vpl.names import SIDES
+from timm_vpl.core.names import SIDES
+from timm_vpl.engine.build import param_groups
 
 SIZE = 32
 NUM_CLASSES = 5

@@ -10,10 +10,11 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
 from timm_vpl import PairTask, PairWrapper, StagedLoss, Teacher, VPLLoss, base_term
-from timm_vpl.build import training_flops
-from timm_vpl.data import class_names, create_split
-from timm_vpl.options import parse_args
-from timm_vpl.provenance import data_changes, data_identity, environment
+from timm_vpl.data.data import class_names, create_split
+from timm_vpl.data.identity import data_changes, data_identity
+from timm_vpl.engine.build import training_flops
+from timm_vpl.engine.environment import environment
+from timm_vpl.options.options import parse_args
 
 CONFIG = {'input_size': (3, 32, 32), 'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'interpolation': 'bicubic'}
 

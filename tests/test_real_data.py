@@ -10,7 +10,7 @@ from test_train import rows, torchrun
 from timm.data import ImageDataset, create_transform
 
 from timm_vpl.cli import train
-from timm_vpl.data import _guard_posterize
+from timm_vpl.data.data import _guard_posterize
 
 MODELS = ['--model-a', 'test_convnext', '--model-b', 'test_vit']  # without BatchNorm: equal for any process count
 OPTIONS = [

@@ -14,11 +14,11 @@ import timm
 import torch
 from timm.data import dataset_factory
 
-from timm_vpl import build
 from timm_vpl.cli import train
-from timm_vpl.methods import METHODS
-from timm_vpl.options import build_parser, parse_args
-from timm_vpl.parsing import read_recipe
+from timm_vpl.core.methods import METHODS
+from timm_vpl.engine import build
+from timm_vpl.options.options import build_parser, parse_args
+from timm_vpl.options.parsing import read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / 'hparams').glob('*.yaml'))

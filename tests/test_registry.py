@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from timm_vpl import PairWrapper
-from timm_vpl.build import size_kwargs
+from timm_vpl.engine.build import size_kwargs
 
 NUM_CLASSES = 10
 MODULES = timm.list_modules()  # the files of timm.models that register models

@@ -7,9 +7,9 @@ import sys
 import pytest
 import yaml
 
-from timm_vpl.comparison import Difference, paired_difference, sign_flip_p, t_quantile
 from timm_vpl.errors import UsageError
-from timm_vpl.report import report
+from timm_vpl.tools.comparison import Difference, paired_difference, sign_flip_p, t_quantile
+from timm_vpl.tools.report import report
 
 OPTIONS = {
     'method': 'vpl', 'model_a': 'cnn', 'model_b': 'vit', 'epochs': 2, 'dataset': 'digits', 'batch_size': 50,
@@ -507,5 +507,5 @@ def test_wrong_paths(make, tmp_path):
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys, timm_vpl.report; print(sorted({'torch', 'timm', 'numpy'}.intersection(sys.modules)))"
+    code = "import sys, timm_vpl.tools.report; print(sorted({'torch', 'timm', 'numpy'}.intersection(sys.modules)))"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout == '[]\n'

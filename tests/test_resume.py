@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from test_train import NOISE, PAIR, SMALL, last, rows, run, torchrun
 
 import timm_vpl.files
-from timm_vpl.checkpoint import newest_checkpoint, read_checkpoint, recovery_files
 from timm_vpl.cli import train
-from timm_vpl.options import changed_options, parse_args, recipe_values
+from timm_vpl.engine.checkpoint import newest_checkpoint, read_checkpoint, recovery_files
+from timm_vpl.options.options import changed_options, parse_args, recipe_values
 
 SHORT = [*NOISE, '--epochs', '3', '--x', '40', '--y', '30', '--log-interval', '1', '--experiment', 'run']
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from timm.models.vision_transformer import ResPostBlock
 
-from timm_vpl.stochastic_depth import SampleDropPath, set_uniform_drop_path
+from timm_vpl.core.stochastic_depth import SampleDropPath, set_uniform_drop_path
 
 NUM_CLASSES = 5
 SMALL_VIT = {'img_size': 32, 'depth': 2, 'embed_dim': 24, 'num_heads': 3}
@@ -158,7 +158,7 @@ def test_masked_branches_are_named_once(family, caplog):
     with caplog.at_level(logging.WARNING):
         for skip in (False, True):
             with_rate(model, skip=skip)(images(family))
-    messages = [record.getMessage() for record in caplog.records if record.name == 'timm_vpl.stochastic_depth']
+    messages = [record.getMessage() for record in caplog.records if record.name == 'timm_vpl.core.stochastic_depth']
     assert len(messages) == (masked > 0)
     if masked:
         assert f'{masked} of {branches} residual branches' in messages[0] and type(model).__name__ in messages[0]

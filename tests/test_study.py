@@ -13,7 +13,7 @@ import yaml
 from runs import differences
 
 from timm_vpl.errors import UsageError
-from timm_vpl.study import check_plan, read_plan
+from timm_vpl.tools.study import check_plan, read_plan
 
 BASE = {
     'dataset': 'digits', 'model_a': 'test_resnet', 'model_b': 'test_vit', 'img_size': 24,

@@ -17,9 +17,9 @@ from timm.task import ClassificationTask, TrainingTask, load_task_ema_checkpoint
 from timm.utils import CheckpointSaver, adaptive_clip_grad
 
 from timm_vpl import PairOutput, PairTask, PairWrapper, StagedLoss, VPLLoss
-from timm_vpl.criterion import base_term
-from timm_vpl.seeding import BranchStreams
-from timm_vpl.stages import StageHook
+from timm_vpl.core.criterion import base_term
+from timm_vpl.core.seeding import BranchStreams
+from timm_vpl.core.stages import StageHook
 
 NUM_CLASSES = 4
 CPU = torch.device('cpu')
@@ -619,15 +619,15 @@ def test_loss_is_float32_under_autocast():
             for parameter in pair.parameters() if parameter.grad is not None)
 
 
-def messages(caplog, logger='timm_vpl.stages'):
+def messages(caplog, logger='timm_vpl.core.stages'):
     return [record.getMessage() for record in caplog.records if record.name == logger]
 
 
 def test_each_change_of_stage_is_logged_once(caplog):
     caplog.set_level(logging.INFO)
     task = PairTask(make_pair(), make_criterion(), updates_per_epoch=2)
-    assert messages(caplog) == [] and len(messages(caplog, 'timm_vpl.task')) == 1
-    assert 'stage 1' in messages(caplog, 'timm_vpl.task')[0]
+    assert messages(caplog) == [] and len(messages(caplog, 'timm_vpl.core.task')) == 1
+    assert 'stage 1' in messages(caplog, 'timm_vpl.core.task')[0]
     logged = {}
     for step in range(1, 2 * EPOCHS + 3):
         task.update_ema(step=step)

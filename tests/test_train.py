@@ -11,8 +11,8 @@ import torch
 import yaml
 from runs import TIMES
 
-from timm_vpl.checkpoint import read_checkpoint
 from timm_vpl.cli import train
+from timm_vpl.engine.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 

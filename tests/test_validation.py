@@ -17,8 +17,9 @@ from timm.data import ImageDataset, ImageNetInfo, create_loader, resolve_model_d
 from timm.models import save_for_hf
 
 from timm_vpl.cli import _validate_args, main, train
-from timm_vpl.trained import TrainedModel, load_branches
-from timm_vpl.validation import COLUMNS, RealLabelsEvaluator, _create_pass, evaluate, load_all, real_label_sets
+from timm_vpl.engine.evaluate import RealLabelsEvaluator, evaluate
+from timm_vpl.engine.trained import TrainedModel, load_branches
+from timm_vpl.tools.validation import COLUMNS, _create_pass, load_all, real_label_sets
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device('cpu')
@@ -213,7 +214,7 @@ def test_classes_by_name(capsys, digits_folder, tmp_path):
 
 def test_labels_that_the_model_does_not_have(capsys, digits_folder, tmp_path, monkeypatch):
     save_model(tmp_path / 'model', num_classes=3)
-    monkeypatch.setattr('timm_vpl.validation.class_names', lambda dataset: None)  # as of a stream of labels
+    monkeypatch.setattr('timm_vpl.tools.validation.class_names', lambda dataset: None)  # as of a stream of labels
     assert 'has the label 3, none of the 3 classes' in validate(capsys, tmp_path / 'model', digits_folder, status=1)
 
 

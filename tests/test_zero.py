@@ -12,10 +12,10 @@ from processes import load_results, run_ranks, run_script
 from test_train import PAIR, SMALL, run
 from torch import nn
 
-from timm_vpl import build
+from timm_vpl.engine import build
+from timm_vpl.engine.zero import ShardedOptimizer
 from timm_vpl.errors import UsageError
-from timm_vpl.options import parse_args
-from timm_vpl.zero import ShardedOptimizer
+from timm_vpl.options.options import parse_args
 
 NAMES = timm.optim.list_optimizers(exclude_filters=['fused*', 'bnb*', 'adahessian', 'kron*'])
 EXTRA = {

@@ -5,19 +5,19 @@ __version__ = '0.1.0.dev0'
 
 # Imported on first use, so that `timm-vpl --help` does not wait for torch.
 _HOMES = {
-    'PairOutput': 'pair',
-    'PairWrapper': 'pair',
-    'StageSchedule': 'stages',
-    'ContrastiveLoss': 'criterion',
-    'StagedLoss': 'criterion',
-    'Term': 'criterion',
-    'VPLLoss': 'criterion',
-    'base_term': 'criterion',
-    'kl_loss': 'criterion',
-    'METHODS': 'methods',
-    'Method': 'methods',
-    'PairTask': 'task',
-    'Teacher': 'teacher',
+    'PairOutput': 'core.pair',
+    'PairWrapper': 'core.pair',
+    'StageSchedule': 'core.stages',
+    'ContrastiveLoss': 'core.criterion',
+    'StagedLoss': 'core.criterion',
+    'Term': 'core.criterion',
+    'VPLLoss': 'core.criterion',
+    'base_term': 'core.criterion',
+    'kl_loss': 'core.criterion',
+    'METHODS': 'core.methods',
+    'Method': 'core.methods',
+    'PairTask': 'core.task',
+    'Teacher': 'core.teacher',
 }
 
 __all__ = sorted(_HOMES)

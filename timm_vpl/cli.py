@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from . import __version__
 from .errors import RunError, UsageError, first_line
-from .options import (
+from .options.options import (
     INTERPOLATIONS,
     add_dataset_options,
     check_dataset,
@@ -18,7 +18,7 @@ from .options import (
     parse_args,
     speaks,
 )
-from .parsing import ANY_NUMBER, COUNT, POSITIVE, WHOLE, KeyValues, OptionParser
+from .options.parsing import ANY_NUMBER, COUNT, POSITIVE, WHOLE, KeyValues, OptionParser
 from .text import one_line
 
 
@@ -27,8 +27,8 @@ def train(argv: list[str] | None = None, prog: str = 'train_vpl.py') -> int:
     args = parse_args(argv, prog)
 
     def work():
-        from .control import Stopped  # torch and timm, once the options are known to be good
-        from .train import train
+        from .engine.control import Stopped  # torch and timm, once the options are known to be good
+        from .engine.train import train
         try:
             train(args)
         except Stopped as e:
@@ -45,7 +45,7 @@ def export(argv: list[str], prog: str) -> int:
         for side in ('a', 'b'):
             if getattr(args, f'model_{side}'):
                 check_model_name(f'--model-{side}', getattr(args, f'model_{side}'))
-        from .export import export
+        from .tools.export import export
         export(args)
     return _finish(prog, work)
 
@@ -60,7 +60,7 @@ def validate(argv: list[str], prog: str) -> int:
                 raise
             time.sleep(2)  # torchrun ends all processes when the first ends; let the one that speaks be it
             raise SystemExit(e.exit_status) from None
-        from .validation import validate
+        from .tools.validation import validate
         validate(args)
     return _finish(prog, work)
 
@@ -94,7 +94,7 @@ def report(argv: list[str], prog: str) -> int:
     """Print the table of several runs; return the exit status."""
     def work():
         args = _parse(report_parser(prog), argv)
-        from .report import report
+        from .tools.report import report
         print(report(args.run_dirs, args.format))
     return _finish(prog, work)
 
@@ -106,7 +106,7 @@ def study(argv: list[str], prog: str) -> int:
     def work():
         nonlocal status
         args = _parse(study_parser(prog), argv)
-        from .study import study
+        from .tools.study import study
         status = study(args)
     return _finish(prog, work) or status
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 import yaml
 
-from timm_vpl.device import init_device
+from timm_vpl.engine.device import init_device
+from timm_vpl.engine.environment import environment
+from timm_vpl.engine.train import create_run
 from timm_vpl.files import replacing
-from timm_vpl.options import parse_args
-from timm_vpl.provenance import environment
-from timm_vpl.runs import read_run
-from timm_vpl.train import create_run
+from timm_vpl.options.options import parse_args
+from timm_vpl.tools.runs import read_run
 
 
 def adopt(folder: Path, data: Path) -> None:

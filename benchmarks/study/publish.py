@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from timm_vpl.errors import UsageError
-from timm_vpl.runs import read_run
+from timm_vpl.tools.runs import read_run
 
 FILES = ('summary.csv', 'validation.csv', 'data.yaml', 'environment.yaml')
 PLACES = ('data_dir', 'output', 'config')  # options that are paths of a machine

@@ -5,7 +5,7 @@
 import argparse
 from pathlib import Path
 
-from timm_vpl.report import make_groups, make_records, read_runs
+from timm_vpl.tools.report import make_groups, make_records, read_runs
 
 
 def rows(folder: Path) -> list[tuple[str, ...]]:

@@ -64,7 +64,7 @@ def check_files(folder: Path, names=()) -> None:
     """End this process if a checkpoint of a folder can't be read, a file is missing or one is left over."""
     pid = os.fork()
     if pid == 0:
-        from timm_vpl.checkpoint import read_checkpoint
+        from timm_vpl.engine.checkpoint import read_checkpoint
         status = 1
         try:
             for path in folder.glob('*.pth.tar'):
@@ -192,5 +192,5 @@ def truncated(folder):
 
 if __name__ == '__main__':
     isolate()
-    import timm_vpl.train  # noqa: F401  for all processes at once
+    import timm_vpl.engine.train  # noqa: F401  for all processes at once
     globals()[sys.argv[1]](Path(sys.argv[2]))

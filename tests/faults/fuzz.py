@@ -98,9 +98,9 @@ def recipe(rng: random.Random, real: Path):
     """A recipe of the package, damaged as text or as YAML, under a command line that makes it small."""
     import yaml
 
-    from timm_vpl.device import init_device
-    from timm_vpl.options import parse_args
-    from timm_vpl.train import create_run
+    from timm_vpl.engine.device import init_device
+    from timm_vpl.engine.train import create_run
+    from timm_vpl.options.options import parse_args
     source = rng.choice(sorted((ROOT / 'hparams').glob('*.yaml')))
     if rng.random() < 0.4:
         data = mutate_bytes(rng, source.read_bytes())
@@ -278,7 +278,8 @@ def worker(cases, results, seed: int, real: Path, place: Path) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter('ignore')
-    for name in ('timm_vpl.cli', 'timm_vpl.train', 'timm_vpl.validation', 'timm_vpl.export', 'timm_vpl.report'):
+    for name in ('timm_vpl.cli', 'timm_vpl.engine.train', 'timm_vpl.tools.validation', 'timm_vpl.tools.export',
+                 'timm_vpl.tools.report'):
         __import__(name)
     watch = Watch()
     while (case := cases.get()) is not None:
@@ -291,7 +292,7 @@ def make_real(real: Path) -> None:
     from PIL import Image
 
     from timm_vpl.cli import main
-    from timm_vpl.data import DigitsReader
+    from timm_vpl.data.data import DigitsReader
     for split, count in (('train', 40), ('validation', 17)):
         reader = DigitsReader(split)
         for i in [i for i in range(len(reader)) if reader.labels[i] < 4][:count]:

@@ -75,7 +75,7 @@ def write_images(folder: Path) -> None:
     """Write a data set of small images, 96 to train on and 24 to validate on."""
     from PIL import Image
 
-    from timm_vpl.data import DigitsReader
+    from timm_vpl.data.data import DigitsReader
     for split, count in (('train', 96), ('validation', 24)):
         reader = DigitsReader(split)
         for i in [i for i in range(len(reader)) if reader.labels[i] < 4][:count]:
@@ -238,7 +238,7 @@ def main(argv=None) -> int:
     parser.add_argument('--processes', nargs='+', type=int, default=[1, 2, 3])
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args(argv)
-    import timm_vpl.train  # noqa: F401  for all processes at once
+    import timm_vpl.engine.train  # noqa: F401  for all processes at once
     scenarios = [(method, processes) for processes in args.processes for method in args.methods]
     each = -(-args.kills // len(scenarios))
     total = 0

@@ -215,5 +215,5 @@ def restarted(folder):
 if __name__ == '__main__':
     isolate()
     connect()
-    import timm_vpl.train  # noqa: F401  for the run on a single machine
+    import timm_vpl.engine.train  # noqa: F401  for the run on a single machine
     globals()[sys.argv[1]](Path(sys.argv[2]))

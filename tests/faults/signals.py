@@ -145,5 +145,5 @@ def restarted(folder):
 
 if __name__ == '__main__':
     if sys.argv[1] != 'restarted':
-        import timm_vpl.train  # noqa: F401  for all processes at once
+        import timm_vpl.engine.train  # noqa: F401  for all processes at once
     globals()[sys.argv[1]](Path(sys.argv[2]))

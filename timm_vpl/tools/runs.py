@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
-from .methods import METHOD_OPTIONS, METHODS
-from .names import SIDES
-from .options import build_parser, options_without_effect
-from .parsing import read_yaml
+from ..core.methods import METHOD_OPTIONS, METHODS
+from ..core.names import SIDES
+from ..errors import UsageError
+from ..options.options import build_parser, options_without_effect
+from ..options.parsing import read_yaml
 
 COSTS = ('flops', 'image_passes', 'seconds', 'device_hours')  # they add up over the epochs
 _SINGLE = ('model_a', 'model_b', 'seed', 'contrastive_to', 'kl_to', 'val_split')

@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+from ..core.methods import METHOD_OPTIONS, METHODS
+from ..errors import UsageError
+from ..text import markdown
 from .comparison import Difference, paired_difference
-from .errors import UsageError
-from .methods import METHOD_OPTIONS, METHODS
 from .runs import COSTS, Run, data_title, make_recipe, read_run, teacher_folder
-from .text import markdown
 
 METRICS = {'top1': 'top-1', 'top5': 'top-5'}
 _SET_TITLES = {'real': 'ReaL', 'v2': 'V2'}

@@ -35,10 +35,10 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, get_worker_info
 
-from .errors import RunError, UsageError, first_line
-from .options import check_shards, mixup_active
-from .seeding import seed_all
-from .text import one_line
+from ..core.seeding import seed_all
+from ..errors import RunError, UsageError, first_line
+from ..options.options import check_shards, mixup_active
+from ..text import one_line
 
 _logger = logging.getLogger(__name__)
 _skip_logger = logging.getLogger(f'{__name__}.skipped')
@@ -71,7 +71,7 @@ class DigitsReader(Reader):
         super().__init__()
         if split not in ('train', 'validation'):
             raise ValueError(f"split is {split!r}, expected 'train' or 'validation'")
-        with np.load(Path(__file__).parent / 'assets' / 'digits.npz', allow_pickle=False) as archive:
+        with np.load(Path(__file__).parents[1] / 'assets' / 'digits.npz', allow_pickle=False) as archive:
             part = slice(_DIGITS_TRAIN) if split == 'train' else slice(_DIGITS_TRAIN, None)
             self.images, self.labels = archive['images'][part], archive['labels'][part]
         self.class_to_idx = {str(digit): digit for digit in range(10)}

@@ -22,10 +22,9 @@ from timm.models import safe_model_name
 from timm.utils import AverageMeter, distribute_bn, get_outdir, setup_default_logging
 from torch.utils.data import IterableDataset
 
-from . import build
-from .checkpoint import PairCheckpointSaver, checkpoint_bytes
-from .control import GIVE_UP, GO_ON, SAVE, STOP, Control, stop_line
-from .data import (
+from ..core.seeding import BranchStreams
+from ..core.task import PairTask
+from ..data.data import (
     TrainLoader,
     create_eval_loader,
     create_eval_loaders,
@@ -36,18 +35,20 @@ from .data import (
     skipped_images,
     split_card,
 )
+from ..data.identity import data_identity
+from ..errors import RunError, UsageError, first_line
+from ..files import replacing
+from ..options.options import recipe_values, resume_command
+from ..tools.export import export_run, missing_exports
+from . import build
+from .checkpoint import PairCheckpointSaver, checkpoint_bytes
+from .control import GIVE_UP, GO_ON, SAVE, STOP, Control, stop_line
 from .device import agreement, from_all, from_first, init_device, is_lost
-from .errors import RunError, UsageError, first_line
-from .export import export_run, missing_exports
-from .files import replacing
+from .environment import environment
+from .evaluate import evaluate, evaluate_pair
 from .finite import KEPT, FiniteCheck
-from .options import recipe_values, resume_command
-from .provenance import data_identity, environment
 from .resume import Progress, find_checkpoint, load_checkpoint, restore_ranks, resume, run_state
-from .seeding import BranchStreams
-from .task import PairTask
 from .trained import branch_config
-from .validation import evaluate, evaluate_pair
 
 _logger = logging.getLogger('train')
 

@@ -1,4 +1,4 @@
-"""Validation: one pass over the data for all models that share their images, in training and as a command."""
+"""The command `timm-vpl validate`: the accuracy of trained models."""
 import csv
 import json
 import logging
@@ -6,8 +6,7 @@ import math
 import os
 import time
 from argparse import Namespace
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import groupby
@@ -16,27 +15,26 @@ from typing import Any, NamedTuple
 import torch
 from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset, resolve_data_config
 from timm.data.loader import adapt_to_chs
-from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from timm.utils import setup_default_logging
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from .card import VALIDATION
-from .data import (
+from ..data.data import (
     DIGITS,
     check_labels,
     class_names,
     create_eval_loader,
     create_split,
     data_errors,
-    read,
     shared_images,
     skipped_images,
 )
-from .device import agreement, from_all, init_device
-from .errors import RunError, UsageError
-from .files import replacing
-from .text import one_line
-from .trained import TrainedModel, load_branches, load_trained
+from ..engine.device import agreement, from_all, init_device
+from ..engine.evaluate import PAD, evaluate
+from ..engine.trained import TrainedModel, load_branches, load_trained
+from ..errors import RunError, UsageError
+from ..files import replacing
+from ..text import one_line
+from .card import VALIDATION
 
 _logger = logging.getLogger('validate')
 
@@ -47,174 +45,7 @@ CLASS_COLUMNS = ('model', 'branch', 'weights', 'class', 'images', 'top1')
 _KEY = ('model', 'epoch', 'branch', 'weights', 'data', 'set', 'img_size', 'crop_pct', 'interpolation')
 _IMAGENET_VAL = 50000  # images
 
-# In a tensor of sets of labels.
-_PAD = -1
-_FOREIGN = -2  # a class that the model does not have
-
-
-# Counting
-
-
-class RealLabelsEvaluator(ClassificationEvaluator):
-    """Accumulate top-k accuracy where an image has a set of right labels; images with none are left out."""
-
-    @torch.no_grad()
-    def update(self, output, target):
-        """Count a batch of logits (N, classes); `target` (n <= N, labels) are sets padded with -1 of the first n."""
-        top = output[:len(target)].topk(min(5, output.shape[-1]), dim=-1).indices
-        right = (top[:, :, None] == target[:, None, :]).any(dim=-1)  # (n, 5)
-        labelled = (target != _PAD).any(dim=-1)
-        self.counts += torch.stack([labelled.sum(), right[:, 0].sum(), right.any(dim=-1).sum()])
-
-
-class PerClassEvaluator(ClassificationEvaluator):
-    """Count the images of each class, and those of them whose first prediction is right."""
-
-    def __init__(self, device, *, num_classes: int, max_samples: int | None = None):
-        super().__init__(device, max_samples=max_samples)
-        self.class_counts = torch.zeros(num_classes, 2, dtype=torch.int64, device=device)
-
-    @torch.no_grad()
-    def update(self, output, target):
-        """Count a batch of logits (N, classes) and class indices (N,)."""
-        output, target = self._prepare(output, target)
-        right = output.argmax(dim=-1) == target
-        self.class_counts.index_add_(0, target, torch.stack([torch.ones_like(target), right.long()], dim=1))
-
-    def compute(self, distributed=False) -> torch.Tensor:
-        """Return the counts (classes, 2): images, right ones."""
-        counts = self.class_counts.clone()
-        if distributed:
-            torch.distributed.all_reduce(counts)
-        return counts.cpu()
-
-
-def _figures(evaluator, distributed) -> 'OrderedDict[str, float]':
-    images = evaluator.counts[0].clone()
-    if distributed:
-        torch.distributed.all_reduce(images)
-    return OrderedDict(images=images.item(), **evaluator.compute(distributed=distributed))
-
-
-@torch.inference_mode()
-def evaluate(
-        forward: Callable[[torch.Tensor], dict[Hashable, torch.Tensor]],
-        names: Sequence[Hashable],
-        loader,
-        device: torch.device,
-        autocast: Callable = nullcontext,
-        distributed: bool = False,
-        real_labels: torch.Tensor | None = None,
-        per_class: int | None = None,
-        after_batch: Callable[[], None] | None = None,
-) -> dict[Hashable, dict[str, Any]]:
-    """Count what several models, or several outputs of one, get right in one pass over the data.
-
-    Args:
-        forward: Returns the logits [N, classes] of each name for a batch of the loader, images [N, C, H, W].
-        names: The names.
-        loader: timm's validation loader.
-        device: Where the models are.
-        autocast: Context of the forward passes.
-        distributed: Sum the counts of all processes; samples that pad a process's share are left out.
-        real_labels: Sets of labels [images, labels] of the whole data set in its order, padded with -1.
-        per_class: Number of classes, to count each by itself.
-        after_batch: Called after each batch.
-
-    Returns:
-        By name 'images', 'loss', 'top1' and 'top5' (percent); with `real_labels` also 'real_images', 'real_top1' and
-        'real_top5'; with `per_class` also 'classes' (classes, 2), images and right ones. Logits that are no numbers
-        predict nothing: where the loss is not finite, all accuracies are NaN, and there are no 'classes'.
-    """
-    limit = evaluation_sample_limit(loader)
-    evaluators = {name: ClassificationEvaluator(device, max_samples=limit) for name in names}
-    real_evaluators = {}
-    if real_labels is not None:
-        if distributed:  # the images of a process, as timm's sampler deals them
-            real_labels = real_labels[torch.distributed.get_rank()::torch.distributed.get_world_size()]
-        real_labels = real_labels.to(device)
-        real_evaluators = {name: RealLabelsEvaluator(device) for name in names}
-    class_evaluators = {}
-    if per_class is not None:
-        class_evaluators = {
-            name: PerClassEvaluator(device, num_classes=per_class, max_samples=limit) for name in names}
-    seen = 0
-    for input, target in read(loader):
-        target = target.to(device)
-        if isinstance(input, dict):
-            input = {side: images.to(device) for side, images in input.items()}
-        else:
-            input = input.to(device)
-        with autocast():
-            logits = forward(input)
-        for name, evaluator in (*evaluators.items(), *class_evaluators.items()):
-            evaluator.update(logits[name], target)
-        for name, evaluator in real_evaluators.items():
-            evaluator.update(logits[name], real_labels[seen:seen + len(target)])
-        seen += len(target)
-        if after_batch is not None:
-            after_batch()
-    results = {name: _figures(evaluator, distributed) for name, evaluator in evaluators.items()}
-    if distributed and isinstance(loader.dataset, IterableDataset):
-        _check_count(results[names[0]]['images'], loader)
-    for name, evaluator in class_evaluators.items():
-        results[name]['classes'] = evaluator.compute(distributed)
-    for name, evaluator in real_evaluators.items():
-        figures = _figures(evaluator, distributed)
-        results[name].update((f'real_{metric}', figures[metric]) for metric in ('images', 'top1', 'top5'))
-    for figures in results.values():
-        if not math.isfinite(figures['loss']):
-            figures.update((metric, math.nan) for metric in tuple(figures) if 'top' in metric)
-            figures.pop('classes', None)
-    return results
-
-
-def _check_count(images: int, loader) -> None:
-    """Raise RunError where the processes have not seen as many images of a stream as it has."""
-    own = getattr(getattr(loader.dataset, 'reader', None), 'num_samples', None)
-    if not own or images != own:
-        if torch.distributed.get_rank():
-            raise SystemExit(RunError.exit_status)
-        raise RunError(
-            f"data: {torch.distributed.get_world_size()} processes validated {images} images of a stream that has "
-            f"{own or 'an unknown number'}: timm's reader pads or cuts each worker's share; validate with one process, "
-            f"or with as many workers in all as divide the shards and the images evenly")
-
-
-def evaluate_pair(
-        model: torch.nn.Module,
-        loader,
-        sides: Sequence[str],
-        device: torch.device,
-        autocast: Callable = nullcontext,
-        distributed: bool = False,
-        after_batch: Callable[[], None] | None = None,
-) -> 'OrderedDict[str, float]':
-    """Return loss, top1 and top5 (percent) of each branch and of two branches' averaged probabilities ('ens').
-
-    Args:
-        model: A pair, or the EMA of one.
-        loader: timm's validation loader.
-        sides: The branches of the pair.
-        device: Where the model is.
-        autocast: Context of the forward passes.
-        distributed: Sum the counts of all processes; samples that pad a process's share are left out.
-        after_batch: Called after each batch.
-    """
-    def forward(input):
-        output = model(input, project=False)
-        logits = {side: getattr(output, f'logits_{side}').float() for side in sides}
-        if len(sides) > 1:
-            # Logarithms of the averaged probabilities: as logits they give these probabilities again.
-            log_p = torch.stack([logits[side].log_softmax(dim=-1) for side in sides])
-            logits['ens'] = log_p.logsumexp(dim=0) - math.log(len(sides))
-        return logits
-
-    names = [*sides, 'ens'] if len(sides) > 1 else list(sides)
-    model.eval()
-    results = evaluate(forward, names, loader, device, autocast, distributed, after_batch=after_batch)
-    return OrderedDict(
-        (f'{metric}_{name}', results[name][metric]) for name in names for metric in ('loss', 'top1', 'top5'))
+_FOREIGN = -2  # in a set of labels: a class that the model does not have
 
 
 # Classes: the data's labels as indices of a model's classes
@@ -370,7 +201,7 @@ def real_label_sets(
         raise UsageError(f"--real-labels: {len(missing)} of {len(files)} images are none of ImageNet's validation set, "
                          f"{missing[0]}")
     width = max([1, *(len(sets[name]) for name in files)])
-    return torch.tensor([sets[name] + [_PAD] * (width - len(sets[name])) for name in files])
+    return torch.tensor([sets[name] + [PAD] * (width - len(sets[name])) for name in files])
 
 
 # The command

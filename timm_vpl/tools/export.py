@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from timm.models import create_model, save_for_hf
 
-from .build import pretrained_cfg_of, size_kwargs
+from ..core.names import SIDES
+from ..data.data import names_of, read_class_map
+from ..engine.build import pretrained_cfg_of, size_kwargs
+from ..engine.trained import TrainedModel, branch_config, create_named, load_branches
+from ..errors import RunError, UsageError, first_line
 from .card import MARK, is_unedited, model_card
-from .data import names_of, read_class_map
-from .errors import RunError, UsageError, first_line
-from .names import SIDES
-from .trained import TrainedModel, branch_config, create_named, load_branches
 
 _logger = logging.getLogger(__name__)
 

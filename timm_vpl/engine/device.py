@@ -5,7 +5,7 @@ import os
 import torch
 from timm.utils import init_distributed_device
 
-from .errors import RunError, UsageError, first_line
+from ..errors import RunError, UsageError, first_line
 
 
 @contextlib.contextmanager

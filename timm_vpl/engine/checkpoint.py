@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 from timm.utils import CheckpointSaver
 
-from . import __version__
-from .errors import RunError, first_line
-from .files import replace, replacing
+from .. import __version__
+from ..errors import RunError, first_line
+from ..files import replace, replacing
 
 _logger = logging.getLogger(__name__)
 

@@ -23,16 +23,16 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .criterion import StagedLoss
-from .data import names_of
-from .errors import RunError, UsageError
-from .methods import METHODS, partner_of
-from .options import INPUT_OPTIONS, mixup_active, no_token
-from .pair import PairWrapper, classifiers_of
-from .seeding import seed_all
-from .stochastic_depth import set_uniform_drop_path
-from .task import PairTask
-from .teacher import Teacher
+from ..core.criterion import StagedLoss
+from ..core.methods import METHODS, partner_of
+from ..core.pair import PairWrapper, classifiers_of
+from ..core.seeding import seed_all
+from ..core.stochastic_depth import set_uniform_drop_path
+from ..core.task import PairTask
+from ..core.teacher import Teacher
+from ..data.data import names_of
+from ..errors import RunError, UsageError
+from ..options.options import INPUT_OPTIONS, mixup_active, no_token
 from .trained import create_named, load_trained
 from .zero import ShardedOptimizer
 

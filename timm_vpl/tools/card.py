@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .errors import RunError, first_line
-from .methods import METHODS, partner_of
-from .options import build_parser
-from .text import code, code_block, markdown, one_line
-from .trained import TrainedModel
+from ..core.methods import METHODS, partner_of
+from ..engine.trained import TrainedModel
+from ..errors import RunError, first_line
+from ..options.options import build_parser
+from ..text import code, code_block, markdown, one_line
 
 VALIDATION = 'validation.csv'  # where `timm-vpl validate` leaves its figures, in the folder of a run
 

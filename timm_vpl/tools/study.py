@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import RunError, UsageError
+from ..options.options import build_parser, read_args, recipe_path, recipe_values
+from ..options.parsing import did_you_mean, option_tokens, read_recipe, show
+from ..text import one_line
 from .comparison import paired_difference
-from .errors import RunError, UsageError
-from .options import build_parser, read_args, recipe_path, recipe_values
-from .parsing import did_you_mean, option_tokens, read_recipe, show
 from .report import find_baselines, make_groups, report
 from .runs import Run, read_options, read_run
-from .text import one_line
 
 PLAN_KEYS = ('base', 'data', 'seeds', 'rows')
 MARGIN = 1.1  # of an estimate, before a run that must end in time is started

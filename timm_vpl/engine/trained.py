@@ -13,10 +13,10 @@ from timm.data import resolve_model_data_config
 from timm.models import clean_state_dict, create_model
 from timm.models._hub import save_config_for_hf
 
+from ..core.names import SIDES
+from ..errors import RunError, UsageError, first_line
+from ..options.options import INTERPOLATIONS
 from .checkpoint import read_checkpoint
-from .errors import RunError, UsageError, first_line
-from .names import SIDES
-from .options import INTERPOLATIONS
 
 _logger = logging.getLogger(__name__)
 

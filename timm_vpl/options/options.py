@@ -4,7 +4,7 @@ The flow is `parse_args`: build the parser, parse the command line, parse the re
 line win, resolve the options of each branch, check. Nothing heavy is imported here, so that `--help` and a mistake in
 the command line answer at once.
 
-`python -m timm_vpl.options` prints the page `docs/options.md`, which is made from the tables and the parser below.
+`python -m timm_vpl.options.options` prints the page `docs/options.md`.
 """
 import argparse
 import contextlib
@@ -23,9 +23,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
-from .methods import METHOD_OPTIONS, METHODS, distill_terms
-from .names import DEFAULT_TAU, SAME_CLASS, SIDES, SIMILARITIES
+from ..core.methods import METHOD_OPTIONS, METHODS, distill_terms
+from ..core.names import DEFAULT_TAU, SAME_CLASS, SIDES, SIMILARITIES
+from ..errors import UsageError
+from ..text import one_line
 from .parsing import (
     ANY_NUMBER,
     BELOW_ONE,
@@ -44,7 +45,6 @@ from .parsing import (
     read_recipe,
     show,
 )
-from .text import one_line
 
 __all__ = [
     'build_parser', 'check_shards', 'mixup_active', 'options_markdown', 'parse_args', 'recipe_path', 'recipe_values',
@@ -351,7 +351,7 @@ def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
 
 def _recipes() -> dict[str, Path]:
     """Return the recipes that the package carries, by name: in the package (wheel) or beside it (clone)."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     folder = package / 'hparams' if (package / 'hparams').is_dir() else package.parent / 'hparams'
     return {path.stem: path for path in sorted(folder.glob('*.yaml'))}
 
@@ -915,7 +915,7 @@ def options_markdown() -> str:
     lines = [
         '# Options',
         '',
-        "<!-- Made by `python -m timm_vpl.options > docs/options.md`; change `timm_vpl/options.py`, not this page. -->",
+        "<!-- Made by `python -m timm_vpl.options.options > docs/options.md`; change that module, not this page. -->",
         '',
         "The options keep the names and the meaning of timm's train script; `python train_vpl.py --help` lists all.",
         'A recipe (`--config FILE`) is a flat YAML file of the same names, with `_` or `-`; the command line wins.',

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from ..data.identity import data_changes
+from ..errors import RunError, UsageError, first_line
+from ..options.options import changed_options
 from .checkpoint import newest_checkpoint, read_checkpoint
-from .errors import RunError, UsageError, first_line
-from .options import changed_options
-from .provenance import data_changes
 
 _logger = logging.getLogger('train')
 
