@@ -214,6 +214,16 @@ FAULTS = [
         "if re.fullmatch(r'checkpoint-\\d+\\.pth\\.tar', name, re.ASCII)",
         "if isinstance(name, str) and name.endswith('.pth.tar') or '/' in name",
         ('test_hostile.py::test_a_saver_of_others_names_files_of_its_folder',)),
+    Fault(
+        'engine', 'images without a ReaL label count as wrong ones',
+        'labelled = (target != PAD).any(dim=-1)',
+        'labelled = torch.ones(len(target), dtype=torch.bool)',
+        ('test_validation.py::test_sets_of_labels_against_a_plain_loop',)),
+    Fault(
+        'engine', 'the raw weights are exported, not their average',
+        'use_ema = averaged and not only_raw if ema is None else ema',
+        'use_ema = bool(averaged and ema)',
+        ('test_export.py::test_branches_reload_to_the_bit',)),
 
     # tools: validate, export and card, report
     Fault(
@@ -221,16 +231,6 @@ FAULTS = [
         'if indices is not None:\n            dataset.target_transform',
         'if indices == []:\n            dataset.target_transform',
         ('test_validation.py::test_classes_by_name',)),
-    Fault(
-        'tools', 'images without a ReaL label count as wrong ones',
-        'labelled = (target != _PAD).any(dim=-1)',
-        'labelled = torch.ones(len(target), dtype=torch.bool)',
-        ('test_validation.py::test_sets_of_labels_against_a_plain_loop',)),
-    Fault(
-        'tools', 'the raw weights are exported, not their average',
-        'use_ema = averaged and not only_raw if ema is None else ema',
-        'use_ema = bool(averaged and ema)',
-        ('test_export.py::test_branches_reload_to_the_bit',)),
     Fault(
         'tools', 'the name of an export may lead out of its folder',
         "re.fullmatch(r'\\w[\\w.-]{,95}', name, re.ASCII)",
