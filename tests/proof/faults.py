@@ -176,39 +176,39 @@ FAULTS = [
     # engine: building, optimizer, loop, step, evaluation, checkpoints, going on
     Fault(
         'engine', "branch b has the weight decay of branch a",
-        "'weight_decay': getattr(args, f'weight_decay_{side}')",
-        "'weight_decay': args.weight_decay_a",
+        "'weight_decay': options.branches[side].weight_decay",
+        "'weight_decay': options.branches['a'].weight_decay",
         ('test_pair.py::test_named_groups_of_the_script_are_each_branchs_own',)),
     Fault(
         'engine', 'the last, shorter update of an epoch has too small a gradient',
-        'in_update = tail if batch >= num_batches - tail else accum_steps',
-        'in_update = accum_steps',
+        'size = tail if batch >= self.num_batches - tail else self.accum_steps',
+        'size = self.accum_steps',
         ('test_train.py::test_accumulated_batches_are_one_large_batch',)),
     Fault(
         'engine', 'a schedule by updates counts batches of the epoch',
-        'run.scheduler.step_update(num_updates=num_updates)',
-        'run.scheduler.step_update(num_updates=batch)',
+        'run.scheduler.step_update(run.num_updates)\n        clock.tick()',
+        'run.scheduler.step_update(progress.batch - 1)\n        clock.tick()',
         ('test_train.py::test_a_schedule_by_updates',)),
     Fault(
         'engine', 'an update with a gradient that is not a number is made',
-        'if not bad:\n                optimizer.step()',
-        'optimizer.step()',
+        'if self.scaler is not None or (self.skip and found is not None):',
+        'if self.scaler is not None:',
         ('test_finite.py::test_skip_leaves_the_update_out[]',)),
     Fault(
         'engine', 'the figures of the moving average are those of the raw weights',
-        'ema = evaluate_pair(task.get_eval_model(ema=True)',
-        'ema = evaluate_pair(task.get_eval_model()',
-        ('test_validation.py::test_figures_of_a_run_are_those_of_its_summary',)),
+        'run.task.get_eval_model(ema=ema),\n            run.loader_eval',
+        'run.task.get_eval_model(),\n            run.loader_eval',
+        ('test_validate.py::test_figures_of_a_run_are_those_of_its_summary',)),
     Fault(
         'engine', 'a resumed run has its raw weights as their average',
         "checkpoint.get('state_dict_ema', checkpoint['state_dict'])",
         "checkpoint['state_dict']",
-        ('test_train.py::test_resumed_run_is_the_uninterrupted_one',)),
+        ('test_resume.py::test_stopped_in_mid_epoch[workers]',)),
     Fault(
         'engine', 'a run that is resumed in mid-epoch forgets the updates of the epoch',
-        'return run.progress.epoch * run.updates_per_epoch + in_epoch',
-        'return run.progress.epoch * run.updates_per_epoch',
-        ('test_resume.py::test_recovery_checkpoints',)),
+        'return self.progress.epoch * self.updates_per_epoch + in_epoch',
+        'return self.progress.epoch * self.updates_per_epoch',
+        ('test_resume.py::test_stopped_in_mid_epoch[accumulation]',)),
     Fault(
         'engine', 'a checkpoint of somebody else lets files outside its folder be deleted',
         "if re.fullmatch(r'checkpoint-\\d+\\.pth\\.tar', name, re.ASCII)",
@@ -218,7 +218,7 @@ FAULTS = [
         'engine', 'images without a ReaL label count as wrong ones',
         'labelled = (target != PAD).any(dim=-1)',
         'labelled = torch.ones(len(target), dtype=torch.bool)',
-        ('test_validation.py::test_sets_of_labels_against_a_plain_loop',)),
+        ('test_validate.py::test_sets_of_labels_against_a_plain_loop',)),
     Fault(
         'engine', 'the raw weights are exported, not their average',
         'use_ema = averaged and not only_raw if ema is None else ema',
@@ -228,9 +228,9 @@ FAULTS = [
     # tools: validate, export and card, report
     Fault(
         'tools', "labels of the data are taken for the model's, whatever the order of the classes",
-        'if indices is not None:\n            dataset.target_transform',
-        'if indices == []:\n            dataset.target_transform',
-        ('test_validation.py::test_classes_by_name',)),
+        'if indices is not None:\n            dataset.label_map',
+        'if indices == []:\n            dataset.label_map',
+        ('test_validate.py::test_classes_by_name',)),
     Fault(
         'tools', 'the name of an export may lead out of its folder',
         "re.fullmatch(r'\\w[\\w.-]{,95}', name, re.ASCII)",
