@@ -6,7 +6,6 @@ import sys
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -19,7 +18,7 @@ from timm.utils import CheckpointSaver, adaptive_clip_grad
 from tiny_model import TinyModel
 
 from timm_vpl import PairOutput, PairTask, PairWrapper, StagedLoss, VPLLoss
-from timm_vpl.core.methods import METHODS
+from timm_vpl.core.methods import METHODS, Setting
 from timm_vpl.core.seeding import BranchStreams
 from timm_vpl.core.teacher import Teacher
 from timm_vpl.core.terms import base_term
@@ -719,10 +718,12 @@ def train_user_loop(rank, affine='b', **kwargs):
 
 def train_method(rank, method, **options):
     """A method of several optimizer phases, or with a teacher, by the task, each branch with its own steps."""
-    options = SimpleNamespace(rho=2., kl_weight=0.7, tau=0.3, similarity='cosine', same_class='negative', gather=True,
-                              contrastive_weight=0.6, **options)
-    criterion = METHODS[method].criterion(options, 3, None)
+    given = {'rho': 2., 'kl_weight': 0.7, 'tau': 0.3, 'contrastive_weight': 0.6, **options}
+    kind = METHODS[method].options
+    own = kind(**{name: value for name, value in given.items() if hasattr(kind, name)})
     pair, teacher = distributed_pair('none'), None
+    sides = 'b' if METHODS[method].teacher == 'always' else 'ab'
+    criterion = METHODS[method].criterion(own, Setting(sides, 3))
     if METHODS[method].teacher == 'always':
         config = {'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'input_size': (3, 16, 16)}
         teacher = Teacher(pair.model_a, 'a', config, config)
@@ -751,7 +752,7 @@ def train_method(rank, method, **options):
 
 CASES = {
     'dml': (train_method, {'method': 'dml', 'dml_joint': False}),
-    'distill': (train_method, {'method': 'distill', 'sides': ('b',), 'distill_terms': 'both'}),
+    'distill': (train_method, {'method': 'distill', 'distill_terms': 'both'}),
     'task, affine none': (train_task, {'affine': 'none'}),
     'task, affine a': (train_task, {'affine': 'a', 'in_place': True}),
     'task, affine b': (train_task, {'affine': 'b'}),
