@@ -27,12 +27,21 @@ def check(options: 'Options', given: Mapping[str, Any]) -> None:
         options: The options.
         given: What was given, by dest.
     """
-    data, run, augmentation = options.data, options.run, options.augmentation
     _check_models(options)
     _check_method(options, given)
-    if data.train_split == data.val_split:
-        raise UsageError(f'--train-split and --val-split are both {data.val_split}, which validates on training images')
-    check_dataset(data, ('train_split', 'val_split'))
+    if options.data.train_split == options.data.val_split:
+        raise UsageError(f'--train-split and --val-split are both {options.data.val_split}, which validates on '
+                         f'training images')
+    check_dataset(options.data, ('train_split', 'val_split'))
+    _check_run(options)
+    _check_images(options)
+    x, y = getattr(options.own, 'x', 0), getattr(options.own, 'y', 0)
+    if Fraction(str(x)) + Fraction(str(y)) > 100:  # the decimals as written: 33.4 + 66.6 is 100
+        raise UsageError(f'--x {x:g} and --y {y:g} add up to more than 100 percent of the epochs')
+
+
+def _check_run(options: 'Options') -> None:
+    run = options.run
     files = {f'{name}_{side}': getattr(branch, name) for side, branch in options.branches.items()
              for name in ('initial_checkpoint', 'pretrained_path')}
     for dest, path in {**files, 'resume': '' if is_auto(run.resume) else run.resume}.items():
@@ -41,24 +50,24 @@ def check(options: 'Options', given: Mapping[str, Any]) -> None:
     _check_experiment(run.experiment)
     if run.resume == 'auto' and not run.experiment:
         raise UsageError("--resume auto needs --experiment NAME: without it a run's folder has a new name each time")
+
+
+def _check_images(options: 'Options') -> None:
+    augmentation, mode = options.augmentation, options.data.input_img_mode
     for dest in ('scale', 'ratio', 'cutmix_minmax'):
         values = getattr(augmentation, dest)
         if values and values[0] > values[1]:
             raise UsageError(f'{flag_of(dest)} {show(values)}: the first is larger than the second')
-    x, y = getattr(options.own, 'x', 0), getattr(options.own, 'y', 0)
-    if Fraction(str(x)) + Fraction(str(y)) > 100:  # the decimals as written: 33.4 + 66.6 is 100
-        raise UsageError(f'--x {x:g} and --y {y:g} add up to more than 100 percent of the epochs')
     if augmentation.mixes and options.loader.batch_size % 2:
         raise UsageError(f'--batch-size {options.loader.batch_size} is odd, --mixup and --cutmix need an even one')
-    if data.input_img_mode not in (None, 'L', 'RGB') and augmentation.aa and not augmentation.no_aug:
+    if mode not in (None, 'L', 'RGB') and augmentation.aa and not augmentation.no_aug:
         raise UsageError(f"--aa {augmentation.aa}: its operations know images of mode L and RGB, not --input-img-mode "
-                         f"{data.input_img_mode}; --aa '' goes without")
-    for side, branch in options.branches.items():
-        for name in ('mean', 'std'):
-            values = getattr(branch, name)
-            if values and len(values) not in (1, options.input.channels):
-                raise UsageError(f'--{name}-{side} {show(values)} has {len(values)} values, the images have '
-                                 f'{options.input.channels} channels')
+                         f"{mode}; --aa '' goes without")
+    channels = options.input.channels
+    for flag, values in ((f'--{name}-{side}', getattr(branch, name)) for side, branch in options.branches.items()
+                         for name in ('mean', 'std')):
+        if values and len(values) not in (1, channels):
+            raise UsageError(f'{flag} {show(values)} has {len(values)} values, the images have {channels} channels')
 
 
 def is_auto(resume: str) -> bool:
@@ -104,27 +113,34 @@ def _check_method(options: 'Options', given: Mapping[str, Any]) -> None:
     if teacher and not method.has_teacher(options.sides):
         why = 'has two models, the teacher is the partner' if 2 in method.models else 'has no teacher'
         raise UsageError(f'--teacher {teacher}: --method {name} {why}')
+    if teacher and not os.path.exists(teacher) and os.sep in teacher and ':' not in teacher:
+        raise UsageError(f'--teacher {teacher}: no such file or folder')
     if teacher and not os.path.exists(teacher):
-        if os.sep in teacher and ':' not in teacher:
-            raise UsageError(f'--teacher {teacher}: no such file or folder')
         check_model_name('--teacher', teacher)
     if method.distilled and not any(_may_have_token(branch.model or '') for branch in options.branches.values()):
         raise UsageError(f'--method {name}: {_models(options)} {no_token()}')
-    for branch in options.branches.values() if method.uniform_drop_path else ():
-        rate = branch.drop_path or branch.drop_connect
-        if not rate:
-            raise UsageError(f'--drop-path {rate or 0:g}: --method {name} needs a rate above 0, its two submodels '
-                             f'differ in nothing else')
-        if rate >= 1:
-            raise UsageError(f'--drop-path {rate:g}: --method {name} needs a rate below 1')
+    if method.uniform_drop_path:
+        _check_drop_path(options)
     if method.updates(options.own) > 1:
-        if options.optimizer.grad_accum_steps > 1:
-            raise UsageError(
-                f'--grad-accum-steps {options.optimizer.grad_accum_steps}: --method {name} updates one branch before '
-                f'the other within a batch, 1 is the only value (or --dml-joint)')
-        if options.optimizer.opt.startswith('lookahead'):
-            raise UsageError(f'--opt {options.optimizer.opt}: --method {name} updates one branch before the other, '
-                             f'which Lookahead would count as two steps; leave it out (or --dml-joint)')
+        _check_phases(options)
+
+
+def _check_drop_path(options: 'Options') -> None:
+    for branch in options.branches.values():
+        rate = branch.drop_path or branch.drop_connect or 0
+        if not 0 < rate < 1:
+            raise UsageError(f'--drop-path {rate:g}: --method {options.method} needs a rate above 0 and below 1, '
+                             f'its two submodels differ in nothing else')
+
+
+def _check_phases(options: 'Options') -> None:
+    name, asked = options.method, options.optimizer
+    if asked.grad_accum_steps > 1:
+        raise UsageError(f'--grad-accum-steps {asked.grad_accum_steps}: --method {name} updates one branch before the '
+                         f'other within a batch, 1 is the only value (or --dml-joint)')
+    if asked.opt.startswith('lookahead'):
+        raise UsageError(f'--opt {asked.opt}: --method {name} updates one branch before the other, which Lookahead '
+                         f'would count as two steps; leave it out (or --dml-joint)')
 
 
 def no_token() -> str:
@@ -196,34 +212,36 @@ def check_dataset(source: Source, splits: Sequence[str]) -> None:
         source: The options.
         splits: Names of those that name a split.
     """
-    kind, slash, name = source.dataset.partition('/')
-    kind, place = kind.lower(), source.data_dir
+    kind, place = source.dataset.partition('/')[0].lower(), source.data_dir
+    named = {dest: name for dest in splits if (name := getattr(source, dest))}
+    names = named.values()
     if place and (kind == 'wds' or '://' in place):
         check_shards('--data-dir', place)
-    for dest in splits if kind == 'wds' else ():
-        check_shards(flag_of(dest), getattr(source, dest), is_split=True)
+    for dest, name in named.items() if kind == 'wds' else ():
+        check_shards(flag_of(dest), name, is_split=True)
     if source.class_map and not any(
             os.path.isfile(path) for path in (source.class_map, os.path.join(place or '', source.class_map))):
         raise UsageError(f'--class-map {source.class_map}: no such file')
-    if source.dataset == 'digits':
-        if place:
-            raise UsageError(f'--dataset digits comes with the package, but a folder is given: {place}')
-        names = [name for dest in splits if (name := getattr(source, dest))]
-        if not set(names) <= {'train', 'validation'}:
-            raise UsageError(f'split {" or ".join(names)}: the digits have the splits train and validation')
-    elif source.dataset and not (kind in DATASET_KINDS and name):
+    if kind == 'digits' and place:
+        raise UsageError(f'--dataset digits comes with the package, but a folder is given: {place}')
+    if kind == 'digits' and not set(names) <= {'train', 'validation'}:
+        raise UsageError(f'split {" or ".join(names)}: the digits have the splits train and validation')
+    if source.dataset not in ('', 'digits') and not (kind in DATASET_KINDS and source.dataset.partition('/')[2]):
         kinds = ', '.join(f'{kind}/NAME' for kind in DATASET_KINDS)
         raise UsageError(f'--dataset {source.dataset} is not one of digits, {kinds}; leave it out for a folder or .tar')
-    elif kind in ('hfds', 'hfids', 'tfds'):  # they find their data without one
-        return
-    elif not place:
+    if kind not in ('digits', 'hfds', 'hfids', 'tfds'):  # which find their data without a folder
+        _check_folder(source, kind, place)
+
+
+def _check_folder(source: Source, kind: str, place: str | None) -> None:
+    if not place:
         wanted = f'where {source.dataset} lies' if source.dataset else 'a folder or .tar of images'
         raise UsageError(f'no data: give {wanted} (DIR or --data-dir), or try --dataset digits')
-    elif (kind == 'torch' and source.dataset_download) or (kind == 'wds' and '://' in place):
+    if (kind == 'torch' and source.dataset_download) or (kind == 'wds' and '://' in place):
         return
-    elif not os.path.exists(place):
+    if not os.path.exists(place):
         raise UsageError(f'data folder {place} does not exist')
-    elif not os.path.isdir(place) and not (not kind and place.endswith('.tar') and os.path.isfile(place)):
+    if not os.path.isdir(place) and not (not kind and place.endswith('.tar') and os.path.isfile(place)):
         raise UsageError(f"data {place} is not a folder{'' if kind else ' or .tar'}")
 
 

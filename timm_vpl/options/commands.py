@@ -134,15 +134,14 @@ def _check_validate(options: Validate) -> None:
             raise UsageError(f'MODEL {options.model}: no such file or folder (on the Hub: hf-hub:{options.model})')
         check_model_name('MODEL', options.model)
     check_dataset(options, ('val_split', 'check_data'))
-    if options.imagenet_v2:
-        for flag, given in (('--class-map', options.class_map), ('--real-labels', options.real_labels is not None)):
-            if given:
-                raise UsageError(f'--imagenet-v2: says what the labels are, it can not go with {flag}')
+    others = {'--class-map': options.class_map != '', '--real-labels': options.real_labels is not None}
+    for flag in [flag for flag, given in others.items() if given and options.imagenet_v2]:
+        raise UsageError(f'--imagenet-v2: says what the labels are, it can not go with {flag}')
     for flag, path in (('--real-labels', options.real_labels), ('--file-list', options.file_list)):
         if path and not os.path.isfile(path):
             raise UsageError(f'{flag} {path}: no such file')
-    if options.results_file:
-        if os.path.splitext(options.results_file)[1].lower() not in ('.csv', '.json'):
-            raise UsageError(f'--results-file {options.results_file}: ends neither in .csv nor in .json')
-        if not os.path.isdir(os.path.dirname(options.results_file) or '.'):
-            raise UsageError(f'--results-file {options.results_file}: no such folder')
+    file = options.results_file or 'validation.csv'
+    if os.path.splitext(file)[1].lower() not in ('.csv', '.json'):
+        raise UsageError(f'--results-file {file}: ends neither in .csv nor in .json')
+    if not os.path.isdir(os.path.dirname(file) or '.'):
+        raise UsageError(f'--results-file {file}: no such folder')

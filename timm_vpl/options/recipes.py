@@ -82,20 +82,24 @@ def _node_value(node, path: Path, counter: Iterator[int], depth: int = 0) -> Any
     if kind == 'seq':
         return [_node_value(item, path, counter, depth + 1) for item in node.value]
     if kind == 'map':
-        values = {}
-        for key_node, value_node in node.value:
-            key = _node_value(key_node, path, counter, depth + 1)
-            if not isinstance(key, str):
-                raise UsageError(f'{where}: {key!r} is not the name of an option')
-            if key in values:
-                raise UsageError(f'{path}, line {key_node.start_mark.line + 1}: {key} is given twice')
-            values[key] = _node_value(value_node, path, counter, depth + 1)
-        return values
+        return _mapping(node, path, counter, depth, where)
     if any(c == '\0' or '\ud800' <= c <= '\udfff' for c in node.value):
         raise UsageError(f'{where}: {node.value!r} is not text')
     if kind == 'null':
         return None
     return node.value.lower() in ('true', 'yes', 'on') if kind == 'bool' else node.value
+
+
+def _mapping(node, path: Path, counter: Iterator[int], depth: int, where: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = _node_value(key_node, path, counter, depth + 1)
+        if not isinstance(key, str):
+            raise UsageError(f'{where}: {key!r} is not the name of an option')
+        if key in values:
+            raise UsageError(f'{path}, line {key_node.start_mark.line + 1}: {key} is given twice')
+        values[key] = _node_value(value_node, path, counter, depth + 1)
+    return values
 
 
 def _spell(value: Any) -> str:
