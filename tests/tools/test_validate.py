@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_reference_figures_of_six_models(data_root):
             return [f'val/ILSVRC2012_val_{i:08d}.JPEG' for i in range(1, 50001)]
 
     trained = TrainedModel(timm.create_model('test_vit', num_classes=1000), 'test_vit', 'test_vit', {})
-    real_labels = real_label_sets(Names(), '', trained)
+    real_labels = real_label_sets(SimpleNamespace(reader=Names()), '', trained)
     loader = list(zip(predictions.split(512), labels.split(512), strict=True))
     figures = evaluate(forward, names, loader, CPU, real_labels=real_labels)
     reference = {
