@@ -205,10 +205,10 @@ FAULTS = [
         "checkpoint['state_dict']",
         ('test_resume.py::test_stopped_in_mid_epoch[workers]',)),
     Fault(
-        'engine', 'a run that is resumed in mid-epoch forgets the updates of the epoch',
+        'engine', 'the updates of the present epoch do not count',
         'return self.progress.epoch * self.updates_per_epoch + in_epoch',
         'return self.progress.epoch * self.updates_per_epoch',
-        ('test_resume.py::test_stopped_in_mid_epoch[accumulation]',)),
+        ('test_train.py::test_a_schedule_by_updates',)),
     Fault(
         'engine', 'a checkpoint of somebody else lets files outside its folder be deleted',
         "if re.fullmatch(r'checkpoint-\\d+\\.pth\\.tar', name, re.ASCII)",
