@@ -61,7 +61,7 @@ def _finish(prog: str, work: Callable[[], None]) -> int:
     """Do the work of a command and return its exit status; an expected error becomes one line."""
     try:
         work()
-    except (RunError, UsageError) as e:
+    except UsageError as e:
         print(f'{prog}: error: {one_line(e)}', file=sys.stderr)
         return e.exit_status
     except BrokenPipeError:  # the reader has seen enough

@@ -552,19 +552,44 @@ def test_plain_logits_are_told_what_to_wrap(output):
         criterion(output, make_target())
 
 
-@pytest.mark.parametrize('how', ['base_term', 'partial', 'module'])
+class Scaled:
+    """A term that holds a module and is none."""
+
+    def __init__(self, loss):
+        self.loss = loss
+
+    def __call__(self, output, target):
+        return 2 * self.loss(output.logits_b, target)
+
+
+@pytest.mark.parametrize('how', ['base_term', 'around', 'closure', 'partial', 'module', 'attribute', 'method'])
 def test_what_a_term_holds_follows_the_criterion(how):
-    module = torch.nn.CrossEntropyLoss(weight=torch.tensor([1., 2., 3., 4., 5.]))
+    module = torch.nn.CrossEntropyLoss(weight=torch.tensor([1., 2., 3., 4., 5.])).eval()
     criterion = StagedLoss([{
         'base_term': lambda: base_term('a', module),
         'partial': lambda: Term('x_loss', functools.partial(lambda own, output, y: own(output[0], y), module)),
         'module': lambda: Term('x_loss', OnLogits(module)),
+        'around': lambda: base_term('a', lambda logits, target: module(logits, target)),
+        'closure': lambda: Term('x_loss', lambda output, target: module(output.logits_a, target)),
+        'attribute': lambda: Term('x_loss', Scaled(module)),
+        'method': lambda: Term('x_loss', Scaled(module).__call__),
     }[how]()])
+    assert how == 'module' or not criterion.state_dict()  # its keys are its own
     criterion.double()
     criterion.set_epoch(0)
     assert module.weight.dtype == torch.float64 and criterion(make_output(), make_target()).dtype == torch.float64
     criterion.to('meta')
     assert module.weight.device.type == 'meta'
+
+
+def test_term_that_names_what_comes_later():
+    def term(output, target):
+        return later(output.logits_a, target)
+
+    criterion = StagedLoss([Term('x_loss', term)]).double()
+    later = torch.nn.CrossEntropyLoss(weight=torch.ones(5)).double()
+    criterion.set_epoch(0)
+    assert criterion(make_output(), make_target()).isfinite()
 
 
 class OnLogits(torch.nn.Module):

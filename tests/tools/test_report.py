@@ -254,7 +254,7 @@ def test_how_a_run_was_done_makes_no_row(make):
     assert [(r['framework'], r['n']) for r in records(*runs)] == [('vpl', len(runs))] * 2
     # Nor does an option that has no effect beside the others.
     idle = [pair(make, f'idle{i}', seed=i, kl_weight=0.0, rho=float(i), x=10.0 * i) for i in (1, 2)]
-    assert [(r['framework'], r['n']) for r in records(*idle)] == [('vpl (kl_weight=0)', 2)] * 2
+    assert [(r['framework'], r['n']) for r in records(*idle)] == [('vpl without kl', 2)] * 2
 
 
 # Differences
@@ -269,12 +269,12 @@ def test_no_gain_comes_out_of_nothing(make):
     # Measured: quick start, seed 1, both pair weights 0, whose branch b is that of the solo run of seed 1 to the bit.
     nothing = pair(make, 'nothing', b=89.17, contrastive_weight=0.0, kl_weight=0.0)
     solo = [solo_b(make, 'solo1', 89.17), solo_b(make, 'solo2', 57.50, seed=2)]
-    found = baseline([nothing, *solo], framework='vpl (contrastive_weight=0, kl_weight=0)')
+    found = baseline([nothing, *solo], framework='vpl without contrastive and kl')
     assert (found['n'], found['mean'], found['low']) == (1, 0, None)
     assert '| 0.00' not in make_report([nothing, *solo]) and '| +0.00 (1) |' in make_report([nothing, *solo])
-    found = baseline([nothing, solo[1]], framework='vpl (contrastive_weight=0, kl_weight=0)')
+    found = baseline([nothing, solo[1]], framework='vpl without contrastive and kl')
     assert 'mean' not in found and (found['text'], found['reason']) == ('-', 'no common seed (1 and 2)')
-    note = '- vpl (contrastive_weight=0, kl_weight=0), vit, 2 epochs: no difference to solo: no common seed (1 and 2).'
+    note = '- vpl without contrastive and kl, vit, 2 epochs: no difference to solo: no common seed (1 and 2).'
     assert note in make_report([nothing, solo[1]])
 
 
@@ -367,7 +367,7 @@ def test_runs_of_one_seed_are_noted(make):
 @pytest.mark.parametrize('options, name', [
     ({'x': 0.0, 'y': 33.5}, 'vpl (x=0, y=33.5)'),
     ({'contrastive_to': 'both', 'kl_to': 'both'}, 'vpl (contrastive_to=both, kl_to=both)'),
-    ({'kl_weight': 0.0, 'rho': 2.0}, 'vpl (kl_weight=0)'),  # which leaves rho without effect
+    ({'kl_weight': 0.0, 'rho': 2.0}, 'vpl without kl'),  # which leaves rho without effect
     ({'method': 'dml', 'dml_joint': True, 'x': 0}, 'dml (dml_joint=on)'),
     ({'method': 'distill', 'model_a': '', 'teacher': 'hf-hub:timm/resnet50.a1_in1k'}, 'distill from resnet50.a1_in1k'),
     ({'method': 'deit', 'model_a': '', 'teacher': 'regnety_160', 'distillation_type': 'soft'},

@@ -95,7 +95,8 @@ def test_a_row_runs_and_a_broken_one_is_listed(plan, tmp_path):
 
     # A second start trains nothing of what is done, and measures by it.
     dry, err = start(plan(SOLO, seeds=[1, 2]), out, '--dry-run').communicate()
-    assert err == '' and re.match(r'row +runs left +minutes a run\na +1 +0\.\d\n1 of 2 runs left: 0\.0\d hours', dry)
+    assert err == '' and re.match(
+        r'row +runs left +minutes a run +core-hours\na +1 +0\.\d +0\.\d\d\n1 of 2 runs left: 0\.0\d hours', dry)
     assert (out / 'a-seed-1' / 'summary.csv').stat().st_mtime_ns == finished
     other = plan({**SOLO, 'lr_a': 0.1}, seeds=[1])
     with pytest.raises(UsageError, match='a-seed-1: is finished with lr_a 0.003, the plan says 0.1; name the row'):

@@ -1,7 +1,9 @@
 """The criterion: a staged, weighted sum of named terms, and VPL's as one of these."""
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from types import CellType
 from typing import Any
 
 import torch
@@ -22,9 +24,8 @@ class StagedLoss(nn.Module):
     is in float32 at least, whatever autocast says.
 
     Args:
-        terms: The terms in the order in which they are logged. Functions that are modules, or partials of modules,
-            follow the criterion to its device; what other functions hold is the caller's to move. Functions that
-            pickle knows let the criterion be pickled.
+        terms: The terms in the order in which they are logged. Modules among their functions, and those that these
+            hold, follow the criterion to its device; functions that pickle knows let the criterion be pickled.
         phases: Branches that learn in each optimizer phase of a batch, 'ab' for both at once.
         views: 2 for one network that gives two outputs for a batch, in the places of the branches.
 
@@ -44,11 +45,18 @@ class StagedLoss(nn.Module):
             if not 0 <= term.phase < len(phases):
                 raise ValueError(f'{term.name}: phase is {term.phase}, expected one of {len(phases)}')
         self.all_terms = tuple(terms)
-        parts = [part for term in terms for part in (term.function, *getattr(term.function, 'args', ()))]
-        self.functions = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
+        self.functions = nn.ModuleList(term.function for term in terms if isinstance(term.function, nn.Module))
         self.phases = tuple(phases)
         self.views = views
         self._epoch: int | None = None
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> 'StagedLoss':
+        """Convert also what the terms hold, such as class weights: no submodule, so that it keeps its own mode."""
+        registered = set(self.modules())
+        for module in _held_modules(term.function for term in self.all_terms):
+            if module not in registered:
+                module._apply(fn, *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)
 
     @property
     def epoch(self) -> int:
@@ -179,6 +187,24 @@ class VPLLoss(StagedLoss):
     def describe(self) -> str:
         """Return a line that names the stage and the terms that are on."""
         return f'stage {self.stage()}, {super().describe()}'
+
+
+def _held_modules(functions: Iterable[Any]) -> Iterator[nn.Module]:
+    """Yield the modules that functions hold: as attributes, as arguments of a partial, in a closure; each once."""
+    held, seen = list(functions), set()
+    while held:
+        item = held.pop()
+        if id(item) in seen or isinstance(item, type):
+            continue
+        seen.add(id(item))
+        if isinstance(item, nn.Module):
+            yield item
+        elif isinstance(item, partial):
+            held += item.func, *item.args, *item.keywords.values()
+        elif callable(item):
+            held += (getattr(item, '__self__', None), *getattr(item, '__dict__', {}).values(),
+                     *(cell.cell_contents for cell in getattr(item, '__closure__', None) or ()
+                       if cell != CellType()))  # of a name that has no value yet
 
 
 def _at_least_float32(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -2,6 +2,7 @@
 import re
 import sys
 import tempfile
+import time
 import traceback
 
 from ..errors import RunError, UsageError, first_line
@@ -35,6 +36,11 @@ def as_line(
         folder: Folder of the traceback; None for a temporary file.
         show: Print the traceback too.
     """
+    if isinstance(error, (ConnectionError, EOFError)):
+        try:
+            time.sleep(2)  # a worker may have died while it sent a batch: torch is about to raise what killed it
+        except RuntimeError as e:
+            error = e
     if show:
         traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, (RunError, UsageError)):

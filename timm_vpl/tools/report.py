@@ -14,7 +14,7 @@ from ..options.parser import show
 from ..options.train import METHOD_OPTIONS
 from ..text import markdown
 from .comparison import paired_difference
-from .runs import COSTS, Run, data_title, make_recipe, own_options, read_run, teacher_folder
+from .runs import COSTS, Run, data_title, make_recipe, own_options, read_run, teacher_folder, terms_off
 from .tables import markdown_table
 
 METRICS = {'top1': 'top-1', 'top5': 'top-5'}
@@ -102,7 +102,8 @@ def make_groups(runs: Iterable[Run], names: Mapping[str, str] | None = None) -> 
         alike = [other.runs[0].recipe for other in groups if other.place == group.place]
         values = {**run.recipe, 'teacher': run.options.get('teacher')}
         parts = ', '.join(
-            f'{name}={show(values.get(name))}' for name in sorted({*own_options(run), *_differing(*alike)}))
+            f'{name}={show(values.get(name))}' 
+            for name in sorted({*own_options(run), *_differing(*alike)}.difference(terms_off(run))))
         given = (names.get(str(run.path)) for run in group.runs) if names else ()
         group.name = next(filter(None, given), f'{run.framework} ({parts})' if parts else run.framework)
     return groups

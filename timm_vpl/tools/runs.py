@@ -50,10 +50,10 @@ class Run:
         self.weights = 'ema' if any(f'eval_ema_top1_{side}' in last for side in self.sides) else 'raw'
         self.processes = list(dict.fromkeys(row['processes'] for row in rows.values() if row.get('processes')))
         self.val_set = str(options.get('val_split') or 'validation')
-        self.framework = framework(self)
         self.recipe = {
             **make_recipe(options, self.sides, self.path), 'data': _data(self), 'num_epochs': self.num_epochs,
             'weights': self.weights, 'processes': self.processes}
+        self.framework = framework(self)
 
     @property
     def progress(self) -> str:
@@ -250,10 +250,15 @@ def own_options(run: Run) -> list[str]:
     return [name for name in names if run.recipe.get(name, entries[name].default) != entries[name].default]
 
 
+def terms_off(run: Run) -> list[str]:
+    """Return the weights of the terms of a run's method that are off."""
+    return sorted(name for name in own_options(run) if name.endswith('_weight') and number(run.recipe[name]) == 0)
+
+
 def framework(run: Run) -> str:
-    """Return the name of a run's method, with its teacher."""
-    teacher = _teacher_name(run)
-    return f'{run.options["method"]} from {teacher}' if teacher else run.options['method']
+    """Return the name of a run's method, with the terms that are off and its teacher."""
+    teacher, off = _teacher_name(run), ' and '.join(name.removesuffix('_weight') for name in terms_off(run))
+    return run.options['method'] + (f' without {off}' if off else '') + (f' from {teacher}' if teacher else '')
 
 
 def _teacher_name(run: Run) -> str:

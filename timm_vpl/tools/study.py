@@ -3,12 +3,14 @@ import fcntl
 import functools
 import math
 import os
+import resource
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -284,13 +286,18 @@ def expected_seconds(run: PlannedRun, runs: Iterable[PlannedRun]) -> float:
         RunError: The trial failed.
     """
     row = [other for other in runs if other.row == run.row]
-    return _seconds(next(filter(None, (other.finished() for other in row)), None) or _tried(row[0]))
+    return _seconds(next(filter(None, (other.finished() for other in row)), None) or _tried(row[0])[0])
 
 
 @functools.cache
-def _tried(run: PlannedRun) -> Run:
+def _tried(run: PlannedRun) -> tuple[Run, float]:
+    """Return a trial of a run, and how many cores it kept busy."""
+    begun, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as folder:
-        return trial(run, Path(folder))
+        tried = trial(run, Path(folder))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return tried, cpu / (time.time() - begun)
 
 
 def _seconds(run: Run) -> float:
@@ -319,16 +326,22 @@ def trial(run: PlannedRun, folder: Path) -> Run:
 
 
 def dry_run(runs: Sequence[PlannedRun], left: Sequence[PlannedRun]) -> list[str]:
-    """Return a table of what the runs that are left would take.
-
-    Raises:
-        RunError: A row can't be trained.
-    """
-    hours = {row: expected_seconds(run, runs) / 3600 for row, run in {run.row: run for run in left}.items()}
+    """Return a table of what the runs that are left would take, by an epoch of each row; a row that fails says so."""
+    table: list[tuple] = []
+    broken: list[str] = []
+    totals = [0., 0.]  # hours, core-hours
+    for row, count in Counter(run.row for run in left).items():
+        try:
+            tried, cores = _tried(next(run for run in runs if run.row == row))
+        except RunError as e:
+            broken.append(str(e))
+            continue
+        hours = count * _seconds(tried) / 3600
+        totals = [totals[0] + hours, totals[1] + hours * cores]
+        table.append((row, count, f'{60 * hours / count:.1f}', f'{hours * cores:.2f}'))
     return [
-        *screen_table(('row', 'runs left', 'minutes a run'), [
-            (row, [run.row for run in left].count(row), f'{60 * each:.1f}') for row, each in hours.items()], texts=1),
-        f'{len(left)} of {len(runs)} runs left: {sum(hours[run.row] for run in left):.2f} hours one after the other']
+        *screen_table(('row', 'runs left', 'minutes a run', 'core-hours'), table, texts=1), *broken,
+        f'{len(left)} of {len(runs)} runs left: {totals[0]:.2f} hours one after the other, {totals[1]:.2f} core-hours']
 
 
 def conclusion(runs: Sequence[PlannedRun]) -> str:

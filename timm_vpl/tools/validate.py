@@ -15,7 +15,6 @@ from timm.data.loader import adapt_to_chs
 from timm.utils import setup_default_logging
 
 from ..core.processes import Processes
-from ..data.failures import data_errors
 from ..data.images import Images, Split, StreamImages
 from ..data.loaders import create_eval_loader
 from ..data.sources import Part
@@ -207,8 +206,7 @@ def validate_models(options: Validate) -> list[dict[str, Any]]:
                 trained_on = create_split(options, options.check_data, options.in_chans or 3, flag='--check-data')
                 splits: Any = passes[0].loader.dataset, trained_on
                 names = [_file_names(dataset, '--check-data') for dataset in splits]
-        with data_errors():
-            results = [_run_pass(options, each, processes) for each in passes]
+        results = [_run_pass(options, each, processes) for each in passes]
     finally:
         if processes.distributed:
             torch.distributed.destroy_process_group()
