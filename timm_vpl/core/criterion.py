@@ -50,13 +50,13 @@ class StagedLoss(nn.Module):
         self.views = views
         self._epoch: int | None = None
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> 'StagedLoss':
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """Convert also what the terms hold, such as class weights: no submodule, so that it keeps its own mode."""
         registered = set(self.modules())
         for module in _held_modules(term.function for term in self.all_terms):
             if module not in registered:
                 module._apply(fn, *args, **kwargs)
-        return super()._apply(fn, *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
 
     @property
     def epoch(self) -> int:
