@@ -59,7 +59,7 @@ def first_classifier(model):
 
 
 def nothing_held(pair):
-    return all(pair.parts[side]._tap.inputs == [] and not pair.parts[side]._tap.on for side in pair.sides)
+    return all(pair.parts[side]._tap.kept == [] and not pair.parts[side]._tap.on for side in pair.sides)
 
 
 class FourDimensional(TinyModel):
@@ -126,7 +126,7 @@ def test_embedding_is_the_classifiers_input(name, mode):
     seen = []
     classifier = first_classifier(model)
     classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    logits, embed, _ = pair.run('a', images())
+    logits, embed, *_ = pair.run('a', images())
     assert len(seen) == 1 and seen[0] is embed
     assert tuple(embed.shape) == (4, classifier.in_features) and embed.requires_grad
     assert pair.parts['a'].embed_dim == classifier.in_features == WIDTHS.get(name, 48)
@@ -500,7 +500,7 @@ def test_reset_classifier_hooks_the_new_one():
     assert output.logits_a.shape == output.logits_b.shape == (4, 7)
     assert output.embed_a.shape == output.embed_b.shape == (4, 96)
     for side, classifier in (('a', pair.model_a.fc), ('b', pair.model_b.head)):
-        logits, embed, _ = pair.run(side, images())
+        logits, embed, *_ = pair.run(side, images())
         assert torch.equal(F.linear(embed, classifier.weight, classifier.bias), logits)
         assert len(classifier._forward_pre_hooks) == 1
     assert nothing_held(pair)

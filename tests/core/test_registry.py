@@ -138,7 +138,7 @@ def check_values(case):
                 torch.testing.assert_close(from_embedding(branch, embed), logits, rtol=1e-4, atol=1e-4)
     for (key, value), other in zip(bare.state_dict().items(), branch.model.state_dict().values(), strict=True):
         assert torch.equal(value, other), key  # BatchNorm's statistics moved as in the bare model
-    assert branch._tap.inputs == [] and not branch._tap.on
+    assert branch._tap.kept == [] and not branch._tap.on
 
 
 def name_of(case):
@@ -174,7 +174,7 @@ def on_meta(name):
         model = timm.create_model(name, num_classes=NUM_CLASSES)
         pair = PairWrapper(model, None).eval()
         size = model.pretrained_cfg.get('input_size', (3, 224, 224))
-        logits, embed, _ = pair.run('a', torch.zeros(2, *size))
+        logits, embed, *_ = pair.run('a', torch.zeros(2, *size))
     return (logits.shape, embed.shape), ((2, NUM_CLASSES), (2, pair.parts['a'].embed_dim))
 
 

@@ -1,9 +1,9 @@
 """The criterion: a staged, weighted sum of named terms, and VPL's as one of these."""
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from types import CellType
+from types import CellType, MappingProxyType
 from typing import Any
 
 import torch
@@ -24,14 +24,18 @@ class StagedLoss(nn.Module):
     is in float32 at least, whatever autocast says.
 
     Args:
-        terms: The terms in the order in which they are logged. Modules among their functions, and those that these
-            hold, follow the criterion to its device; functions that pickle knows let the criterion be pickled.
+        terms: The terms in the order in which they are logged. Modules among their functions are its submodules; those
+            that functions hold otherwise follow it to its device. Functions that pickle knows let it be pickled.
         phases: Branches that learn in each optimizer phase of a batch, 'ab' for both at once.
         views: 2 for one network that gives two outputs for a batch, in the places of the branches.
 
     Raises:
         ValueError: Two terms of one name, a name that doesn't end in '_loss', a negative or non-finite weight, a
-            term of a phase that there is not.
+            term of a phase that there is not, trainable parameters that nothing would train.
+
+    Attributes:
+        accuracies: Of what gates compare: 'a', 'b', 'teacher' and 'average', on images that are not trained on; the
+            loop sets them before an epoch. Until then terms with a gate are off.
     """
 
     def __init__(self, terms: Sequence[Term], phases: Sequence[str] = ('ab',), views: int = 1):
@@ -45,7 +49,11 @@ class StagedLoss(nn.Module):
             if not 0 <= term.phase < len(phases):
                 raise ValueError(f'{term.name}: phase is {term.phase}, expected one of {len(phases)}')
         self.all_terms = tuple(terms)
-        self.functions = nn.ModuleList(term.function for term in terms if isinstance(term.function, nn.Module))
+        self.functions = nn.ModuleDict(
+            {term.name: term.function for term in terms if isinstance(term.function, nn.Module)})
+        self.accuracies: dict[str, float] = {}
+        for term in terms:
+            _check_held(term, set(self.modules()))
         self.phases = tuple(phases)
         self.views = views
         self._epoch: int | None = None
@@ -68,14 +76,47 @@ class StagedLoss(nn.Module):
         if epoch < 0:
             raise ValueError(f'epoch is {epoch}, expected 0 or more')
         self._epoch = epoch
-        for function in self.functions:
+        if epoch > 0 and not self.accuracies and self.gates:
+            warnings.warn(
+                f'{type(self).__name__}: no accuracies were set, its terms with a gate are off', stacklevel=2)
+        for function in self.functions.values():
             start_epoch = getattr(function, 'start_epoch', None)
             if start_epoch is not None:
                 start_epoch()
 
+    def weight_of(self, term: Term) -> float:
+        """Return the weight of a term at the present epoch, 0 where it is off."""
+        if term.gate is not None:
+            learner, leader = (self.accuracies.get(name, -math.inf) for name in term.gate)
+            if not leader > learner:
+                return 0.
+        return term.weight * term.schedule(self.epoch)
+
     def active_terms(self) -> list[Term]:
         """Return the terms that are on at the present epoch."""
-        return [term for term in self.all_terms if term.weight and term.active(self.epoch)]
+        return [term for term in self.all_terms if self.weight_of(term)]
+
+    @property
+    def gates(self) -> set[str]:
+        """What the terms' gates compare: some of 'a', 'b', 'teacher' and 'average'."""
+        return {name for term in self.all_terms for name in term.gate or ()}
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The functions of terms that have parameters to train, by name of the term."""
+        return {
+            name: function for name, function in self.functions.items()
+            if any(parameter.requires_grad for parameter in function.parameters())}
+
+    def parts_of(self, sides: Sequence[str]) -> list[tuple[str, Any]]:
+        """Return the same with the branch that each is trained with, the last one where both learn from the term."""
+        learners = {term.name: term.learner for term in self.all_terms}
+        return [(learners[name] if learners[name] in sides else sides[-1], part) for name, part in self.parts.items()]
+
+    @property
+    def features(self) -> dict[str, tuple[str, ...]]:
+        """The features that the terms that are on read, by side."""
+        return features_of(self.active_terms())
 
     def describe(self) -> str:
         """Return a line that names the terms that are on."""
@@ -86,13 +127,20 @@ class StagedLoss(nn.Module):
         """Whether a term that is on reads the embeddings."""
         return any(getattr(term.function, 'uses_embeddings', False) for term in self.active_terms())
 
-    def terms(self, output: PairOutput, target: torch.Tensor, phase: int | None = None) -> dict[str, torch.Tensor]:
+    def terms(
+            self,
+            output: PairOutput,
+            target: torch.Tensor,
+            phase: int | None = None,
+            wrapped: Mapping[str, Any] = MappingProxyType({}),
+    ) -> dict[str, torch.Tensor]:
         """Return the unweighted terms that are on, and 'loss', their weighted sum.
 
         Args:
             output: What the pair computed.
             target: Class indices (N,) or soft targets (N, C).
             phase: Only the terms of this optimizer phase; None for all.
+            wrapped: What to call in the place of a term's function, by its name: it in its DistributedDataParallel.
 
         Raises:
             ValueError: No PairOutput, or a target of another length.
@@ -108,17 +156,27 @@ class StagedLoss(nn.Module):
         [logits, *_] = [logits for logits in (output.logits_a, output.logits_b) if logits is not None]
         if len(target) != len(logits):
             raise ValueError(f'target has shape {tuple(target.shape)} for logits of shape {tuple(logits.shape)}')
-        with torch.autocast(logits.device.type, enabled=False):
-            output = PairOutput(*(_at_least_float32(field) for field in output))
-            active = [term for term in self.active_terms() if phase in (None, term.phase)]
-            values: dict[str, Any] = {term.name: term.function(output, target) for term in active}
-            values['loss'] = sum(term.weight * values[term.name] for term in active)
+        active = [term for term in self.active_terms() if phase in (None, term.phase)]
+        values = self.compute(active, output, target, wrapped)
+        values['loss'] = sum(self.weight_of(term) * values[term.name] for term in active)
         if not self.uses_embeddings and is_distributed_step(self):
             # Only an affine layer that was run is not in the graph by the other terms.
             unused = [getattr(output, f'embed_{side}') for side in SIDES
                       if getattr(output, f'stopped_{side}') is not None]
             values['loss'] = losses.keep_in_graph(values['loss'], *unused)
         return values
+
+    @staticmethod
+    def compute(
+            terms: Iterable[Term],
+            output: PairOutput,
+            target: torch.Tensor,
+            wrapped: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Return these terms, unweighted, in float32 at least; the arguments are those of `terms`."""
+        with torch.autocast(target.device.type, enabled=False):
+            output = PairOutput(*(_at_least_float32(field) for field in output))
+            return {term.name: wrapped.get(term.name, term.function)(output, target) for term in terms}
 
     def forward(self, output: PairOutput, target: torch.Tensor) -> torch.Tensor:
         return self.terms(output, target)['loss']
@@ -207,7 +265,27 @@ def _held_modules(functions: Iterable[Any]) -> Iterator[nn.Module]:
                        if cell != CellType()))  # of a name that has no value yet
 
 
-def _at_least_float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    if tensor is not None and tensor.is_floating_point() and tensor.itemsize < 4:
-        return tensor.float()
-    return tensor
+def _check_held(term: Term, trained: set[nn.Module]) -> None:
+    """Raise ValueError where a term's function holds parameters to train that no optimizer would be given."""
+    for module in _held_modules([term.function]):
+        if module not in trained and any(parameter.requires_grad for parameter in module.parameters()):
+            raise ValueError(
+                f'{term.name}: its function holds a {type(module).__name__} with parameters that nothing trains: let '
+                f'the function be a module that has it as a submodule, or freeze it (requires_grad_(False))')
+
+
+def features_of(terms: Iterable[Term]) -> dict[str, tuple[str, ...]]:
+    """Return the features that terms read, by side."""
+    wanted: dict[str, dict[str, None]] = {}
+    for term in terms:
+        for side, names in getattr(term.function, 'features', {}).items():
+            wanted.setdefault(side, {}).update(dict.fromkeys(names))
+    return {side: tuple(names) for side, names in wanted.items()}
+
+
+def _at_least_float32(field: Any) -> Any:
+    if isinstance(field, dict):
+        return {name: _at_least_float32(tensor) for name, tensor in field.items()}
+    if field is not None and field.is_floating_point() and field.itemsize < 4:
+        return field.float()
+    return field

@@ -1,19 +1,22 @@
 """Two networks as one module: each runs once on the same images and gives its logits and its embedding."""
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn as nn
 from timm.models import group_parameters
 from timm.optim import auto_group_layers
+from torch.utils.hooks import RemovableHandle
 
 from ..compat import compile_apart
+from .features import EMBED, as_map, find_module
 from .inputs import InputTransform
 from .names import SIDES, partner_of
 
 Model: TypeAlias = Any  # an nn.Module with the methods of timm's models, which nn.Module's type does not know
 Images: TypeAlias = torch.Tensor | dict[str, torch.Tensor]  # (N, C, H, W); or by side, one batch prepared for each
-BranchOutput: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+Features: TypeAlias = dict[str, torch.Tensor] | None
+BranchOutput: TypeAlias = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, Features]
 
 
 class PairOutput(NamedTuple):
@@ -31,23 +34,38 @@ class PairOutput(NamedTuple):
     stopped_a: torch.Tensor | None = None  # embed_a as P(stop_gradient(h_a)), where the affine layer P is on side a
     stopped_b: torch.Tensor | None = None
     sample_ids: torch.Tensor | None = None  # (N,) int64, equal for copies of one image (repeated augmentation)
+    features_a: Features = None  # those that were asked for (`PairWrapper.tap`), maps (N, d, h, w)
+    features_b: Features = None
+    logits_teacher: torch.Tensor | None = None  # of a frozen teacher beside a pair
+    embed_teacher: torch.Tensor | None = None
+    features_teacher: Features = None
 
 
 class Tap:
-    """Keeps what reaches a model's last layers while it is on. It does not hold the model, so both can be copied."""
+    """Keeps what passes a model's layers while it is on. It does not hold the model, so both can be copied."""
 
     def __init__(self) -> None:
         self.on = False
-        self.inputs: list[torch.Tensor] = []
+        self.kept: list[Any] = []
 
     def take(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """Keep the input of a layer, as its forward pre-hook."""
         if self.on:
-            self.inputs.append(args[0])
+            self.kept.append(args[0])
+
+    def take_output(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
+        """Keep the output of a layer, as its forward hook."""
+        if self.on:
+            self.kept.append(output)
+
+    def release(self) -> list[Any]:
+        """Return what was kept, and turn off."""
+        kept, self.kept, self.on = self.kept, [], False
+        return kept
 
 
 class Branch(nn.Module):
-    """One network of a pair as a function of images: (logits, embedding, logits of a second head or None).
+    """One network of a pair as a function of images: (logits, embedding, logits of a second head or None, features).
 
     The embedding is 'the input feature of the last fully connected layer' (VPL, 'Two Branches'), (N, d), taken by a
     forward pre-hook on that layer: one forward, no second pass through the head. Where several layers classify
@@ -58,16 +76,23 @@ class Branch(nn.Module):
         ValueError: The model has no classifier whose input could be the embedding.
     """
 
-    def __init__(self, model: Model, side: str):
+    def __init__(self, model: Model, side: str, teaches: bool = False):
         super().__init__()
         self.model = model
         self.side = side
+        self.layers: list[nn.Module] = []
+        self._teaches = teaches  # so that it may have no classifier
         self.memory_format: torch.memory_format | None = None  # torch.channels_last converts this branch's input
         self._tap = Tap()
+        self._features: dict[str, Tap] = {}  # of the features that are asked for
+        self._handles: list[RemovableHandle] = []
+        self._compiled: dict[str, Any] | None = None  # what it was compiled with
         self.tap_classifier()
 
     def tap_classifier(self) -> None:
         """Hook the model's last layers, at construction and again after a classifier was replaced."""
+        if self._teaches and not self.classifies:
+            return
         self.heads = classifiers_of(self.model, f'model_{self.side}')
         self.layers = [_last_layer(classifier) for classifier in _first_head(self.model.get_classifier())]
         # CLIP's attention pooling classifies each token and keeps the first.
@@ -76,6 +101,28 @@ class Branch(nn.Module):
             for module in self.model.modules())
         for layer in self.layers:
             layer.register_forward_pre_hook(self._tap.take)
+
+    def tap(self, names: Sequence[str]) -> None:
+        """Let each forward give these features and no others: 'stage1' to 'stage4', 'embed', or names of modules.
+
+        Raises:
+            ValueError: The model has no such feature.
+        """
+        if tuple(self._features) == tuple(names):
+            return
+        modules = {name: find_module(self.model, name) for name in names if name != EMBED}
+        for handle in self._handles:
+            handle.remove()
+        self._features = {name: Tap() for name in names}
+        self._handles = [
+            module.register_forward_hook(self._features[name].take_output) for name, module in modules.items()]
+        if self._compiled is not None:
+            self.compile(**self._compiled)  # torch.compile does not look for hooks that come or go
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model has a classifier, as timm's have it."""
+        return hasattr(self.model, 'get_classifier') and not isinstance(self.model.get_classifier(), nn.Identity)
 
     @property
     def classifier(self) -> nn.Module:
@@ -87,11 +134,11 @@ class Branch(nn.Module):
         """Width of the embedding."""
         widths: list[Any] = [
             getattr(layer, 'in_features', None) or getattr(layer, 'in_channels', None) for layer in self.layers]
-        width: int | None = sum(widths) if all(widths) else getattr(self.model, 'head_hidden_size', None)
+        width: int | None = sum(widths) if widths and all(widths) else getattr(self.model, 'head_hidden_size', None)
         if width is None:
             raise ValueError(
                 f'model_{self.side} ({type(self.model).__name__}): the width of its embedding is not known, its '
-                f'classifier ({type(self.classifier).__name__}) has no in_features and the model no head_hidden_size')
+                f'classifier has no in_features and the model no head_hidden_size')
         return width
 
     @property
@@ -122,16 +169,27 @@ class Branch(nn.Module):
     def forward(self, input: torch.Tensor) -> BranchOutput:
         if self.memory_format is not None:
             input = input.contiguous(memory_format=self.memory_format)
-        self._tap.on = True
+        taps = [self._tap, *self._features.values()]
+        for tap in taps:
+            tap.on = True
         try:
             output = self.model(input)
         finally:
-            taps, self._tap.inputs, self._tap.on = self._tap.inputs, [], False
+            inputs, *outputs = [tap.release() for tap in taps]
         logits, dist_logits = output if isinstance(output, (tuple, list)) else (output, None)
-        return logits, self._embedding(taps), dist_logits
+        embed: torch.Tensor | None = None
+        if self.layers:
+            embed = self._embedding(inputs)
+        elif hasattr(self.model, 'get_classifier'):
+            logits, embed = None, logits
+        features: dict[str, Any] = {
+            name: embed if name == EMBED else as_map(self.model, name, kept, (input.shape[-2], input.shape[-1]))
+            for name, kept in zip(self._features, outputs, strict=True)}
+        return logits, embed, dist_logits, features or None
 
     def compile(self, **kwargs: Any) -> None:
         """Compile this branch with torch.compile(**kwargs); a copy starts uncompiled."""
+        self._compiled = kwargs
         compile_apart(self, f'forward_{self.side}', **kwargs)
 
 
@@ -288,8 +346,9 @@ class PairWrapper(nn.Module):
         run = run or self.run
         fields: dict[str, Any] = {'logits_a': None, 'logits_b': None}
         for side in self.sides:
-            fields[f'logits_{side}'], fields[f'embed_{side}'], fields[f'dist_logits_{side}'] = run(
-                side, self.images(side, input))
+            output = run(side, self.images(side, input))
+            fields.update(zip(
+                (f'logits_{side}', f'embed_{side}', f'dist_logits_{side}', f'features_{side}'), output, strict=True))
         if self.affine is not None:
             side = self.affine_side
             embed = fields.pop(f'embed_{side}')
@@ -298,6 +357,15 @@ class PairWrapper(nn.Module):
                 both = run('affine', torch.cat([embed, embed.detach()]))
                 fields[f'embed_{side}'], fields[f'stopped_{side}'] = both.chunk(2)
         return PairOutput(**fields)
+
+    def tap(self, features: Mapping[str, Sequence[str]]) -> None:
+        """Let each forward give these features of each side, and no others (`Branch.tap`).
+
+        Raises:
+            ValueError: A model has no such feature.
+        """
+        for side in self.sides:
+            self._branches[side].tap(features.get(side, ()))
 
     def compile(self, **kwargs: Any) -> None:
         """Compile each branch with torch.compile(**kwargs)."""

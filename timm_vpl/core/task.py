@@ -1,7 +1,7 @@
 """The pair as a timm training task: forward and loss, distribution, compilation, stages, state."""
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad
 from torch.nn.parallel import DistributedDataParallel
 
-from .criterion import StagedLoss
+from .criterion import StagedLoss, features_of
 from .ema import Ema
 from .pair import Images, PairOutput, PairWrapper
 from .seeding import BranchStreams
@@ -32,7 +32,7 @@ class PairTask(TrainingTask):
         updates_per_epoch: Optimizer updates in an epoch; None: the stages are the loop's to set (`set_epoch`).
         streams: Seeds each branch's dropout and drop path for a batch, whose place the loop sets before it
             (`streams.set_position`); None leaves the generators alone.
-        teacher: Frozen network in the place of the branch that the pair has not.
+        teacher: Frozen network, in the place of the branch that the pair has not or beside a pair.
         device: Device for task tensors/buffers.
         dtype: Dtype for task tensors/buffers.
         verbose: Enable info logging.
@@ -81,13 +81,13 @@ class PairTask(TrainingTask):
             self.set_epoch(num_updates // self.updates_per_epoch)
 
     def prepare_distributed(self, device_ids: list[Any] | None = None, **ddp_kwargs: Any) -> 'PairTask':
-        """Wrap each part that has trainable parameters in DistributedDataParallel.
+        """Wrap each part and each term that has trainable parameters in DistributedDataParallel.
 
         Args:
             device_ids: List of device IDs for DDP, [local_rank] on a GPU.
             **ddp_kwargs: Additional arguments of DistributedDataParallel.
         """
-        for name, part in self.trainable_module.parts.items():
+        for name, part in {**self.trainable_module.parts, **self.criterion.parts}.items():
             if any(parameter.requires_grad for parameter in part.parameters()):
                 self._ddp[name] = DistributedDataParallel(part, device_ids=device_ids, **ddp_kwargs)
         return self
@@ -104,16 +104,28 @@ class PairTask(TrainingTask):
             autocast: Context of the forward passes.
         """
         pair = self.trainable_module
-        buffers = [(buffer, buffer.clone()) for buffer in pair.buffers()]
+        buffers = [(buffer, buffer.clone()) for buffer in [*pair.buffers(), *self.criterion.buffers()]]
+        parts = [term for term in self.criterion.all_terms if term.name in self._ddp]
+        output = PairOutput(None, None)
+        self._tap(features_of(parts))
         for side in pair.sides:
             with autocast():
-                outputs = [x for x in self._run(side, pair.images(side, input)) if x is not None]
+                *said, features = self._run(side, pair.images(side, input))
+                outputs = [x for x in said if x is not None]
                 if 'affine' in self._ddp and side == pair.affine_side:
                     outputs.append(self._ddp['affine'](outputs[1].detach()))
             wanted = [x.float().sum() for x in outputs if x.requires_grad]
             if wanted:
                 sum(wanted).backward()
-        pair.zero_grad(set_to_none=True)
+            output = output._replace(**{
+                f'logits_{side}': said[0].detach(), f'embed_{side}': said[1].detach(),
+                f'features_{side}': {name: feature.detach() for name, feature in (features or {}).items()}})
+        if self.teacher is not None:
+            output = output._replace(**self.teacher(input))
+        if parts:
+            target = torch.zeros(len(said[0]), dtype=torch.int64, device=said[0].device)
+            sum(self.criterion.compute(parts, output, target, self._ddp).values()).backward()
+        self.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
@@ -164,8 +176,15 @@ class PairTask(TrainingTask):
         self._count(self.num_updates + 1 if step is None else step)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """Return the number of optimizer updates done, which decides the stage."""
-        return {} if ema else {'num_updates': self.num_updates}
+        """Return the optimizer updates done, which decide the stage, and what the terms have of their own."""
+        if ema:
+            return {}
+        state: dict[str, Any] = {'num_updates': self.num_updates}
+        if self.criterion.gates:
+            state['accuracies'] = self.criterion.accuracies
+        if self.criterion.parts:
+            state['criterion'] = self.criterion.state_dict()
+        return state
 
     def load_task_state(
             self,
@@ -174,12 +193,14 @@ class PairTask(TrainingTask):
             module: nn.Module | None = None,
             ema: bool = False,
     ) -> None:
-        """Restore the number of updates and with it the stage."""
+        """Restore the number of updates and with it the stage, and what the terms have of their own."""
         if state and not ema:
+            self.criterion.accuracies = dict(state.get('accuracies', {}))
+            self.criterion.load_state_dict(state.get('criterion', {}), strict=strict and bool(self.criterion.parts))
             self._count(state['num_updates'])
 
     def clip_groups(self, exclude_head: bool = False) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters that share a gradient norm, by branch; the affine layer belongs to the last."""
+        """Return the parameters that share a gradient norm, by branch; terms' own belong to that of their learner."""
         pair = self.trainable_module
         groups = {}
         for side in pair.sides:
@@ -188,6 +209,8 @@ class PairTask(TrainingTask):
             groups[side] = [parameter for parameter in pair.branch(side).parameters() if parameter not in excluded]
         if pair.affine is not None:
             groups[pair.sides[-1]] += pair.affine.parameters()
+        for side, part in self.criterion.parts_of(pair.sides):
+            groups[side] += part.parameters()
         return groups
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
@@ -225,10 +248,17 @@ class PairTask(TrainingTask):
                 f'replace it before')
         return run(input)
 
+    def _tap(self, features: Mapping[str, tuple[str, ...]]) -> None:
+        """Let the networks give these features, by side, and no others."""
+        self.trainable_module.tap(features)
+        if self.teacher is not None:
+            self.teacher.tap(features.get(self.teacher.side, ()))
+
     def _outputs(self, input: Images) -> PairOutput:
         """Run each network once."""
         project = self.criterion.uses_embeddings
         pair = self.trainable_module
+        self._tap(self.criterion.features)
         if self.criterion.views == 2:
             # One forward of the doubled batch: its halves differ by what the network draws.
             [side] = pair.sides
@@ -281,7 +311,7 @@ class PairTask(TrainingTask):
             output = self._refresh(self._output, self.phases[phase - 1], input)
         # The graph of a branch that learns later waits for its phase.
         self._output = output if phase is not None and phase + 1 < len(self.phases) else None
-        return {**self.criterion.terms(output, target, phase), 'output': output}
+        return {**self.criterion.terms(output, target, phase, self._ddp), 'output': output}
 
 
 @contextlib.contextmanager

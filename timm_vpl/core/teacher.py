@@ -1,4 +1,5 @@
 """A frozen teacher: what it says of a batch that was prepared for its student."""
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,16 +10,19 @@ from .pair import Branch
 
 
 class Teacher(nn.Module):
-    """A frozen network in the place of the other branch: in evaluation mode, without gradient, not in any checkpoint.
+    """A frozen network: in evaluation mode, without gradient, not in any checkpoint.
+
+    A model of timm's gives logits and embedding; one without a classifier (num_classes=0) the embedding; any other
+    module its output as logits (N, C).
 
     Args:
         model: The trained model.
-        side: Side whose place it takes, 'a' or 'b'.
+        side: 'a' or 'b', whose place it takes, or 'teacher' beside a pair.
         data_config: Data configuration of the model.
         input_config: Data configuration of the images that it will get.
 
     Raises:
-        ValueError: The model has no classifier whose input could be the embedding.
+        ValueError: The model has a classifier whose input can't be the embedding.
     """
 
     def __init__(self, model: nn.Module, side: str, data_config: dict[str, Any], input_config: dict[str, Any]):
@@ -26,7 +30,7 @@ class Teacher(nn.Module):
         self.side = side
         self.data_config = data_config
         self.prepare = InputTransform(input_config, data_config)
-        self.branch = Branch(model.requires_grad_(False), side)
+        self.branch = Branch(model.requires_grad_(False), side, teaches=True)
         self.eval()
 
     @property
@@ -34,12 +38,16 @@ class Teacher(nn.Module):
         """Width of the embedding."""
         return self.branch.embed_dim
 
+    def tap(self, names: Sequence[str]) -> None:
+        """Let each forward give these features and no others (`Branch.tap`)."""
+        self.branch.tap(names)
+
     def train(self, mode: bool = True) -> 'Teacher':
         """Stay in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, input: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, input: torch.Tensor) -> dict[str, Any]:
         """Return the fields of a PairOutput that are the teacher's."""
-        logits, embed, _ = self.branch(self.prepare(input))
-        return {f'logits_{self.side}': logits, f'embed_{self.side}': embed}
+        logits, embed, _, features = self.branch(self.prepare(input))
+        return {f'logits_{self.side}': logits, f'embed_{self.side}': embed, f'features_{self.side}': features}

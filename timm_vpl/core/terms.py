@@ -1,15 +1,16 @@
 """The terms of a loss: functions of a pair's output and the labels, each of which knows who learns from it."""
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from . import losses
+from . import distillation, losses
+from .features import EMBED
 from .names import DEFAULT_TAU, SAME_CLASS, SIDES, SIMILARITIES, partner_of
 from .pair import PairOutput
 
@@ -17,17 +18,31 @@ TermFunction = Callable[[PairOutput, torch.Tensor], torch.Tensor]
 BaseLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _always(epoch: int) -> bool:
-    return True
+def _always(epoch: int) -> float:
+    return 1.
 
 
 class Term(NamedTuple):
-    """One term of a loss: `function(output, target)` -> scalar, its weight, and the epochs at which it is on."""
-    name: str  # ends in '_loss'
-    function: TermFunction  # may have an attribute uses_embeddings
+    """One term of a loss: `function(output, target)` -> scalar, and how much it weighs at each epoch.
+
+    Args:
+        name: Ends in '_loss'.
+        function: May have attributes: `uses_embeddings`, whether it reads embed_a or embed_b; `features`, the names of
+            the features that it reads, by side. A module is trained with the branch of `learner`.
+        weight: Its weight.
+        schedule: The factor of its weight at an epoch; 0 or False switches it off.
+        phase: Optimizer phase of a batch in which it counts.
+        learner: Branch by whose learning rate and weight decay its own parameters are trained.
+        gate: (learner, leader): it is on only while the accuracy of the leader is the higher one
+            (`StagedLoss.accuracies`).
+    """
+    name: str
+    function: TermFunction
     weight: float = 1.0
-    active: Callable[[int], bool] = _always
-    phase: int = 0  # optimizer phase of a batch in which it counts
+    schedule: Callable[[int], float] = _always
+    phase: int = 0
+    learner: str = 'b'
+    gate: tuple[str, str] | None = None
 
 
 def base_term(side: str, base_loss: BaseLoss | None = None) -> Term:
@@ -53,13 +68,13 @@ class ContrastiveLoss(nn.Module):
         similarity: 'cosine' or 'dot'.
         same_class: What other images of an anchor's class are to it: 'negative', 'ignore' or 'positive'.
         gather: Take negatives from all processes, in training.
+        leader: 'teacher' for a frozen one beside the pair; by default the learner's partner.
+        projection: Maps the learner's embedding to the width of the teacher's, where they differ.
 
     Raises:
         ValueError: An argument outside its range; embeddings that are missing or of different shape.
         RuntimeError: A batch that is larger than all processes' first of the epoch, with gathered negatives.
     """
-
-    uses_embeddings = True
 
     def __init__(
             self,
@@ -68,6 +83,8 @@ class ContrastiveLoss(nn.Module):
             similarity: str = 'cosine',
             same_class: str = 'negative',
             gather: bool = True,
+            leader: str | None = None,
+            projection: nn.Module | None = None,
     ):
         super().__init__()
         _check_positive('tau', tau)
@@ -79,6 +96,9 @@ class ContrastiveLoss(nn.Module):
         self.similarity = similarity
         self.same_class = same_class
         self.gather = gather
+        self.projection = projection
+        self.uses_embeddings = leader != 'teacher'
+        self.features: dict[str, tuple[str, ...]] = {} if self.uses_embeddings else {learner: (EMBED,)}
         self._gathered_rows: int | None = None
 
     def start_epoch(self) -> None:
@@ -86,7 +106,7 @@ class ContrastiveLoss(nn.Module):
         self._gathered_rows = None
 
     def forward(self, output: PairOutput, target: torch.Tensor) -> torch.Tensor:
-        embed_a, embed_b = (self._embed(output, side) for side in SIDES)
+        embed_a, embed_b = self._embeds(output)
         logits_shape = getattr(output.logits_a, 'shape', ())
         if embed_a.shape != embed_b.shape or embed_a.shape[:1] != logits_shape[:1]:
             raise ValueError(
@@ -106,6 +126,12 @@ class ContrastiveLoss(nn.Module):
             sample_ids=output.sample_ids,
             gather_rows=self._agreed_rows(len(embed_a), embed_a.device) if gather else None,
         )
+
+    def _embeds(self, output: PairOutput) -> Any:
+        if self.uses_embeddings:
+            return [self._embed(output, side) for side in SIDES]
+        embed = feature_of(output, self.learner, EMBED)
+        return embed if self.projection is None else self.projection(embed), output.embed_teacher
 
     def _embed(self, output: PairOutput, side: str) -> torch.Tensor:
         """Return a side's embedding with the gradient that it may have."""
@@ -143,17 +169,143 @@ def kl_loss(learner: str = 'a', rho: float = 1.0, leader: str | None = None) -> 
     """
     _check_positive('rho', rho)
     _check_choice('kl_to', learner, (*SIDES, 'both'))
-    return partial(_kl_loss, leader or ('a' if learner == 'b' else 'b'), learner == 'both', rho)
+    return LogitLoss(learner, leader, partial(distillation.kl_divergences, temperature=rho))
 
 
-def _kl_loss(leader: str, both_learn: bool, rho: float, output: PairOutput, target: torch.Tensor) -> torch.Tensor:
-    followed: torch.Tensor = getattr(output, f'logits_{leader}')
-    follower: torch.Tensor = getattr(output, f'logits_{partner_of(leader)}')
-    if followed.shape != follower.shape:
+class LogitLoss:
+    """A term of a PairOutput by which a branch follows logits, as a function: the mean over the images of a distance.
+
+    Args:
+        learner: Who learns from it: 'a', 'b' or 'both', where the leader is followed without a stop-gradient.
+        leader: Who is followed: 'a', 'b', 'teacher', or 'average', the mean of both branches' probabilities; by default
+            the learner's partner, b where both learn.
+        distances: distances(logits, reference) -> (N,), or a scalar.
+        temperature: At which the branches' probabilities are averaged.
+        uses_classes: Whether `distances` takes the classes (N,) of the images too; of soft targets those of the largest
+            share.
+        standardize: Standardise all logits over the classes first.
+        confidence: Weigh each image by AdaptConf.
+
+    Raises:
+        ValueError: Logits that are missing or of different shape.
+    """
+
+    def __init__(
+            self,
+            learner: str,
+            leader: str | None,
+            distances: Callable[..., torch.Tensor],
+            temperature: float = 1.0,
+            uses_classes: bool = False,
+            standardize: bool = False,
+            confidence: bool = False,
+    ):
+        self.leader = leader or ('a' if learner == 'b' else 'b')
+        self.both_learn = learner == 'both'
+        self.learner = partner_of(self.leader) if self.both_learn else learner
+        self.distances = distances
+        self.temperature = temperature
+        self.uses_classes = uses_classes
+        self.standardize = standardize
+        self.confidence = confidence
+
+    def __call__(self, output: PairOutput, target: torch.Tensor) -> torch.Tensor:
+        logits = self._logits(output, self.learner)
+        if self.leader == 'average':
+            log_p = torch.stack([(self._logits(output, side) / self.temperature).log_softmax(dim=-1) for side in SIDES])
+            reference = self.temperature * (log_p.logsumexp(dim=0) - math.log(len(SIDES)))
+        else:
+            reference = self._logits(output, self.leader)
+        if logits.shape != reference.shape:
+            raise ValueError(
+                f'logits have shapes {tuple(reference.shape)} ({self.leader}) and {tuple(logits.shape)} '
+                f'({self.learner}), expected equal')
+        if not self.both_learn:
+            reference = reference.detach()
+        classes = [distillation.classes_of(target)] if self.uses_classes else []
+        distances = self.distances(logits, reference, *classes)
+        if self.confidence:
+            distances = distances * distillation.confidence_weights(logits, reference)
+        return distances.mean()
+
+    def _logits(self, output: PairOutput, side: str) -> torch.Tensor:
+        logits: torch.Tensor | None = getattr(output, f'logits_{side}')
+        if logits is None:
+            raise ValueError(f'logits_{side} is None, a term follows them')
+        return distillation.standardized(logits) if self.standardize else logits
+
+
+class FeatureLoss(nn.Module):
+    """A term by which a branch follows features, through layers that it trains: the mean over pairs of features.
+
+    Args:
+        learner: Who learns from it, 'a' or 'b'.
+        leader: Who is followed: 'a', 'b' or 'teacher'.
+        names: The pairs of features, (learner's, leader's).
+        projections: A module for each pair, applied to the learner's feature; or None.
+        distances: distances(feature, leader's feature) -> (N,).
+
+    Raises:
+        ValueError: A feature is missing.
+    """
+
+    def __init__(
+            self,
+            learner: str,
+            leader: str,
+            names: Sequence[tuple[str, str]],
+            projections: Sequence[nn.Module] | None,
+            distances: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ):
+        super().__init__()
+        self.learner = learner
+        self.leader = leader
+        self.names = tuple(names)
+        self.projections = nn.ModuleList(projections or [nn.Identity() for _ in names])
+        self.distances = distances
+        self.features = {learner: tuple(name for name, _ in names), leader: tuple(name for _, name in names)}
+
+    def forward(self, output: PairOutput, target: torch.Tensor) -> torch.Tensor:
+        distances = []
+        for (name, led), projection in zip(self.names, self.projections, strict=True):
+            own, followed = feature_of(output, self.learner, name), feature_of(output, self.leader, led)
+            distances.append(self.distances(projection(own), followed.detach()).mean())
+        return torch.stack(distances).mean()
+
+
+class StageLogitLoss(FeatureLoss):
+    """A term by which heads at the stages of a branch follow logits: the sum over the stages (OFA-KD).
+
+    Args:
+        learner: Who learns from it, 'a' or 'b'.
+        names: The stages.
+        heads: The module that classifies each, from a map (N, d, h, w).
+        term: The term of the logits, whose learner's logits are replaced by those of each head.
+    """
+
+    def __init__(self, learner: str, names: Sequence[str], heads: Sequence[nn.Module], term: LogitLoss):
+        super().__init__(learner, learner, [(name, name) for name in names], heads, torch.sub)
+        self.term = term
+
+    def forward(self, output: PairOutput, target: torch.Tensor) -> torch.Tensor:
+        total = self.term(output, target)
+        for (name, _), head in zip(self.names, self.projections, strict=True):
+            logits = head(feature_of(output, self.learner, name))
+            total = total + self.term(output._replace(**{f'logits_{self.learner}': logits}), target)
+        return total
+
+
+def feature_of(output: PairOutput, side: str, name: str) -> torch.Tensor:
+    """Return a feature of a PairOutput.
+
+    Raises:
+        ValueError: It was not asked for.
+    """
+    features: dict[str, torch.Tensor] = getattr(output, f'features_{side}') or {}
+    if name not in features:
         raise ValueError(
-            f'logits have shapes {tuple(followed.shape)} ({leader}) and {tuple(follower.shape)} '
-            f'({partner_of(leader)}), expected equal')
-    return losses.kl_divergence(follower, followed if both_learn else followed.detach(), rho)
+            f'features_{side} has no {name!r}, a term reads it: call pair.tap(criterion.features) before an epoch')
+    return features[name]
 
 
 def token_loss(student: str, temperature: float | None = None) -> TermFunction:
