@@ -39,11 +39,25 @@ def confidence_weights(logits: torch.Tensor, reference: torch.Tensor, temperatur
     return torch.sigmoid((other - own) / temperature)
 
 
-def kl_divergences(logits: torch.Tensor, reference: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Return KL(softmax(r / T) || softmax(z / T)) of each image (N,) (Hinton et al., arXiv 1503.02531), without T^2."""
+def kl_divergences(
+        logits: torch.Tensor,
+        reference: torch.Tensor,
+        temperature: float = 1.0,
+        t_squared: bool = False,
+) -> torch.Tensor:
+    """Return KL(softmax(r / T) || softmax(z / T)) of each image (N,), times T^2 if so asked.
+
+    With T^2 it is the distillation of Hinton et al. (arXiv 1503.02531).
+
+    Args:
+        logits: z, of the learner.
+        reference: r, of the leader.
+        temperature: T.
+        t_squared: Multiply by T^2.
+    """
     log_p, log_q = F.log_softmax(logits / temperature, dim=-1), F.log_softmax(reference / temperature, dim=-1)
     divergences: torch.Tensor = torch.linalg.vecdot(log_q.exp(), log_q - log_p)  # a third faster than F.kl_div
-    return divergences
+    return divergences * temperature ** 2 if t_squared else divergences
 
 
 def hard_divergences(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 from .names import DEFAULT_TAU, SAME_CLASS, SIDES, SIMILARITIES
 from .option import Idle, Inside01, Name, NonNegative, Positive, option
+from .term_options import TERMS, Asked, TermText, parse_term
 
 _LEARNERS = (*SIDES, 'both')
 
@@ -116,6 +117,19 @@ class DeiTOptions(TeacherOptions):
     distillation_tau: Positive = option(
         3., "temperature of deit's soft labels",
         idle=(Idle('--distillation-type is hard', lambda o: o.distillation_type == 'hard'),))
+
+
+@dataclass(frozen=True)
+class PairOptions(TeacherOptions):
+    """Options of terms by name."""
+    terms: tuple[TermText, ...] = option(
+        (), f'a term of pair, again for each: NAME,learner=SIDE,option=value,... with NAME one of {", ".join(TERMS)} '
+        '(docs/terms.md)', '--term', metavar='TERM', repeats=True, resume='fixed')
+
+    @property
+    def asked(self) -> list[Asked]:
+        """The terms."""
+        return [parse_term(text) for text in self.terms]
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,13 @@ from .method_options import (
     DistillOptions,
     DMLOptions,
     NoOptions,
+    PairOptions,
     VPLOptions,
     distill_terms,
 )
 from .names import SIDES
+from .stages import Span
+from .term_options import check_terms, column_names, complete, leader_of
 
 if TYPE_CHECKING:
     from .criterion import StagedLoss
@@ -32,12 +35,16 @@ class Setting(NamedTuple):
         base_loss: base_loss(logits, target) of the labels, by default cross-entropy.
         student: The branch that has a distillation token.
         sum_classes: Whether binary cross-entropy is summed over the classes.
+        num_classes: Number of classes.
+        width: `width(side, feature)` -> its channels; the side may be 'teacher'.
     """
     sides: Sequence[str]
     epochs: int
     base_loss: 'BaseLoss | None' = None
     student: str | None = None
     sum_classes: bool = False
+    num_classes: int = 0
+    width: Callable[[str, str], int] = lambda side, feature: 0
 
 
 class Method(NamedTuple):
@@ -48,32 +55,42 @@ class Method(NamedTuple):
         models: How many models it trains.
         criterion: `criterion(own, setting)` -> StagedLoss, `own` an instance of `options`; its terms say who learns
             what, in which optimizer phase, from one view of an image or two.
-        passes: Forwards for an image in a training step, over all networks, by the options.
+        passes: Forwards for an image in a training step, over all networks, by the options and the branches.
         options: Dataclass of the options of its own, a row each (`option`).
         updates: Optimizer updates a batch, by the options.
         projects: Whether a term compares embeddings, which may need the affine layer, by the options.
-        teacher: Whether a frozen network stands in the place of the other branch: 'never', 'always', or 'alone',
-            when one model is named.
-        distilled: Whether a branch trains a head of its own for what it is taught (DeiT's distillation token).
+        teacher: Whether a frozen network teaches: 'never', 'always', 'alone', when one model is named, or 'asked', when
+            --teacher is given. It stands in the place of the other branch, or beside two.
+        distilled: Whether a branch trains a head of its own for what it is taught (DeiT's distillation token), by the
+            options.
         uniform_drop_path: Whether every block of a network has the rate --drop-path.
         bce: Whether the labels' loss is binary cross-entropy.
         key: Of its paper, in the package's citations; '' for none.
+        follows_teacher: Whether a term reads the teacher's logits, by the options and the branches, so that it has to
+            know the classes.
+        gated: Whether a term has a gate, by the options: images are kept back from training for it.
+        check: `check(own, sides)` raises ValueError where its options contradict each other.
     """
     description: str
     models: tuple[int, ...]
     criterion: 'Callable[[Any, Setting], StagedLoss]'
-    passes: Callable[[Any], int] = lambda own: 2
+    passes: Callable[[Any, Sequence[str]], int] = lambda own, sides: 2
     options: type = NoOptions
     updates: Callable[[Any], int] = lambda own: 1
     projects: Callable[[Any, Sequence[str]], bool] = lambda own, sides: True
     teacher: str = 'never'
-    distilled: bool = False
+    distilled: Callable[[Any], bool] = lambda own: False
     uniform_drop_path: bool = False
     bce: bool = False
     key: str = ''
+    follows_teacher: Callable[[Any, Sequence[str]], bool] = lambda own, sides: True
+    gated: Callable[[Any], bool] = lambda own: False
+    check: Callable[[Any, Sequence[str]], None] = lambda own, sides: None
 
-    def has_teacher(self, sides: Sequence[str]) -> bool:
+    def has_teacher(self, own: Any, sides: Sequence[str]) -> bool:
         """Return whether a frozen teacher comes with these branches."""
+        if self.teacher == 'asked':
+            return bool(own.teacher)
         return self.teacher == 'always' or (self.teacher == 'alone' and len(sides) == 1)
 
     @property
@@ -148,6 +165,21 @@ def _cosub(own: CosubOptions, setting: Setting) -> 'StagedLoss':
     ], views=2)
 
 
+def _pair(own: PairOptions, setting: Setting) -> 'StagedLoss':
+    from . import criterion, terms
+    asked = complete(own.asked, setting.sides)
+    return criterion.StagedLoss([
+        terms.Term(
+            name,
+            term.kind.build(term.own, setting),
+            term.own.weight,
+            Span(setting.epochs, term.own.start, term.own.end, term.own.over),
+            learner=term.own.learner,
+            gate=(term.own.learner, term.own.leader) if getattr(term.own, 'when', 'always') != 'always' else None,
+        )
+        for name, term in zip(column_names(asked, setting.sides), asked, strict=True)])
+
+
 METHODS: dict[str, Method] = {
     'vpl': Method(
         'Vision Pair Learning',
@@ -160,17 +192,33 @@ METHODS: dict[str, Method] = {
         'one model alone',
         models=(1,),
         criterion=_solo,
-        passes=lambda own: 1,
+        passes=lambda own, sides: 1,
     ),
     'dml': Method(
         'deep mutual learning',
         models=(2,),
         criterion=_dml,
-        passes=lambda own: 2 if own.dml_joint else 3,
+        passes=lambda own, sides: 2 if own.dml_joint else 3,
         options=DMLOptions,
         updates=lambda own: 1 if own.dml_joint else 2,
         projects=lambda own, sides: False,
         key='zhang2018dml',
+    ),
+    'pair': Method(
+        'terms by name, in any direction',
+        models=(1, 2),
+        criterion=_pair,
+        passes=lambda own, sides: len(sides) + bool(own.teacher),
+        options=PairOptions,
+        projects=lambda own, sides: any(
+            term.kind.projects and (len(sides) == 1 or term.own.leader != 'teacher') for term in own.asked),
+        teacher='asked',
+        distilled=lambda own: any(term.kind.distilled for term in own.asked),
+        follows_teacher=lambda own, sides: any(
+            leader_of(term.own, sides) == 'teacher' and (term.kind.reads_logits or term.own.when != 'always')
+            for term in own.asked if term.name != 'ce'),
+        gated=lambda own: any(getattr(term.own, 'when', 'always') != 'always' for term in own.asked),
+        check=lambda own, sides: check_terms(own.asked, sides, bool(own.teacher)),
     ),
     'distill': Method(
         'two-step distillation from a frozen teacher, with the terms of Vision Pair Learning',
@@ -187,7 +235,7 @@ METHODS: dict[str, Method] = {
         options=DeiTOptions,
         projects=lambda own, sides: False,
         teacher='alone',
-        distilled=True,
+        distilled=lambda own: True,
         key='touvron2021deit',
     ),
     'cosub': Method(

@@ -1,6 +1,8 @@
 """An option as a row: a field of a dataclass that carries every fact about it. Importing this costs nothing."""
 import argparse
 import math
+import types
+import typing
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -23,6 +25,7 @@ class Row:
         metavar: Name of the value in the help.
         const: Value of a flag that is given without one.
         null: What `null` in a recipe means, if not 'not given'.
+        repeats: Whether it may be given several times, each for further values.
         positional: Whether it is an argument without a flag.
         own_only: Whether each branch has it for itself alone: no form sets both.
         resume: Whether a run that goes on may have another value: 'fixed' refuses, 'free' allows, 'warned' warns.
@@ -41,6 +44,7 @@ class Row:
     metavar: str | None = None
     const: Any = None
     null: str | None = None
+    repeats: bool = False
     positional: bool = False
     own_only: bool = False
     resume: str = ''
@@ -87,12 +91,25 @@ def number(kind: type, wanted: str, valid: Callable[[Any], bool] = lambda value:
     return parse
 
 
+def values_of(annotation: Any) -> tuple[Any, Any]:
+    """Return (type, nargs) of a field's annotation for argparse."""
+    inner = [each for each in typing.get_args(annotation) if each is not type(None)]
+    if typing.get_origin(annotation) is Annotated:
+        return annotation.__metadata__[0], None
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return values_of(inner[0])
+    if typing.get_origin(annotation) is tuple:
+        return values_of(inner[0])[0], '+' if inner[-1] is Ellipsis else len(inner)
+    return (str, '*') if typing.get_origin(annotation) is dict else (annotation, None)
+
+
 Number = Annotated[float, number(float, 'a finite number')]
 Positive = Annotated[float, number(float, 'a number > 0', lambda value: value > 0)]
 NonNegative = Annotated[float, number(float, 'a number >= 0', lambda value: value >= 0)]
 Probability = Annotated[float, number(float, 'a number from 0 to 1', lambda value: 0 <= value <= 1)]
 BelowOne = Annotated[float, number(float, 'a number >= 0 and < 1', lambda value: 0 <= value < 1)]
 Inside01 = Annotated[float, number(float, 'a number > 0 and < 1', lambda value: 0 < value < 1)]
+Percent = Annotated[float, number(float, 'a percentage from 0 to 100', lambda value: 0 <= value <= 100)]
 Repeats = Annotated[float, number(float, '0 or a number >= 1', lambda value: value == 0 or value >= 1)]
 Count = Annotated[int, number(int, 'a whole number >= 1', lambda value: value >= 1)]
 Whole = Annotated[int, number(int, 'a whole number >= 0', lambda value: value >= 0)]

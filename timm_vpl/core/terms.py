@@ -308,7 +308,7 @@ def feature_of(output: PairOutput, side: str, name: str) -> torch.Tensor:
     return features[name]
 
 
-def token_loss(student: str, temperature: float | None = None) -> TermFunction:
+def token_loss(student: str, temperature: float | None = None, leader: str | None = None) -> TermFunction:
     """Return the term of a distillation token as a function (DeiT, arXiv 2012.12877, eq. 2 and 3).
 
     Hard: cross-entropy of the token's logits and the class that the partner predicts. Soft, at temperature T:
@@ -317,18 +317,25 @@ def token_loss(student: str, temperature: float | None = None) -> TermFunction:
     Args:
         student: Side of the branch with the token.
         temperature: T; None for hard labels.
+        leader: Who teaches it, by default the partner.
 
     Raises:
         ValueError: The branch gives no logits of a token, or others than its partner.
     """
     if temperature is not None:
         _check_positive('distillation_tau', temperature)
-    return partial(_token_loss, student, temperature)
+    return partial(_token_loss, student, leader or partner_of(student), temperature)
 
 
-def _token_loss(student: str, temperature: float | None, output: PairOutput, target: torch.Tensor) -> torch.Tensor:
+def _token_loss(
+        student: str,
+        leader: str,
+        temperature: float | None,
+        output: PairOutput,
+        target: torch.Tensor,
+) -> torch.Tensor:
     token: torch.Tensor | None = getattr(output, f'dist_logits_{student}')
-    reference: torch.Tensor = getattr(output, f'logits_{partner_of(student)}').detach()
+    reference: torch.Tensor = getattr(output, f'logits_{leader}').detach()
     if token is None:
         raise ValueError(f'dist_logits_{student} is None: model_{student}.set_distilled_training(True) is missing')
     if token.shape != reference.shape:

@@ -164,6 +164,8 @@ class Part(Reader):
     def __init__(self, reader, indices: Sequence[int]):
         super().__init__()
         self.reader, self.indices, self.class_to_idx = reader, indices, reader.class_to_idx
+        if targets := list(getattr(reader, 'targets', ())):
+            self.targets = [targets[index] for index in indices]
 
     def __getitem__(self, index):
         return self.reader[self.indices[index]]

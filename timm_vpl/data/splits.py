@@ -15,9 +15,10 @@ from ..options.sections import Source
 from ..options.train import Options
 from ..text import one_line
 from .images import Images, Split, StreamImages
-from .sources import SOURCES, Request
+from .sources import SOURCES, Part, Request
 
 _logger = logging.getLogger(__name__)
+MIN_WITHHELD = 100
 
 
 def create_split(
@@ -171,6 +172,31 @@ def resolve_classes(options: Options, train: Split, held_out: Split) -> tuple[in
         _logger.warning(f'--num-classes {number}: the data has only {len(names)} classes')
     train.num_classes = held_out.num_classes = number
     return number, names
+
+
+def withhold(images: Split, percent: float) -> tuple[Images, Images]:
+    """Keep a part of the training images back, at least MIN_WITHHELD: by their number alone, the same for any seed.
+
+    Args:
+        images: The images.
+        percent: Percentage of them to keep back.
+
+    Returns:
+        The images to train on, and those that are kept back.
+
+    Raises:
+        UsageError: A stream, or too few images.
+    """
+    number = max(MIN_WITHHELD, round(len(images) * percent / 100))
+    if isinstance(images, StreamImages) or number >= len(images):
+        raise UsageError(f'--gate-pct {percent:g}: the training split has {len(images)} images, {number} of them can '
+                         f'not be kept back{" of a stream" if isinstance(images, StreamImages) else ""}; --gate-split '
+                         f'NAME takes others')
+    order = np.random.default_rng(0).permutation(len(images))
+    rest, kept = (
+        Images(Part(images.reader, np.sort(part).tolist()), images.source, images.mode, num_classes=images.num_classes)
+        for part in (order[number:], order[:number]))
+    return rest, kept
 
 
 def shared_images(dataset: Images, other: Images) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ import torch
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch.utils.data import IterableDataset
 
+from ..core.task import PairTask
 from ..errors import RunError
 
 PAD = -1  # in a tensor of sets of labels
@@ -145,6 +146,32 @@ def _check_count(images: int, loader) -> None:
             f"or with as many workers in all as divide the shards and the images evenly")
 
 
+def _averaged(logits: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return logarithms of the averaged probabilities: as logits they give these probabilities again."""
+    log_p = torch.stack([each.log_softmax(dim=-1) for each in logits.values()])
+    return log_p.logsumexp(dim=0) - math.log(len(logits))
+
+
+def gate_accuracies(task: PairTask, loader, device, autocast: Callable, distributed: bool) -> dict[str, float]:
+    """Return the top-1 (percent) of all that the gates of a task's terms compare; the arguments are as above."""
+    pair, teacher = task.get_eval_model(), task.teacher
+    beside = teacher is not None and teacher.side == 'teacher'
+
+    def forward(input):
+        output = pair(input, project=False)
+        logits = {side: getattr(output, f'logits_{side}').float() for side in pair.sides}
+        if len(logits) > 1:
+            logits['average'] = _averaged(logits)
+        if teacher is not None:
+            logits['teacher' if beside else teacher.side] = teacher(input)[f'logits_{teacher.side}'].float()
+        return logits
+
+    pair.eval()
+    names = sorted(task.criterion.gates)
+    results = evaluate(forward, names, loader, device, autocast, distributed)
+    return {name: results[name]['top1'] for name in names}
+
+
 def evaluate_pair(
         model: Any,
         loader,
@@ -169,9 +196,7 @@ def evaluate_pair(
         output = model(input, project=False)
         logits = {side: getattr(output, f'logits_{side}').float() for side in sides}
         if len(sides) > 1:
-            # Logarithms of the averaged probabilities: as logits they give these probabilities again.
-            log_p = torch.stack([logits[side].log_softmax(dim=-1) for side in sides])
-            logits['ens'] = log_p.logsumexp(dim=0) - math.log(len(sides))
+            logits['ens'] = _averaged(logits)
         return logits
 
     names = [*sides, 'ens'] if len(sides) > 1 else list(sides)

@@ -12,7 +12,7 @@ from ..errors import RunError
 from ..options.train import resume_command
 from .control import GIVE_UP, GO_ON, SAVE, STOP, stop_line
 from .device import agreement, from_all, from_first
-from .evaluate import evaluate_pair
+from .evaluate import evaluate_pair, gate_accuracies
 from .log import Clock, epoch_costs, epoch_terms, log_batch, log_result, save_images, write_summary
 from .optim import branch_lrs
 from .resume import run_state
@@ -171,6 +171,9 @@ def end_epoch(run: Run, evaluated: bool) -> None:
     row = {'epoch': epoch, **epoch_terms(run)}
     trained = time.time()
     metrics = validate(run) if evaluated else {}
+    if run.loader_gate is not None:
+        run.task.criterion.accuracies = gate_accuracies(
+            run.task, run.loader_gate, run.device, run.autocast, run.processes.distributed)
     skipped = run.progress.skipped + (int(run.loader_eval.dataset.replaced.sum()) if evaluated else 0)
     if run.scheduler is not None:
         run.scheduler.step(epoch + 1)

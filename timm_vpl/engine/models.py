@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..compat import has_batch_norm, write_config
+from ..core.features import EMBED
 from ..core.methods import METHODS
 from ..core.pair import PairWrapper, classifiers_of
 from ..core.processes import Processes
@@ -313,7 +314,7 @@ def student_of(options: Options, models: dict[str, Any]) -> str | None:
     Raises:
         UsageError: No model has a token.
     """
-    if not METHODS[options.method].distilled:
+    if not METHODS[options.method].distilled(options.own):
         return None
     able = [side for side, model in models.items() if hasattr(model, 'set_distilled_training')]
     if not able:
@@ -338,6 +339,26 @@ def try_images(forward: Callable, input_size: tuple[int, ...], what: str) -> Non
 def _has_attention(model) -> bool:
     """Return whether a model mixes positions by attention, by the names that timm's modules have."""
     return any(re.search('attn|attention|xca|gpsa', type(module).__name__, re.IGNORECASE) for module in model.modules())
+
+
+def feature_width(
+        pair: PairWrapper,
+        teacher: Teacher | None,
+        configs: dict[str, dict[str, Any]],
+) -> Callable[[str, str], int]:
+    """Return a function that gives the channels of a side's feature, by a forward pass of a blank image."""
+    @torch.no_grad()
+    def width(side: str, name: str) -> int:
+        branch, config = (pair.parts[side], configs[side]) if side in pair.sides else (
+            teacher.branch, teacher.data_config)  # type: ignore[union-attr]
+        if name == EMBED:
+            return branch.embed_dim
+        branch.tap([name])
+        features = branch(torch.zeros(1, *config['input_size'], device=next(branch.parameters()).device))[3]
+        branch.tap([])
+        return features[name].shape[1]
+
+    return width
 
 
 def training_flops(task: PairTask, configs: dict[str, dict[str, Any]]) -> int:

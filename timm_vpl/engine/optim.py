@@ -2,7 +2,7 @@
 import contextlib
 import logging
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ..compat import let_scaler_skip
 from ..core.criterion import StagedLoss
 from ..core.methods import METHODS, Setting
 from ..core.pair import PairWrapper
+from ..core.seeding import seed_all
 from ..errors import UsageError
 from ..options.train import Options
 
@@ -45,10 +46,16 @@ def _config(options: Options) -> Namespace:
     return Namespace(**vars(options.optimizer), **vars(options.schedule), lr=None, weight_decay=0., patience_epochs=0)
 
 
-def param_groups(options: Options, pair: PairWrapper, lrs: dict[str, float]) -> list[dict[str, Any]]:
+def param_groups(
+        options: Options,
+        pair: PairWrapper,
+        criterion: StagedLoss,
+        lrs: dict[str, float],
+) -> list[dict[str, Any]]:
     """Return the optimizer's groups, each with its 'side', each branch's as timm makes them for the model alone.
 
-    The affine layer has the learning rate and weight decay of branch b, or of the only one.
+    The affine layer has the learning rate and weight decay of branch b, or of the only one; the layers of a term those
+    of its learner.
     """
     opt_kwargs = options.optimizer.opt_kwargs
     names = 'fallback_list', 'fallback_no_weight_decay'
@@ -74,12 +81,20 @@ def param_groups(options: Options, pair: PairWrapper, lrs: dict[str, float]) -> 
             )
         if side == pair.sides[-1] and pair.affine is not None:
             branch_groups += param_groups_weight_decay(pair.affine, weight_decay=kwargs['weight_decay'])
+        for learner, part in criterion.parts_of(pair.sides):
+            if learner == side:
+                branch_groups += param_groups_weight_decay(part, weight_decay=kwargs['weight_decay'])
         groups += [{**group, 'lr': lrs[side], 'side': side} for group in branch_groups]
     return groups
 
 
-def create_optimizer(options: Options, pair: PairWrapper, lrs: dict[str, float]) -> torch.optim.Optimizer:
-    """Create the one optimizer of both branches.
+def create_optimizer(
+        options: Options,
+        pair: PairWrapper,
+        criterion: StagedLoss,
+        lrs: dict[str, float],
+) -> torch.optim.Optimizer:
+    """Create the one optimizer of both branches, and of the layers that terms have.
 
     Raises:
         UsageError: An optimizer that timm does not know, or options that it does not take.
@@ -93,7 +108,7 @@ def create_optimizer(options: Options, pair: PairWrapper, lrs: dict[str, float])
     kwargs.update({
         key: value for key, value in (asked.opt_kwargs).items() if not key.startswith('fallback_')})
     try:
-        optimizer = create_optimizer_v2(param_groups(options, pair, lrs), lr=max(lrs.values()), **kwargs)
+        optimizer = create_optimizer_v2(param_groups(options, pair, criterion, lrs), lr=max(lrs.values()), **kwargs)
     except (AssertionError, TypeError, ValueError) as e:
         raise UsageError(f'--opt {asked.opt}: {e}') from e
     if getattr(optimizer, 'is_second_order', False):
@@ -153,17 +168,33 @@ def create_scheduler(options: Options, optimizer: torch.optim.Optimizer, updates
     return scheduler, num_epochs
 
 
+def schedule_epochs(options: Options, updates_per_epoch: int) -> int:
+    """Return the epochs that the learning rate scheduler runs."""
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=1.)
+    epochs: int = create_scheduler(options, nothing, updates_per_epoch)[1]
+    return epochs
+
+
 def create_criterion(
         options: Options,
         epochs: int,
         device: torch.device,
         student: str | None = None,
+        num_classes: int = 0,
+        width: Callable[[str, str], int] = lambda side, feature: 0,
 ) -> StagedLoss:
     """Create the criterion of --method, on timm's classification loss.
 
     Args:
+        options: Options.
         epochs: Number of epochs that the learning rate scheduler runs.
         device: Where the loss is computed.
+        student: The branch that has a distillation token.
+        num_classes: Number of classes.
+        width: width(side, feature) -> its channels.
+
+    Raises:
+        UsageError: A network does not have what a term asks for.
     """
     base_loss = None
     if options.augmentation.bce_loss or METHODS[options.method].bce:
@@ -179,5 +210,10 @@ def create_criterion(
         base_loss = create_classification_loss('ce', smoothing=options.augmentation.smoothing)
     if base_loss is not None:
         base_loss.to(device)  # its class weights
-    setting = Setting(options.sides, epochs, base_loss, student, options.augmentation.bce_sum)
-    return METHODS[options.method].criterion(options.own, setting)
+    setting = Setting(
+        options.sides, epochs, base_loss, student, options.augmentation.bce_sum, num_classes, width)
+    seed_all(options.run.seed, 'init', 'terms')
+    try:
+        return METHODS[options.method].criterion(options.own, setting)
+    except ValueError as e:
+        raise UsageError(f'--method {options.method}: {e}') from e

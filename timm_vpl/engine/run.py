@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from ..compat import compile_modes
+from ..core.methods import METHODS
 from ..core.processes import Processes
 from ..core.seeding import BranchStreams
 from ..core.task import PairTask
 from ..data.identity import data_identity
+from ..data.images import Split
 from ..data.loaders import TrainLoader, create_eval_loaders, create_train_loader
-from ..data.splits import create_split, resolve_classes
+from ..data.splits import create_split, resolve_classes, withhold
 from ..errors import UsageError
 from ..options.train import Options
 from . import models, optim
@@ -42,6 +44,7 @@ class Run:
     update: Update
     loader_train: TrainLoader
     loader_eval: Any
+    loader_gate: Any  # images by which terms with a gate compare the branches, None for none
     updates_per_epoch: int
     columns: list[str]  # of the evaluation metrics
     configs: dict[str, dict]  # data configuration of each branch
@@ -126,12 +129,17 @@ def create_run(options: Options, processes: Processes, start: Start | None = Non
     teacher = create_teacher(options, data_config, num_classes, class_names)
     pair = models.create_pair(options, configs, num_classes, processes, teacher)
     models.check_pretrained_classes(options, pair, class_names)
-    optimizer = optim.create_optimizer(options, pair, optim.learning_rates(options, processes.world_size))
+    train, gate = _gate_images(options, train)
     loader_train = create_train_loader(options, train, data_config, num_classes, processes)
     loader_eval = create_eval_loaders(options.loader, held_out, configs, processes)
     updates_per_epoch = math.ceil(len(loader_train) / options.optimizer.grad_accum_steps)
+    criterion = optim.create_criterion(
+        options, optim.schedule_epochs(options, updates_per_epoch), processes.device,
+        models.student_of(options, {side: pair.branch(side) for side in pair.sides}), num_classes,
+        models.feature_width(pair, teacher, configs))
+    optimizer = optim.create_optimizer(options, pair, criterion, optim.learning_rates(options, processes.world_size))
     scheduler, num_epochs = optim.create_scheduler(options, optimizer, updates_per_epoch)
-    task = _create_task(options, pair, teacher, num_epochs, processes)
+    task = _create_task(options, pair, teacher, criterion, processes)
     amp_dtype = torch.float16 if options.device.amp_dtype == 'float16' else torch.bfloat16
     autocast = contextlib.nullcontext if not options.device.amp else partial(
         torch.autocast, processes.device.type, dtype=amp_dtype)
@@ -158,6 +166,7 @@ def create_run(options: Options, processes: Processes, start: Start | None = Non
         ),
         loader_train=loader_train,
         loader_eval=loader_eval,
+        loader_gate=create_eval_loaders(options.loader, gate, configs, processes) if gate and criterion.gates else None,
         updates_per_epoch=updates_per_epoch,
         columns=_eval_columns(pair.sides, ema=options.ema.model_ema and not options.ema.model_ema_force_cpu),
         configs=configs,
@@ -171,10 +180,20 @@ def create_run(options: Options, processes: Processes, start: Start | None = Non
     return run
 
 
-def _create_task(options, pair, teacher, num_epochs, processes) -> PairTask:
+def _gate_images(options: Options, train: Split) -> tuple[Split, Split | None]:
+    """Return the images to train on, and those by which terms with a gate compare the branches."""
+    data, gated = options.data, METHODS[options.method].gated(options.own)
+    if gated and data.gate_split:
+        gate = create_split(data, data.gate_split, options.input.channels, flag='--gate-split')
+        gate.num_classes = train.num_classes
+        return train, gate
+    if not gated and data.gate_pct is None:
+        return train, None
+    return withhold(train, 2. if data.gate_pct is None else data.gate_pct)
+
+
+def _create_task(options, pair, teacher, criterion, processes) -> PairTask:
     device = processes.device
-    student = models.student_of(options, {side: pair.branch(side) for side in pair.sides})
-    criterion = optim.create_criterion(options, num_epochs, device, student)
     if len(criterion.phases) > 1 and options.optimizer.grad_accum_steps > 1:
         raise UsageError(f'--grad-accum-steps {options.optimizer.grad_accum_steps}: --method {options.method} has '
                          f'{len(criterion.phases)} optimizer phases a batch, 1 is the only value')

@@ -196,28 +196,29 @@ def create_teacher(
     Raises:
         UsageError: The teacher can't be read, is several, or knows other classes.
     """
-    if not METHODS[options.method].has_teacher(options.sides):
+    if not METHODS[options.method].has_teacher(options.own, options.sides):
         return None
-    [student] = options.sides
-    side = partner_of(student)
+    side = partner_of(options.sides[0]) if len(options.sides) == 1 else 'teacher'
     try:
         found = load_trained(options.own.teacher, side=options.own.teacher_branch)
     except (RunError, UsageError) as e:
         raise type(e)(f'--teacher: {e}') from e
     if len(found) > 1:
         found = [branch for branch in found if branch.side == side]
+    if not found:
+        raise UsageError(f'--teacher {options.own.teacher}: holds two models, --teacher-branch names one')
     [trained] = found
     if options.own.teacher_branch and trained.side is None:
         _logger.warning('--teacher-branch: no effect, the teacher is one model')
     name = f'--teacher {options.own.teacher}: {trained.label}'
-    for what, known, there in (
-            ('classes', trained.model.num_classes, num_classes),
-            ('channels', trained.data_config['input_size'][0], data_config['input_size'][0]),
-    ):
-        if known != there:
-            raise UsageError(f'{name} knows {known} {what}, the data has {there}')
-    if difference := first_difference(trained.class_names, class_names):
-        raise UsageError(f'{name} knows other classes, {difference}')
+    channels, known = trained.data_config['input_size'][0], trained.model.num_classes
+    if channels != data_config['input_size'][0]:
+        raise UsageError(f'{name} takes {channels} channels, the data has {data_config["input_size"][0]}')
+    difference = f'{known} of them, the data has {num_classes}' if known != num_classes else first_difference(
+        trained.class_names, class_names)
+    if difference and METHODS[options.method].follows_teacher(options.own, options.sides):
+        raise UsageError(f'{name} knows other classes, {difference}; --method solo --model-a {trained.architecture} '
+                         f'trains one on these')
     try:
         teacher = Teacher(trained.model, side, trained.data_config, data_config)
     except ValueError as e:

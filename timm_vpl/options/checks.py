@@ -35,6 +35,10 @@ def check(options: 'Options', given: Mapping[str, Any]) -> None:
     check_dataset(options.data, ('train_split', 'val_split'))
     _check_run(options)
     _check_images(options)
+    try:
+        METHODS[options.method].check(options.own, options.sides)
+    except ValueError as e:
+        raise UsageError(f'--method {options.method}: {e}') from None
     x, y = getattr(options.own, 'x', 0), getattr(options.own, 'y', 0)
     if Fraction(str(x)) + Fraction(str(y)) > 100:  # the decimals as written: 33.4 + 66.6 is 100
         raise UsageError(f'--x {x:g} and --y {y:g} add up to more than 100 percent of the epochs')
@@ -105,19 +109,20 @@ def _models(options: 'Options') -> str:
 def _check_method(options: 'Options', given: Mapping[str, Any]) -> None:
     name, method = options.method, METHODS[options.method]
     teacher = given.get('teacher')
-    if method.has_teacher(options.sides) and not teacher:
+    if method.has_teacher(options.own, options.sides) and not teacher:
         other = ', or a second model that teaches while it learns' if 2 in method.models else ''
         raise UsageError(
             f"--method {name}: needs --teacher (a run's folder, a checkpoint, an exported folder, hf-hub:ID or a timm "
             f'name){other}')
-    if teacher and not method.has_teacher(options.sides):
+    if teacher and not method.has_teacher(options.own, options.sides):
         why = 'has two models, the teacher is the partner' if 2 in method.models else 'has no teacher'
         raise UsageError(f'--teacher {teacher}: --method {name} {why}')
     if teacher and not os.path.exists(teacher) and os.sep in teacher and ':' not in teacher:
         raise UsageError(f'--teacher {teacher}: no such file or folder')
     if teacher and not os.path.exists(teacher):
         check_model_name('--teacher', teacher)
-    if method.distilled and not any(_may_have_token(branch.model or '') for branch in options.branches.values()):
+    if method.distilled(options.own) and not any(
+            _may_have_token(branch.model or '') for branch in options.branches.values()):
         raise UsageError(f'--method {name}: {_models(options)} {no_token()}')
     if method.uniform_drop_path:
         _check_drop_path(options)

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..core.names import SIDES
-from ..core.option import SAME, Row
+from ..core.option import SAME, Row, values_of
 from ..errors import UsageError
 
 
@@ -52,6 +52,13 @@ class Sequenced(argparse.Action):
         setattr(namespace, self.dest, tuple(values))
 
 
+class Repeated(argparse.Action):
+    """Collect the values of all times that an option is given in a tuple."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), *values))
+
+
 @dataclass(frozen=True)
 class Entry:
     """An option as the command line has it: that of a section, or of one branch, or the form that sets both.
@@ -79,7 +86,7 @@ class Entry:
     @property
     def values(self) -> tuple[Any, Any]:
         """Type and number of its values, as argparse has them."""
-        return _values(self.type)
+        return values_of(self.type)
 
     @property
     def resume(self) -> str:
@@ -142,18 +149,6 @@ def entries_of(section: type, per_branch: bool = False) -> dict[str, Entry]:
     return entries
 
 
-def _values(annotation: Any) -> tuple[Any, Any]:
-    """Return (type, nargs) of an annotation for argparse."""
-    inner = [each for each in typing.get_args(annotation) if each is not type(None)]
-    if typing.get_origin(annotation) is typing.Annotated:
-        return annotation.__metadata__[0], None
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        return _values(inner[0])
-    if typing.get_origin(annotation) is tuple:
-        return _values(inner[0])[0], '+' if inner[-1] is Ellipsis else len(inner)
-    return (str, '*') if typing.get_origin(annotation) is dict else (annotation, None)
-
-
 class OptionParser(argparse.ArgumentParser):
     """A parser of the options of some sections. It fills in no defaults: what it returns is what was given.
 
@@ -187,7 +182,8 @@ class OptionParser(argparse.ArgumentParser):
         else:
             kwargs.update(type=kind, choices=row.choices, metavar=row.metavar or getattr(kind, 'metavar', None))
             if nargs is not None:
-                kwargs.update(nargs=nargs, action=KeyValues if nargs == '*' else Sequenced)
+                action = KeyValues if nargs == '*' else Repeated if row.repeats else Sequenced
+                kwargs.update(nargs=nargs, action=action)
             if row.const is not None:
                 kwargs.update(nargs='?', const=row.const)
         names = [entry.dest]

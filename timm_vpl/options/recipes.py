@@ -111,6 +111,14 @@ def _spell(value: Any) -> str:
     return repr(literal(value) if isinstance(value, str) else value)
 
 
+def _joined(mapping: dict[str, Any]) -> str:
+    """Return a mapping as the text of one value: that of its first key, then `key=value` of the others, by commas."""
+    texts = {
+        key: '+'.join(map(str, value)) if isinstance(value, list) else str(value) for key, value in mapping.items()}
+    first, *others = texts
+    return ','.join([texts[first], *(f'{key}={texts[key]}' for key in others)])
+
+
 def option_tokens(entry: Entry, value: Any) -> list[str]:
     """Return the command line that says what a recipe says of one option."""
     flag, (kind, nargs) = entry.flag, entry.values
@@ -122,6 +130,8 @@ def option_tokens(entry: Entry, value: Any) -> list[str]:
     if nargs == '*' and isinstance(value, dict):
         return [flag, *(f'{key}={_spell(item)}' for key, item in value.items())]
     values = value if isinstance(value, list) and nargs else [value]
+    if entry.row.repeats:  # a mapping for each, in YAML
+        values = [_joined(item) if isinstance(item, dict) else item for item in values]
     for item in values:
         # Text that looks like an option would be taken for one.
         if not isinstance(item, str) or (nargs and re.match(r'-[^\d.]', item)):

@@ -14,6 +14,7 @@ from ..core.option import (
     Name,
     NonNegative,
     Number,
+    Percent,
     Positive,
     Probability,
     Repeats,
@@ -54,11 +55,21 @@ class Source:
         False, 'allow a Hugging Face data set to run code of its own', how=True, recipe=False)
 
 
+_NO_GATE = Idle('no term has when=leader-ahead', lambda o: 'when=leader-ahead' not in ''.join(getattr(o, 'terms', ())))
+
+
 @dataclass(frozen=True)
 class Data(Source):
     """Dataset parameters."""
     train_split: str = option('train', 'split to train on', metavar='NAME', resume='fixed')
     val_split: str = option('validation', 'split to validate on', metavar='NAME')
+    gate_split: str = option(
+        '', 'split on which terms with when=leader-ahead compare the branches', shown='a part of --train-split',
+        metavar='NAME', resume='fixed', idle=(_NO_GATE,))
+    gate_pct: Percent | None = option(
+        None, 'percent of the training images that are kept for that and not trained on, at least 100 images',
+        shown='2 where a term needs them, else 0', resume='fixed',
+        idle=(Idle('--gate-split is given', lambda o: bool(o.gate_split)),))
     train_num_samples: Count | None = option(None, 'training samples, where the data set does not tell')
     val_num_samples: Count | None = option(None, 'validation samples, where the data set does not tell')
 
