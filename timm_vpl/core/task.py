@@ -92,20 +92,23 @@ class PairTask(TrainingTask):
                 self._ddp[name] = DistributedDataParallel(part, device_ids=device_ids, **ddp_kwargs)
         return self
 
-    def settle_buckets(self, input: Images, autocast: Callable[[], Any] = contextlib.nullcontext) -> None:
-        """Run each distributed part forward and backward once, on images that do not matter.
+    def settle(self, input: Images, autocast: Callable[[], Any] = contextlib.nullcontext) -> None:
+        """Run each part and each term that has layers forward and backward once, on images that do not matter.
 
-        After its first backward DistributedDataParallel arranges its buckets anew, which changes the order in which
-        three or more processes sum a gradient: a run that was resumed would differ from one that went on. Nothing is
-        learnt here; running statistics are put back.
+        A layer of a term that gets no gradient is refused. After its first backward DistributedDataParallel arranges its
+        buckets anew, which changes the order in which three or more processes sum a gradient: a run that was resumed
+        would differ from one that went on. Nothing is learnt here; running statistics are put back.
 
         Args:
             input: Images of the shape of the training batches.
             autocast: Context of the forward passes.
+
+        Raises:
+            ValueError: A term does not train what it has.
         """
         pair = self.trainable_module
         buffers = [(buffer, buffer.clone()) for buffer in [*pair.buffers(), *self.criterion.buffers()]]
-        parts = [term for term in self.criterion.all_terms if term.name in self._ddp]
+        parts = [term for term in self.criterion.all_terms if term.name in self.criterion.parts]
         output = PairOutput(None, None)
         self._tap(features_of(parts))
         for side in pair.sides:
@@ -125,6 +128,10 @@ class PairTask(TrainingTask):
         if parts:
             target = torch.zeros(len(said[0]), dtype=torch.int64, device=said[0].device)
             sum(self.criterion.compute(parts, output, target, self._ddp).values()).backward()
+        for name, part in self.criterion.parts.items():
+            for which, parameter in part.named_parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    raise ValueError(f'{name}: {which} gets no gradient from the term that it belongs to')
         self.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, before in buffers:

@@ -342,9 +342,10 @@ def complete(asked: Sequence[Asked], sides: Sequence[str]) -> list[Asked]:
         if name == 'ce':
             labels.update((side, replace(own, learner=side)) for side in Asked(name, own).learners)
             continue
-        if isinstance(own, SharedOptions) and own.alpha:
-            own = replace(own, weight=own.weight * own.alpha)
-            labels[own.learner] = replace(labels[own.learner], weight=labels[own.learner].weight * (1 - own.alpha))
+        alpha = own.alpha if isinstance(own, SharedOptions) else None
+        if alpha is not None:
+            own = replace(own, weight=own.weight * alpha)
+            labels[own.learner] = replace(labels[own.learner], weight=labels[own.learner].weight * (1 - alpha))
         # A teacher of one branch stands in the place of the other.
         leader = partner_of(own.learner) if len(sides) == 1 else leader_of(own, sides)
         others.append(Asked(name, replace(own, leader=leader)))

@@ -154,7 +154,7 @@ def _averaged(logits: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def gate_accuracies(task: PairTask, loader, device, autocast: Callable, distributed: bool) -> dict[str, float]:
     """Return the top-1 (percent) of all that the gates of a task's terms compare; the arguments are as above."""
-    pair, teacher = task.get_eval_model(), task.teacher
+    pair, teacher = task.trainable_module, task.teacher
     beside = teacher is not None and teacher.side == 'teacher'
 
     def forward(input):

@@ -202,9 +202,13 @@ def begin(run: Run, checkpoint: dict[str, Any] | None) -> None:
             device_ids=[processes.local_rank] if run.device.type == 'cuda' else None,
             **({'broadcast_buffers': False} if options.device.no_ddp_bb else {}),  # torch's default without a warning
         )
+    if processes.distributed or task.criterion.parts:
         task.train()
         size = models.loader_config(run.configs)['input_size']
-        task.settle_buckets(torch.zeros(options.loader.batch_size, *size, device=run.device), run.autocast)
+        try:
+            task.settle(torch.zeros(options.loader.batch_size, *size, device=run.device), run.autocast)
+        except ValueError as e:
+            raise UsageError(f'--method {options.method}: {e}') from e
     if checkpoint and run.start.epoch is None:
         restore_ranks(run, checkpoint)
     if task.teacher is not None and (run.progress.epoch, run.progress.batch) == (0, 0):

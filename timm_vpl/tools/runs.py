@@ -105,8 +105,10 @@ def read_run(path: Path) -> Run:
         raise UsageError(f'{path} is not the folder of a run: it has no args.yaml that names a method')
     rows = {}
     method = METHODS.get(options['method'])  # None: a method of the user's own
-    made = make_options(options)
-    passes = method and method.passes(made.own, made.sides)
+    passes = None
+    if method:
+        made = make_options(options)
+        passes = method.passes(made.own, made.sides)
     for cells in read_csv(path / 'summary.csv'):
         row = {name: number(cell) for name, cell in cells.items()}
         row['image_passes'] = _product(row.get('images'), passes)
