@@ -23,8 +23,8 @@ def stages_of(model: Any) -> dict[str, str]:
     return {f'stage{i}': name for i, name in enumerate(modules, start=1)}
 
 
-def find_module(model: Any, name: str) -> nn.Module:
-    """Return the module whose output is a feature: of a stage, or of a module's own name.
+def find_module(model: Any, name: str, where: str) -> nn.Module:
+    """Return the module whose output is a feature: of a stage, or of a module's own name; errors begin with `where`.
 
     Raises:
         ValueError: The model has none of this name.
@@ -34,8 +34,8 @@ def find_module(model: Any, name: str) -> nn.Module:
         module: nn.Module = model.get_submodule(stages.get(name, name))
     except AttributeError:
         raise ValueError(
-            f'{type(model).__name__} has no feature {name!r}: expected one of {", ".join([*stages, EMBED])}, or the '
-            f'name of a module') from None
+            f'{where} ({type(model).__name__}) has no feature {name!r}: expected one of {", ".join([*stages, EMBED])}, '
+            f'or the name of a module') from None
     while isinstance(module, nn.Sequential) and len(module):
         module = module[-1]  # with gradient checkpointing timm calls its members alone
     return module

@@ -110,7 +110,7 @@ class Branch(nn.Module):
         """
         if tuple(self._features) == tuple(names):
             return
-        modules = {name: find_module(self.model, name) for name in names if name != EMBED}
+        modules = {name: find_module(self.model, name, f'model_{self.side}') for name in names if name != EMBED}
         for handle in self._handles:
             handle.remove()
         self._features = {name: Tap() for name in names}

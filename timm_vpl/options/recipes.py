@@ -111,12 +111,13 @@ def _spell(value: Any) -> str:
     return repr(literal(value) if isinstance(value, str) else value)
 
 
-def _joined(mapping: dict[str, Any]) -> str:
-    """Return a mapping as the text of one value: that of its first key, then `key=value` of the others, by commas."""
+def _joined(name: str, mapping: dict[str, Any]) -> str:
+    """Return a mapping as the text of one value: what it has by `name`, then `key=value` of the others, by commas."""
     texts = {
         key: '+'.join(map(str, value)) if isinstance(value, list) else str(value) for key, value in mapping.items()}
-    first, *others = texts
-    return ','.join([texts[first], *(f'{key}={texts[key]}' for key in others)])
+    if name not in texts:
+        raise UsageError(f'{mapping} has no {name}: expected {{{name}: NAME, option: value, ...}}')
+    return ','.join([texts.pop(name), *(f'{key}={text}' for key, text in texts.items())])
 
 
 def option_tokens(entry: Entry, value: Any) -> list[str]:
@@ -131,7 +132,8 @@ def option_tokens(entry: Entry, value: Any) -> list[str]:
         return [flag, *(f'{key}={_spell(item)}' for key, item in value.items())]
     values = value if isinstance(value, list) and nargs else [value]
     if entry.row.repeats:  # a mapping for each, in YAML
-        values = [_joined(item) if isinstance(item, dict) else item for item in values]
+        name = entry.row.flags[0].lstrip('-')
+        values = [_joined(name, item) if isinstance(item, dict) else item for item in values]
     for item in values:
         # Text that looks like an option would be taken for one.
         if not isinstance(item, str) or (nargs and re.match(r'-[^\d.]', item)):

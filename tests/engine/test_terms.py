@@ -1,0 +1,85 @@
+"""Runs of terms by name: stopped and resumed to the bit, on one process and several, and exported."""
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+import yaml
+from runs import NOISE, PAIR, SMALL, differences, last, rows, run, torchrun
+from test_resume import stop_at
+
+from timm_vpl.cli import train
+
+TERMS = [
+    'kl,learner=b,temperature=4,confidence=true', 'kl,learner=a,leader=average,when=leader-ahead',
+    'tokens,learner=b,weight=3,over=fade,end=70', 'embed,learner=a,distance=cosine',
+    'ofa,learner=b,features=stage2+stage4,start=30', 'contrastive,learner=b,end=80', 'dist,learner=b,weight=0.5']
+LONG = [
+    *NOISE, '--method', 'pair', *(word for term in TERMS for word in ('--term', term)), '--gate-split', 'validation',
+    '--epochs', '3', '--log-interval', '1', '--recovery-interval', '2', '--clip-grad', '1', '-vb', '4']
+
+
+def test_stopped_in_mid_epoch(digits_folder, tmp_path):
+    whole = run(digits_folder, tmp_path / 'whole', *LONG)
+    assert stop_at(r'Train: 1 \[ *[12]/', digits_folder, tmp_path / 'part', *LONG, name='run') == 143
+    assert not differences(whole, run(digits_folder, tmp_path / 'part', *LONG, '--resume', 'auto'))
+    state = last(whole)['task_state']
+    assert set(state['accuracies']) == {'a', 'average'}
+    projection = state['criterion']['functions.tokens_b_loss.projections.0.weight']
+    first = last(run(digits_folder, tmp_path / 'first', *LONG, '--stop-epoch', '1'))['task_state']['criterion']
+    assert not torch.equal(first['functions.tokens_b_loss.projections.0.weight'], projection)
+    table = rows(whole)
+    assert [row['train_tokens_b_loss'] != '' for row in table] == [True, True, True]
+    assert [row['train_ofa_b_loss'] != '' for row in table] == [False, True, True]
+    assert table[0]['train_kl_a_loss'] == ''  # the gate is shut in the first epoch
+
+
+@pytest.mark.parametrize('processes', [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_several_processes(digits_folder, tmp_path, processes):
+    options = [digits_folder, *PAIR, *SMALL, *LONG, '-b', '4', '--experiment', 'run']
+    torchrun(processes, *options, '--output', tmp_path / 'whole')
+    part = shutil.copytree(tmp_path / 'whole', tmp_path / 'part') / 'run'
+    torchrun(processes, *options, '--output', tmp_path / 'part', '--resume', part / 'recovery-2-3.pth.tar')
+    assert not differences(tmp_path / 'whole' / 'run', tmp_path / 'part' / 'run')
+
+
+def test_a_recipe_of_terms_and_an_export_without_their_layers(digits_folder, tmp_path):
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text(yaml.safe_dump({
+        'method': 'pair', 'model_a': 'test_resnet', 'model_b': 'test_vit', 'terms': [
+            {'term': 'tokens', 'learner': 'b', 'features': ['stage2', 'blocks.5'], 'weight': 3, 'projection': True,
+             'leader_features': ['stage2', 'layer4']},
+            'kl,learner=a']}))
+    folder = run(digits_folder, tmp_path, '-c', str(recipe), '--export', '--epochs', '1', models=[])
+    args = yaml.safe_load((folder / 'args.yaml').read_text())
+    assert args['terms'] == [
+        'tokens,learner=b,weight=3,features=stage2+blocks.5,leader_features=stage2+layer4', 'kl,learner=a']
+    again = run(digits_folder, tmp_path, '-c', str(folder / 'args.yaml'), name='again', models=[])
+    assert not {name for name in differences(folder, again) if name.endswith('.pth.tar')}
+    model = timm.create_model(f'local-dir:{folder}/export/pair-test_vit', pretrained=True)
+    assert model.num_classes == 4
+    assert json.loads((folder / 'export' / 'pair-test_vit' / 'config.json').read_text())['architecture'] == 'test_vit'
+
+
+def test_images_are_kept_back_for_a_gate(digits_folder, tmp_path, capsys):
+    gated = ['--dataset', 'digits', *PAIR, *SMALL, '--method', 'pair', '--term', 'kl,learner=a,when=leader-ahead']
+    assert train([str(digits_folder), *PAIR, *SMALL, '--gate-pct', '2', '--output', str(tmp_path)]) == 2
+    assert '--gate-pct 2: the training split has 40 images, 100 of them can not be kept back' in capsys.readouterr().err
+    assert train([*gated, '--epochs', '1', '--output', str(tmp_path), '--experiment', 'x', '-b', '64']) == 0
+    (row,) = rows(tmp_path / 'x')
+    assert int(row['images']) == (1437 - 100) // 64 * 64
+
+
+@pytest.mark.parametrize('term, message', [
+    ('tokens,learner=b,features=stage9', 'model_b (VisionTransformer) has no feature'),
+    ('token,learner=b', 'has no distillation token'),
+    ('kl,learner=b,leader=teacher', 'its leader is teacher, which needs --teacher'),
+])
+def test_mistakes(digits_folder, tmp_path, capsys, term, message):
+    command = [str(digits_folder), *PAIR, *SMALL, '--method', 'pair', '--term', term, '--output', str(tmp_path)]
+    try:
+        assert train(command) == 2
+    except SystemExit as e:
+        assert e.code == 2
+    assert message in capsys.readouterr().err
