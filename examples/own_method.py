@@ -1,54 +1,44 @@
-"""A method of one's own beside those of the package: one term, one entry in the table, then the usual command line.
+"""A term of one's own, with an option, a layer that it trains and a feature, then the usual command line.
 
-The term is that of similarity-preserving distillation (Tung and Mori, ICCV 2019, arXiv 1907.09682, eq. 4), here between
-two networks that train at the same time: the transformer follows which images of a batch the CNN finds alike.
+The term is that of similarity-preserving distillation (Tung and Mori, ICCV 2019, arXiv 1907.09682, eq. 4), here on a
+projected feature map and between two networks that train at the same time.
 
-    python examples/own_method.py --config quickstart --method similarity
+    python examples/own_method.py --config quickstart --method pair --term similarity,learner=b,width=32,weight=100
 """
 import sys
 from dataclasses import dataclass
 
+import torch.nn as nn
 import torch.nn.functional as F
 
-from timm_vpl import METHODS, Method, StagedLoss, StageSchedule, Term, base_term
+from timm_vpl import TERMS, FollowOptions, TermKind, feature_of
 from timm_vpl.cli import train
-from timm_vpl.core.option import NonNegative, option
-
-
-def similarity_loss(output, target):
-    """Mean squared difference of the branches' matrices of similarities (N, N); only branch b learns."""
-    def similarities(embed):
-        return F.normalize(embed @ embed.T)
-    return F.mse_loss(similarities(output.embed_b), similarities(output.embed_a.detach()))
-
-
-similarity_loss.uses_embeddings = True  # so that the pair computes them
+from timm_vpl.core.option import Count, option
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of the method: in the help, in recipes, and checked like all others."""
-    y: NonNegative = option(20., 'percent of the epochs after the term has ended')
-    similarity_weight: NonNegative = option(100., 'weight of the term')
+class SimilarityOptions(FollowOptions):
+    """Options of the term beside those of all terms: in recipes and messages like all others."""
+    feature: str = option('stage3', 'feature of both branches')
+    width: Count = option(64, 'channels of the projection')
 
 
-def criterion(own, setting):
-    """Both branches learn from the labels, b in the first (100 - y) % of the epochs also from a."""
-    schedule = StageSchedule(setting.epochs, y=own.y)
-    return StagedLoss([
-        base_term('a', setting.base_loss),
-        base_term('b', setting.base_loss),
-        Term('similarity_loss', similarity_loss, own.similarity_weight, schedule.contrastive),
-    ])
+class SimilarityLoss(nn.Module):
+    """Mean squared difference of the branches' matrices of similarities (N, N); only the learner gets a gradient."""
+
+    def __init__(self, own, setting):
+        super().__init__()
+        self.own = own
+        self.features = {side: (own.feature,) for side in (own.learner, own.leader)}
+        self.projection = nn.Conv2d(setting.width(own.learner, own.feature), own.width, 1)
+
+    def forward(self, output, target):
+        learnt = self.projection(feature_of(output, self.own.learner, self.own.feature)).flatten(1)
+        led = feature_of(output, self.own.leader, self.own.feature).detach().flatten(1)
+        return F.mse_loss(*(F.normalize(x @ x.T) for x in (learnt, led)))
 
 
-METHODS['similarity'] = Method(
-    'similarity-preserving distillation between two networks that train together',
-    models=(2,),
-    criterion=criterion,
-    options=Options,
-    projects=lambda own, sides: False,  # matrices of the images compare without an affine layer
-)
+TERMS['similarity'] = TermKind('matrices of similarities (Tung and Mori)', SimilarityLoss, SimilarityOptions)
 
 if __name__ == '__main__':
     sys.exit(train())

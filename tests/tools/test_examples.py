@@ -5,7 +5,8 @@ import runpy
 import sys
 from pathlib import Path
 
-from timm_vpl import METHODS
+from timm_vpl import TERMS
+from timm_vpl.engine.checkpoint import read_checkpoint
 
 EXAMPLES = Path(__file__).resolve().parents[2] / 'examples'
 
@@ -20,18 +21,21 @@ def test_own_loop(monkeypatch, capsys):
 
 
 def test_own_method(monkeypatch, tmp_path):
-    before = dict(METHODS)
+    terms = dict(TERMS)
     try:
         monkeypatch.setattr(sys, 'argv', [
-            'own_method.py', '--config', 'quickstart', '--method', 'similarity', '--epochs', '2', '--stop-epoch', '1',
-            '--no-export', '--y', '50', '--batch-size', '128', '--output', str(tmp_path), '--experiment', 'run'])
+            'own_method.py', '--config', 'quickstart', '--method', 'pair', '--term',
+            'similarity,learner=b,width=32,weight=100,end=50', '--epochs', '2', '--stop-epoch', '1', '--no-export',
+            '--batch-size', '128', '--output', str(tmp_path), '--experiment', 'run'])
         try:
             runpy.run_path(str(EXAMPLES / 'own_method.py'), run_name='__main__')
         except SystemExit as e:
             assert e.code == 0
     finally:
-        METHODS.clear()
-        METHODS.update(before)
+        TERMS.clear()
+        TERMS.update(terms)
     with open(tmp_path / 'run' / 'summary.csv', newline='') as f:
         [row] = csv.DictReader(f)
-    assert float(row['train_similarity_loss']) > 0 and 'train_kl_loss' not in row
+    assert float(row['train_similarity_b_loss']) > 0 and 'train_kl_loss' not in row
+    state = read_checkpoint(str(tmp_path / 'run' / 'last.pth.tar'))['task_state']['criterion']
+    assert state['functions.similarity_b_loss.projection.weight'].shape[0] == 32
