@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from timm_vpl import cli
 from timm_vpl.options.commands import COMMANDS, command_parser, parse_command
 from timm_vpl.options.refused import REFUSED
-from timm_vpl.options.train import build_parser, parse_args
+from timm_vpl.options.train import build_parser, mistakes_end, parse_args
 
 PARSERS = {'train': build_parser(), **{name: command_parser(name) for name in COMMANDS}}
 FLAGS = {name: sorted(parser._option_string_actions) for name, parser in PARSERS.items()}
@@ -116,7 +116,11 @@ def ends_well(prog, work):
 def drive(command, words):
     """Give a command its words."""
     prog = f'timm-vpl {command}'
-    ends_well(prog, lambda: parse_args(words, prog) if command == 'train' else parse_command(command, words, prog))
+
+    def work():
+        with mistakes_end(prog):
+            parse_args(words, prog) if command == 'train' else parse_command(command, words, prog)
+    ends_well(prog, work)
 
 
 def drive_recipe(data, words):

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from ..core.option import SAME
 from .parser import show
 from .refused import REFUSED
-from .train import branch_entries, build_parser
+from .train import build_parser
 
 
 def _table(*rows: Sequence[str]) -> list[str]:
@@ -41,7 +41,7 @@ def options_markdown() -> str:
         'Each of these sets both branches; with `-a` or `-b` at its end it sets one (`--lr-a 0.005`), and wins.',
         'Given on the command line, the form for both also wins over what a recipe says of one branch.',
         '',
-        *(f'- `{entry.flag}`' for entry in branch_entries('both')),
+        *(f'- `{entry.flag}`' for entry in entries if entry.side == 'both'),
         '',
         '## Options of timm that are refused',
         '',
