@@ -327,13 +327,13 @@ def test_folder_on_the_command_line_wins_over_the_recipe(recipe, tmp_path):
     ('experiment: no', ': experiment: False is not one value (text that YAML takes for something else needs quotes)'),
     ('wandb_tags: [x, --amp]', ": wandb_tags: '--amp' is not a list of values (text that YAML takes for something "
      'else needs quotes)'),
-    ('input_size: [3, 32]', ': input_size: [3, 32] is not a list of 3 values'),
+    ('input_size: [3, 32]', ': input_size: expected 3 arguments'),
     ('amp: 1', ": amp: '1' is not true or false"),
     ('opt_kwargs: foreach', ": opt_kwargs: 'foreach' is not of the form key=value"),
     ('kd_model_name: resnet50', ': kd_model_name is not available: distillation is a method here; use --method '
      'distill or deit with --teacher'),
     ('opt: !!python/object/apply:os.system [id]', ', line 1: the tag tag:yaml.org,2002:python/object/apply:os.system '
-     'is not allowed'),
+     'is not allowed here'),
     ('mean: &m [*m]', ' is nested too deeply'),
 ])
 def test_mistakes_in_a_recipe_get_one_line(text, message, capsys, recipe):
