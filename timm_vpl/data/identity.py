@@ -32,8 +32,8 @@ def data_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     lines: dict[str, str] = {}
     if before.get('images') != now['images']:
         lines['images'] = f'{before.get("images")} images before, now {now["images"]}'
-    then, names = before.get('classes'), now['classes']
-    if then != names and None not in (then, names):
+    then, names = before.get('classes') or [], now['classes'] or []
+    if then and names and then != names:
         index, pair = next(each for each in enumerate(zip_longest(then, names)) if each[1][0] != each[1][1])
         was, is_now = ('none' if name is None else repr(name) for name in pair)
         lines['classes'] = f'class {index} was {was}, now {is_now}'

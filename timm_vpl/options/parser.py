@@ -113,11 +113,11 @@ def entries_of(section: Any) -> dict[str, Entry]:
     for field in dataclasses.fields(section):
         name, row = field.name, field.metadata['row']
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        own = {None: (name, default)}
+        dests: dict[str | None, tuple[str, Any]] = {None: (name, default)}
         if getattr(section, 'PER_BRANCH', False):
             default_b = default if row.default_b is SAME else row.default_b
-            own = {'both': (name, default), 'a': (f'{name}_a', default), 'b': (f'{name}_b', default_b)}
-        for side, (dest, value) in own.items():
+            dests = {'both': (name, default), 'a': (f'{name}_a', default), 'b': (f'{name}_b', default_b)}
+        for side, (dest, value) in dests.items():
             if side != 'both' or not row.own_only:
                 entries[dest] = Entry(dest, row, value, hints[name], side)
     return entries
