@@ -35,7 +35,8 @@ from timm_vpl.tools.report import make_report
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIR = ['--model-a', 'test_resnet', '--model-b', 'test_vit']
-TRAIN = ['train', '--dataset', 'digits', *PAIR, '--img-size', '32', '-b', '8', '--workers', '0', '--device', 'cpu',
+DIGITS = ['--dataset', 'digits', *PAIR]
+TRAIN = ['train', *DIGITS, '--img-size', '32', '-b', '8', '--workers', '0', '--device', 'cpu',
          '--epochs', '1', '--warmup-epochs', '0', '--output', 'output']
 EVAL = ['--dataset', 'digits', '--workers', '0', '--device', 'cpu']
 CANARY = 'hf_CANARYcanaryCANARYcanaryCANARY12'
@@ -180,6 +181,13 @@ def checkpoint():
 ELSEWHERE = '../../elsewhere'
 
 
+def save(checkpoint, args=None, version='x'):
+    """Save a checkpoint, with other options."""
+    changes = {'args': {**checkpoint['args'], **(args or {})}, 'timm_vpl_version': version}
+    torch.save({**checkpoint, **changes}, 'last.pth.tar')
+    return 'last.pth.tar'
+
+
 @pytest.mark.parametrize('key, change', [
     ('args', {'method': ELSEWHERE}), ('args', {'method': '/elsewhere'}), ('args', {'method': 'a\nb'}),
     ('args', {'method': 'x' * 300}), ('args', {'method': ['vpl']}), ('args', {'lr': torch.zeros(1)}), ('args', {1: 2}),
@@ -197,7 +205,7 @@ def test_checkpoints_of_others(checkpoint, key, change, capsys):
 
 
 def test_names_of_exports_stay_inside(checkpoint, capsys):
-    torch.save(checkpoint, 'last.pth.tar')
+    save(checkpoint)
     for name in (ELSEWHERE, '/elsewhere', '..', '.', '-x', 'a b', 'x' * 300):
         refused(['export', 'last.pth.tar', f'--name-a={name}'], capsys, '--name-a', 'at most 96')
     refused(['export', 'last.pth.tar', '--out', 'x' * 300], capsys, '--out', 'too long')
@@ -239,8 +247,8 @@ def test_text_stays_text_in_markdown(text):
 @pytest.mark.parametrize('text', MARKUP[:-1])
 def test_card_and_report_show_text_as_text(text, checkpoint):
     shown = code(text)
-    args = {**checkpoint['args'], 'dataset': f'hfds/{text}', 'model_a': text, 'teacher': text, 'opt': f'{text}\n```'}
-    (branch,) = [branch for branch in load_branches(save(checkpoint, args, text), 'b')]
+    args = {'dataset': f'hfds/{text}', 'model_a': text, 'teacher': text, 'opt': f'{text}\n```'}
+    [branch] = load_branches(save(checkpoint, args, text), 'b')
     card = model_card(branch, 'x', 'ORG/x').content
     assert f'- Data: {shown}\n' in card and f'timm-vpl {shown}. It' in card and f'training: {shown}\n' in card
     assert text == 'www.evil.org' or 'datasets' not in yaml.safe_load(card.split('---\n')[1])
@@ -257,18 +265,13 @@ def test_card_and_report_show_text_as_text(text, checkpoint):
     assert f'## {shown}\n' in page and f'| {shown} |' in page
 
 
-def save(checkpoint, args, version):
-    torch.save({**checkpoint, 'args': args, 'timm_vpl_version': version}, 'last.pth.tar')
-    return 'last.pth.tar'
-
-
 @pytest.mark.parametrize('options, hub', [
     ({'data_dir': '/data/imagenet-1k'}, None), ({'dataset': 'torch/cifar10'}, None), ({'dataset': 'hfds/local'}, None),
     ({'dataset': 'hfds/timm/imagenet-1k-wds'}, 'timm/imagenet-1k-wds'), ({'dataset': 'HFIDS/mnist'}, 'mnist')])
 def test_only_data_of_the_hub_is_named_as_such(options, hub, checkpoint):
     Path('local').mkdir()
-    args = {key: value for key, value in checkpoint['args'].items() if key not in ('dataset', 'data_dir')}
-    card = model_card(load_branches(save(checkpoint, {**args, **options}, 'x'), 'b')[0], 'x', 'ORG/x')
+    args = {'dataset': '', 'data_dir': None, **options}
+    card = model_card(load_branches(save(checkpoint, args), 'b')[0], 'x', 'ORG/x')
     assert card.data.datasets == ([hub] if hub else None)
     assert {result.dataset_type for result in card.data.eval_results} == {hub or 'imagefolder'}
 
@@ -277,7 +280,7 @@ def test_only_data_of_the_hub_is_named_as_such(options, hub, checkpoint):
 def test_exports_are_as_readable_as_the_umask_allows(umask, mode, checkpoint):
     before = os.umask(umask)
     try:
-        assert main(['export', save(checkpoint, checkpoint['args'], 'x')]) == 0
+        assert main(['export', save(checkpoint)]) == 0
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in Path('export').glob('*/*')} == {mode}
@@ -293,10 +296,16 @@ def test_measurements_of_others(checkpoint, capsys):
 # Recipes
 
 
-def recipe_line(text, capsys, *words):
-    """Return how a recipe is refused."""
+def recipe(content):
+    """Write a recipe, text or options, and return the words of a command that reads it."""
+    text = content if isinstance(content, (str, bytes)) else yaml.safe_dump(content)
     Path('recipe.yaml').write_bytes(text if isinstance(text, bytes) else text.encode())
-    return refused(['train', '--dataset', 'digits', *PAIR, *words, '-c', 'recipe.yaml'], capsys, 'recipe.yaml')
+    return [*DIGITS, '-c', 'recipe.yaml']
+
+
+def recipe_line(content, capsys):
+    """Return how a recipe is refused."""
+    return refused(['train', *recipe(content)], capsys, 'recipe.yaml')
 
 
 LAUGHS = 'mean: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n' + ''.join(
@@ -313,11 +322,8 @@ LAUGHS = 'mean: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n' + ''.join(
     ('opt: !!bool [a]', 'is not allowed here'),
     (LAUGHS, 'more than 10000 values'),
     ('mean: ' + '[' * 30 + ']' * 30, 'nested too deeply'),
-    ('[' * 90000, 'nested too deeply'),
-    ('{' * 90000, 'nested too deeply'),
-    ('- ' * 45000, 'nested too deeply'),
+    *((text * 45000, 'nested too deeply') for text in ('[', '{', '- ')),
     ('x: 1\n' * 25000, 'more than 100000 bytes'),
-    ('lr: 1\nlr: 2', 'given twice'),
     ('[lr]: 1', 'not the name of an option'),
     ('{a: 1}: 1', 'not the name of an option'),
     (b'lr: \xff', 'not a text file in UTF-8'),
@@ -345,8 +351,7 @@ def test_recipes_that_are_no_files(capsys):
 
 def test_long_values_are_read(capsys):
     for value in ('(' * 90000, '-' * 90000 + '1', '9' * 90000, ' ' * 90000 + 'b', 'b=' * 40000, "'\\d'"):
-        Path('recipe.yaml').write_text(yaml.safe_dump({'model_kwargs': f'a={value}'}))
-        parse_args(['--dataset', 'digits', *PAIR, '-c', 'recipe.yaml'])
+        parse_args(recipe({'model_kwargs': f'a={value}'}))
     assert capsys.readouterr() == ('', '')
 
 
@@ -354,38 +359,38 @@ def test_code_of_a_data_set_only_by_the_command_line(capsys):
     line = recipe_line('dataset_trust_remote_code: true', capsys)
     assert line.endswith('a recipe can not allow a data set to run code, only --dataset-trust-remote-code on the '
                          'command line can')
-    args = parse_args(['--dataset', 'digits', *PAIR, '-c', 'recipe.yaml', '--dataset-trust-remote-code'])
+    args = parse_args([*DIGITS, '-c', 'recipe.yaml', '--dataset-trust-remote-code'])
     assert args.data.dataset_trust_remote_code and 'dataset_trust_remote_code' not in recipe_values(args)
-    Path('recipe.yaml').write_text('dataset_trust_remote_code: false')
-    assert not parse_args(['--dataset', 'digits', *PAIR, '-c', 'recipe.yaml']).data.dataset_trust_remote_code
+    assert not parse_args(recipe('dataset_trust_remote_code: false')).data.dataset_trust_remote_code
 
 
 @pytest.mark.parametrize('value', ['/elsewhere', '..', '../x', 'a/../../x'])
 def test_output_of_a_recipe_stays_below(value, capsys):
     assert recipe_line(f'output: {value}', capsys).endswith(
         f'output: {value} is not below the current folder; give --output on the command line')
-    args = parse_args(['--dataset', 'digits', *PAIR, '-c', 'recipe.yaml', '--output', value])
+    args = parse_args([*DIGITS, '-c', 'recipe.yaml', '--output', value])
     assert args.run.output == value and 'output' not in recipe_values(args)
-    Path('recipe.yaml').write_text('output: runs/mine')
-    assert parse_args(['--dataset', 'digits', *PAIR, '-c', 'recipe.yaml']).run.output == 'runs/mine'
+    assert parse_args(recipe('output: runs/mine')).run.output == 'runs/mine'
 
 
 @pytest.mark.parametrize('name', [
     '..', '.', '.hidden', '../x', 'a/b', '/x', 'a\\b', ' ', ' a', 'a ', '-x', '~', 'a\nb', '\x1b[31m', 'x' * 201])
 def test_experiment_is_a_name(name, capsys):
-    refused(['train', '--dataset', 'digits', *PAIR, f'--experiment={name}'], capsys, '--experiment', 'not a path')
-    Path('recipe.yaml').write_text(yaml.safe_dump({'experiment': name}))
-    refused(['train', '--dataset', 'digits', *PAIR, '-c', 'recipe.yaml'], capsys, '--experiment')
-    for good in ('', 'run', '007', 'a.b_c-d', 'lr=0.1 (2)', 'größe'):
-        assert parse_args(['--dataset', 'digits', *PAIR, '--experiment', good]).run.experiment == good
+    for words in ([*DIGITS, f'--experiment={name}'], recipe({'experiment': name})):
+        refused(['train', *words], capsys, '--experiment', 'not a path')
+
+
+def test_names_of_experiments_that_are_taken():
+    for name in ('', 'run', '007', 'a.b_c-d', 'lr=0.1 (2)', 'größe'):
+        assert parse_args([*DIGITS, '--experiment', name]).run.experiment == name
 
 
 @pytest.mark.parametrize('key', ['cache_dir', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay'])
 def test_a_recipe_chooses_no_files_for_timm(key, capsys):
     """With these, timm would download any address into any folder."""
     for name in ('model_kwargs', 'model_kwargs_b'):
-        text = yaml.safe_dump({name: {key: {'url': 'http://127.0.0.1:9/.profile'}}})
-        assert recipe_line(text, capsys).endswith(f'{name}: {key} names files, only the command line can give it')
+        given = {name: {key: {'url': 'http://127.0.0.1:9/.profile'}}}
+        assert recipe_line(given, capsys).endswith(f'{name}: {key} names files, only the command line can give it')
         assert recipe_line(f'{name}: {key}=x', capsys).endswith('only the command line can give it')
 
 
@@ -400,11 +405,11 @@ SHELL = ["x'; touch ran; '", 'x; touch ran', '$(touch ran)', '`touch ran`', 'x|t
 ])
 def test_shards_run_no_commands(place, message, capsys):
     options = ['--dataset', 'wds/x', '--data-dir', place]
-    for argv in (['train', *PAIR, *options], ['validate', 'test_vit', *options]):
+    recipe({'dataset': 'wds/x', 'data_dir': place})
+    for argv in (
+            ['train', *PAIR, *options], ['validate', 'test_vit', *options], ['train', *PAIR, '-c', 'recipe.yaml']):
         line = refused(argv, capsys, message, '--data-dir', 'digits and _-.,/+=% only')
         assert 'secret' not in line
-    Path('recipe.yaml').write_text(yaml.safe_dump({'dataset': 'wds/x', 'data_dir': place}))
-    refused(['train', *PAIR, '-c', 'recipe.yaml'], capsys, message)
     assert not Path('ran').exists()
 
 
@@ -414,9 +419,9 @@ def test_shards_run_no_commands(place, message, capsys):
 def test_splits_run_no_commands(split, capsys):
     wds = ['--dataset', 'wds/x', '--data-dir', '.']
     for flag in ('--train-split', '--val-split'):
-        refused(['train', *PAIR, *wds, flag, split], capsys, flag, 'only')
-        Path('recipe.yaml').write_text(yaml.safe_dump({'dataset': 'wds/x', flag[2:]: split}))
-        refused(['train', '.', *PAIR, '-c', 'recipe.yaml'], capsys, flag)
+        recipe({'dataset': 'wds/x', flag[2:]: split})
+        for argv in ([*wds, flag, split], ['.', '-c', 'recipe.yaml']):
+            refused(['train', *PAIR, *argv], capsys, flag, 'only')
     refused(['validate', 'test_vit', *wds, '--val-split', split], capsys, '--val-split')
     assert not Path('ran').exists()
 

@@ -1,13 +1,12 @@
 """The command line: `timm-vpl SUBCOMMAND`, `python -m timm_vpl SUBCOMMAND`, and train_vpl.py."""
 import os
 import sys
-import time
 from collections.abc import Callable
 
 from . import __version__
 from .errors import RunError, UsageError
 from .options.commands import COMMANDS, parse_command
-from .options.train import parse_args, speaks
+from .options.train import mistakes_end, parse_args
 from .text import one_line
 
 
@@ -30,17 +29,9 @@ def train(argv: list[str] | None = None, prog: str = 'train_vpl.py') -> int:
 
 def command(name: str, argv: list[str], prog: str) -> int:
     """Do the work of a smaller command; return the exit status."""
-    status: int | None = 0
-
     def work():
-        nonlocal status
-        try:
+        with mistakes_end(prog):
             options = parse_command(name, argv, prog)
-        except UsageError as e:
-            if speaks():
-                raise
-            time.sleep(2)  # torchrun ends all processes when the first ends; let the one that speaks be it
-            raise SystemExit(e.exit_status) from None
         # Here, since they import torch and timm.
         if name == 'validate':
             from .tools.validate import validate_models
@@ -53,19 +44,20 @@ def command(name: str, argv: list[str], prog: str) -> int:
             print(make_report(options.run_dirs, options.format))
         else:
             from .tools.study import run_study
-            status = run_study(options)
-    return _finish(prog, work) or status or 0
+            return run_study(options)
+    return _finish(prog, work)
 
 
-def _finish(prog: str, work: Callable[[], None]) -> int:
+def _finish(prog: str, work: Callable[[], int | None]) -> int:
     """Do the work of a command and return its exit status; an expected error becomes one line."""
     try:
-        work()
+        return work() or 0
     except UsageError as e:
         print(f'{prog}: error: {one_line(e)}', file=sys.stderr)
         return e.exit_status
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         if os.environ.get('LOCAL_RANK', '0') == '0':
             print(f'{prog}: interrupted', file=sys.stderr)
@@ -74,7 +66,6 @@ def _finish(prog: str, work: Callable[[], None]) -> int:
         from .engine.boundary import as_line
         print(f'{prog}: error: {one_line(as_line(e))}', file=sys.stderr)
         return RunError.exit_status
-    return 0
 
 
 USAGE = """usage: timm-vpl COMMAND [options]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from timm_vpl import cli
 from timm_vpl.options.commands import COMMANDS, command_parser, parse_command
 from timm_vpl.options.refused import REFUSED
-from timm_vpl.options.train import build_parser, parse_args
+from timm_vpl.options.train import build_parser, mistakes_end, parse_args
 
 PARSERS = {'train': build_parser(), **{name: command_parser(name) for name in COMMANDS}}
 FLAGS = {name: sorted(parser._option_string_actions) for name, parser in PARSERS.items()}
@@ -44,12 +44,9 @@ values = st.one_of(text, hard_text, numbers)
 def flags(draw, command):
     """A flag of a command; misspelt, cut short or of another spelling now and then."""
     flag = draw(st.sampled_from([*FLAGS[command], *(name.rstrip('*') for name in REFUSED)]))
-    change = draw(st.sampled_from(['none'] * 6 + ['cut', 'swap', 'underscores', 'upper', 'double', 'no', 'single']))
     i = draw(st.integers(1, len(flag)))
-    return {
-        'none': flag, 'cut': flag[:i], 'swap': flag[:i - 1] + flag[i:i + 1] + flag[i - 1:i] + flag[i + 1:],
-        'underscores': flag.replace('-', '_'), 'upper': flag.upper(), 'double': flag[:i] + flag[i - 1:],
-        'no': '--no-' + flag.lstrip('-'), 'single': flag[1:]}[change]
+    others = [flag[:i], flag[:i] + flag[i - 1:], flag.replace('-', '_'), flag.upper(), f'--no-{flag[2:]}', flag[1:]]
+    return draw(st.sampled_from([flag] * 6 + others))
 
 
 @st.composite
@@ -57,15 +54,8 @@ def command_lines(draw, command):
     """Words of a command line, most often after some that are valid."""
     words = list(WORDS[command]) if draw(st.integers(0, 3)) else []
     for _ in range(draw(st.integers(0, 4))):
-        kind = draw(st.sampled_from(['flag', 'flag value', 'flag value', 'flag=value', 'flag values', 'value']))
-        if kind == 'value':
-            words.append(draw(values))
-        elif kind == 'flag=value':
-            words.append(f'{draw(flags(command))}={draw(values)}')
-        else:
-            words.append(draw(flags(command)))
-            words += [draw(values) for _ in range(('flag value', 'flag values').index(kind) * 2 + 1)
-                      ] if kind != 'flag' else []
+        flag, given = draw(flags(command)), draw(st.lists(values, max_size=3))
+        words += draw(st.sampled_from([[flag, *given], [flag, *given[:1]], [f'{flag}={"".join(given)}'], given]))
     return words
 
 
@@ -116,7 +106,11 @@ def ends_well(prog, work):
 def drive(command, words):
     """Give a command its words."""
     prog = f'timm-vpl {command}'
-    ends_well(prog, lambda: parse_args(words, prog) if command == 'train' else parse_command(command, words, prog))
+
+    def work():
+        with mistakes_end(prog):
+            parse_args(words, prog) if command == 'train' else parse_command(command, words, prog)
+    ends_well(prog, work)
 
 
 def drive_recipe(data, words):
@@ -136,35 +130,26 @@ def quiet(monkeypatch, tmp_path):
     monkeypatch.setattr(logger, 'disabled', True)
 
 
-def budget(examples):
-    return settings(
+def try_out(drive, *strategies, examples):
+    settings(
         max_examples=examples, derandomize=True, deadline=None, database=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large])
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+    )(given(*strategies)(drive))()
 
 
-@pytest.mark.parametrize('command, examples', [('train', 60), ('validate', 60), ('export', 60), ('report', 40)])
+few_or_many = pytest.mark.parametrize('examples', [60, pytest.param(1000, marks=pytest.mark.slow)])
+
+
+@few_or_many
+@pytest.mark.parametrize('command', ['train', 'validate', 'export', 'report'])
 def test_command_lines(command, examples):
-    budget(examples)(given(command_lines(command))(lambda words: drive(command, words)))()
+    try_out(lambda words: drive(command, words), command_lines(command), examples=examples)
 
 
-def test_recipes():
-    budget(120)(given(recipes)(lambda data: drive_recipe(data, [])))()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('command, examples', [('train', 1500), ('validate', 800), ('export', 700), ('report', 300)])
-def test_many_command_lines(command, examples):
-    budget(examples)(given(command_lines(command))(lambda words: drive(command, words)))()
-
-
-@pytest.mark.slow
-def test_many_recipes():
-    budget(1500)(given(recipes)(lambda data: drive_recipe(data, [])))()
-
-
-@pytest.mark.slow
-def test_many_recipes_below_a_command_line():
-    budget(500)(given(recipes, command_lines('train'))(lambda data, words: drive_recipe(data, words)))()
+@few_or_many
+@pytest.mark.parametrize('below', [st.just([]), command_lines('train')], ids=['alone', 'below a command line'])
+def test_recipes(below, examples):
+    try_out(drive_recipe, recipes, below, examples=examples)
 
 
 @pytest.mark.parametrize('command', PARSERS)

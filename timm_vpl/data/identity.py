@@ -1,6 +1,7 @@
 """What tells the data of a run from others, without reading an image."""
 import hashlib
 import os
+from itertools import zip_longest
 from typing import Any
 
 from .images import Split
@@ -29,16 +30,13 @@ def data_identity(dataset: Split, class_names: list[str] | None) -> dict[str, An
 def data_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """Return a line for each field in which two identities of one split differ, by field."""
     lines: dict[str, str] = {}
-    for field in ('images', 'classes', 'files') if before.get('version') == now['version'] else ('images', 'classes'):
-        then: Any = before.get(field)
-        present: Any = now[field]
-        if then == present or field == 'classes' and None in (then, present):
-            continue
-        if field == 'classes':
-            index = next((i for i, pair in enumerate(zip(then, present, strict=False)) if pair[0] != pair[1]),
-                         min(len(then), len(present)))
-            shown = [repr(names[index]) if index < len(names) else 'none' for names in (then, present)]
-            lines[field] = f'class {index} was {shown[0]}, now {shown[1]}'
-        else:
-            lines[field] = f'{then} images before, now {present}' if field == 'images' else 'other images or labels'
+    if before.get('images') != now['images']:
+        lines['images'] = f'{before.get("images")} images before, now {now["images"]}'
+    then, names = before.get('classes') or [], now['classes'] or []
+    if then and names and then != names:
+        index, pair = next(each for each in enumerate(zip_longest(then, names)) if each[1][0] != each[1][1])
+        was, is_now = ('none' if name is None else repr(name) for name in pair)
+        lines['classes'] = f'class {index} was {was}, now {is_now}'
+    if before.get('version') == now['version'] and before.get('files') != now['files']:
+        lines['files'] = 'other images or labels'
     return lines

@@ -117,25 +117,18 @@ def _check_method(options: 'Options', given: Mapping[str, Any]) -> None:
     if teacher and not method.has_teacher(options.own, options.sides):
         why = 'has two models, the teacher is the partner' if 2 in method.models else 'has no teacher'
         raise UsageError(f'--teacher {teacher}: --method {name} {why}')
-    if teacher and not os.path.exists(teacher) and os.sep in teacher and ':' not in teacher:
-        raise UsageError(f'--teacher {teacher}: no such file or folder')
-    if teacher and not os.path.exists(teacher):
-        check_model_name('--teacher', teacher)
+    if teacher:
+        check_trained('--teacher', teacher)
     if method.distilled(options.own) and not any(
             _may_have_token(branch.model or '') for branch in options.branches.values()):
         raise UsageError(f'--method {name}: {_models(options)} {no_token()}')
-    if method.uniform_drop_path:
-        _check_drop_path(options)
-    if method.updates(options.own) > 1:
-        _check_phases(options)
-
-
-def _check_drop_path(options: 'Options') -> None:
-    for branch in options.branches.values():
+    for branch in options.branches.values() if method.uniform_drop_path else ():
         rate = branch.drop_path or branch.drop_connect or 0
         if not 0 < rate < 1:
-            raise UsageError(f'--drop-path {rate:g}: --method {options.method} needs a rate above 0 and below 1, '
-                             f'its two submodels differ in nothing else')
+            raise UsageError(f'--drop-path {rate:g}: --method {name} needs a rate above 0 and below 1, its two '
+                             f'submodels differ in nothing else')
+    if method.updates(options.own) > 1:
+        _check_phases(options)
 
 
 def _check_phases(options: 'Options') -> None:
@@ -146,6 +139,15 @@ def _check_phases(options: 'Options') -> None:
     if asked.opt.startswith('lookahead'):
         raise UsageError(f'--opt {asked.opt}: --method {name} updates one branch before the other, which Lookahead '
                          f'would count as two steps; leave it out (or --dml-joint)')
+
+
+def check_trained(flag: str, name: str) -> None:
+    """Raise UsageError unless a trained model is a file, a folder or the name of a model."""
+    if os.path.exists(name):
+        return
+    if os.path.dirname(name) and ':' not in name:
+        raise UsageError(f'{flag} {name}: no such file or folder (on the Hub: hf-hub:{name})')
+    check_model_name(flag, name)
 
 
 def no_token() -> str:

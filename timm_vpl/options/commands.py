@@ -7,7 +7,7 @@ from typing import Any
 from ..core.names import SIDES
 from ..core.option import Count, Number, Positive, Whole, option
 from ..errors import UsageError
-from .checks import check_dataset, check_model_name
+from .checks import check_dataset, check_trained
 from .parser import OptionParser
 from .sections import INTERPOLATIONS, Source
 from .train import name_data_dir
@@ -129,10 +129,7 @@ def parse_command(name: str, argv: Sequence[str], prog: str = '') -> Any:
 
 
 def _check_validate(options: Validate) -> None:
-    if not os.path.exists(options.model):
-        if os.path.dirname(options.model) and ':' not in options.model:
-            raise UsageError(f'MODEL {options.model}: no such file or folder (on the Hub: hf-hub:{options.model})')
-        check_model_name('MODEL', options.model)
+    check_trained('MODEL', options.model)
     check_dataset(options, ('val_split', 'check_data'))
     others = {'--class-map': options.class_map != '', '--real-labels': options.real_labels is not None}
     for flag in [flag for flag, given in others.items() if given and options.imagenet_v2]:

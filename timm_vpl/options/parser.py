@@ -45,20 +45,6 @@ class KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
-class Sequenced(argparse.Action):
-    """Collect values in a tuple."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, tuple(values))
-
-
-class Repeated(argparse.Action):
-    """Collect the values of all times that an option is given in a tuple."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), *values))
-
-
 @dataclass(frozen=True)
 class Entry:
     """An option as the command line has it: that of a section, or of one branch, or the form that sets both.
@@ -66,16 +52,14 @@ class Entry:
     Attributes:
         dest: Its name in a recipe.
         row: What is known of it.
-        default: Its default; None of a form that sets both.
+        default: Its default; of a form that sets both, that of branch a.
         type: Annotation of its field.
-        section: The class that it is a field of.
         side: The branch that it is of; 'both' of a form that sets both.
     """
     dest: str
     row: Row
     default: Any
     type: Any
-    section: type
     side: str | None = None
 
     @property
@@ -101,9 +85,9 @@ class Entry:
     @property
     def shown(self) -> str:
         """How its default reads."""
-        if self.row.default_b is not SAME:
-            return f'{show(field_default(self.section, self.dest))} for a, {show(self.row.default_b)} for b'
-        return self.row.shown or show(field_default(self.section, self.dest) if self.side == 'both' else self.default)
+        if self.side == 'both' and self.row.default_b is not SAME:
+            return f'{show(self.default)} for a, {show(self.row.default_b)} for b'
+        return self.row.shown or show(self.default)
 
 
 def flag_of(dest: str) -> str:
@@ -122,30 +106,20 @@ def show(value: Any) -> str:
     return f'{value:g}' if isinstance(value, float) else str(value)
 
 
-def _fields(section: Any) -> dict[str, dataclasses.Field]:
-    return {field.name: field for field in dataclasses.fields(section)}
-
-
-def field_default(section: type, name: str) -> Any:
-    """Return the default of a field."""
-    field = _fields(section)[name]
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-def entries_of(section: type, per_branch: bool = False) -> dict[str, Entry]:
+def entries_of(section: Any) -> dict[str, Entry]:
     """Return the options of a section by dest; of one of each branch the form that sets both, then those of each."""
     entries = {}
-    for name, annotation in typing.get_type_hints(section, include_extras=True).items():
-        row = _fields(section)[name].metadata['row']
-        default = field_default(section, name)
-        if not per_branch:
-            entries[name] = Entry(name, row, default, annotation, section)
-            continue
-        if not row.own_only:
-            entries[name] = Entry(name, row, None, annotation, section, 'both')
-        for side in SIDES:
-            own = row.default_b if side == 'b' and row.default_b is not SAME else default
-            entries[f'{name}_{side}'] = Entry(f'{name}_{side}', row, own, annotation, section, side)
+    hints = typing.get_type_hints(section, include_extras=True)
+    for field in dataclasses.fields(section):
+        name, row = field.name, field.metadata['row']
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        dests: dict[str | None, tuple[str, Any]] = {None: (name, default)}
+        if getattr(section, 'PER_BRANCH', False):
+            default_b = default if row.default_b is SAME else row.default_b
+            dests = {'both': (name, default), 'a': (f'{name}_a', default), 'b': (f'{name}_b', default_b)}
+        for side, (dest, value) in dests.items():
+            if side != 'both' or not row.own_only:
+                entries[dest] = Entry(dest, row, value, hints[name], side)
     return entries
 
 
@@ -153,22 +127,22 @@ class OptionParser(argparse.ArgumentParser):
     """A parser of the options of some sections. It fills in no defaults: what it returns is what was given.
 
     Args:
-        sections: The classes of the sections, True beside one of each branch.
+        sections: The classes of the sections; one with PER_BRANCH has its options for each branch.
         **kwargs: Further arguments of ArgumentParser.
 
     Attributes:
         entries: The options by dest.
     """
 
-    def __init__(self, sections: Sequence[type | tuple[type, bool]], **kwargs):
+    def __init__(self, sections: Sequence[type], **kwargs):
         super().__init__(allow_abbrev=False, exit_on_error=False, **kwargs)
         self.entries: dict[str, Entry] = {}
         groups: dict[str, Any] = {}
-        for section, per_branch in (each if isinstance(each, tuple) else (each, False) for each in sections):
+        for section in sections:
             title = (section.__doc__ or '').strip().rstrip('.')
             if title not in groups:
                 groups[title] = self.add_argument_group(title)
-            for entry in entries_of(section, per_branch).values():
+            for entry in entries_of(section).values():
                 if entry.dest not in self.entries:  # methods share some
                     self.entries[entry.dest] = entry
                     self._add(groups[title], entry)
@@ -182,7 +156,7 @@ class OptionParser(argparse.ArgumentParser):
         else:
             kwargs.update(type=kind, choices=row.choices, metavar=row.metavar or getattr(kind, 'metavar', None))
             if nargs is not None:
-                action = KeyValues if nargs == '*' else Repeated if row.repeats else Sequenced
+                action = KeyValues if nargs == '*' else 'extend' if row.repeats else 'store'
                 kwargs.update(nargs=nargs, action=action)
             if row.const is not None:
                 kwargs.update(nargs='?', const=row.const)
@@ -223,7 +197,7 @@ class OptionParser(argparse.ArgumentParser):
                 raise UsageError(f'unknown option {flag}{near} (see --help)')
         if unknown:
             raise UsageError(f'unexpected argument {unknown[0]!r} (see --help)')
-        return vars(given)
+        return {dest: tuple(value) if isinstance(value, list) else value for dest, value in vars(given).items()}
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -2,7 +2,7 @@
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -56,33 +56,37 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise UsageError(f'{path} can not be read: {error.strerror}') from None
     except UnicodeDecodeError:
         raise UsageError(f'{path} is not a text file in UTF-8') from None
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise UsageError(f'{path} is nested too deeply') from None
+    # Of PyYAML, the last two for a character or a version that can't be.
+    except (yaml.YAMLError, OverflowError, ValueError) as error:
         mark = getattr(error, 'problem_mark', None)
         line = f', line {mark.line + 1}' if mark else ''
         raise UsageError(f"{path}{line} is not YAML: {getattr(error, 'problem', None) or error}") from None
-    except RecursionError:
-        raise UsageError(f'{path} is nested too deeply') from None
-    except (OverflowError, ValueError) as error:  # of PyYAML, for a character or a version that can't be
-        raise UsageError(f'{path} is not YAML: {error}') from None
 
 
-_NODES = {'seq': 'sequence', 'map': 'mapping'}
+# The tags that YAML itself gives, and what they may stand at.
+_TAGS = {
+    **dict.fromkeys(('null', 'bool', 'int', 'float', 'str', 'timestamp', 'value', 'merge'), 'scalar'),
+    'seq': 'sequence', 'map': 'mapping'}
 
 
 def _node_value(node, path: Path, counter: Iterator[int], depth: int = 0) -> Any:
+    def read(inner):
+        return _node_value(inner, path, counter, depth + 1)
+
     where = f'{path}, line {node.start_mark.line + 1}'
     if depth > MAX_RECIPE_DEPTH:
         raise UsageError(f'{path} is nested too deeply')
     if next(counter) > MAX_RECIPE_VALUES:
         raise UsageError(f'{path} is too large for a recipe, it has more than {MAX_RECIPE_VALUES} values')
-    kind = node.tag.replace('tag:yaml.org,2002:', '')
-    known = kind in ('null', 'bool', 'int', 'float', 'str', 'timestamp', 'value', 'merge', 'seq', 'map')
-    if not known or node.id != _NODES.get(kind, 'scalar'):
-        raise UsageError(f'{where}: the tag {node.tag} is not allowed{" here" if known else ""}')
+    kind = node.tag.removeprefix('tag:yaml.org,2002:')
+    if node.id != _TAGS.get(kind):
+        raise UsageError(f'{where}: the tag {node.tag} is not allowed here')
     if kind == 'seq':
-        return [_node_value(item, path, counter, depth + 1) for item in node.value]
+        return [read(item) for item in node.value]
     if kind == 'map':
-        return _mapping(node, path, counter, depth, where)
+        return _mapping(node, path, read)
     if any(c == '\0' or '\ud800' <= c <= '\udfff' for c in node.value):
         raise UsageError(f'{where}: {node.value!r} is not text')
     if kind == 'null':
@@ -90,15 +94,15 @@ def _node_value(node, path: Path, counter: Iterator[int], depth: int = 0) -> Any
     return node.value.lower() in ('true', 'yes', 'on') if kind == 'bool' else node.value
 
 
-def _mapping(node, path: Path, counter: Iterator[int], depth: int, where: str) -> dict[str, Any]:
+def _mapping(node, path: Path, read: Callable[[Any], Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        key = _node_value(key_node, path, counter, depth + 1)
+        key, line = read(key_node), key_node.start_mark.line + 1
         if not isinstance(key, str):
-            raise UsageError(f'{where}: {key!r} is not the name of an option')
+            raise UsageError(f'{path}, line {line}: {key!r} is not the name of an option')
         if key in values:
-            raise UsageError(f'{path}, line {key_node.start_mark.line + 1}: {key} is given twice')
-        values[key] = _node_value(value_node, path, counter, depth + 1)
+            raise UsageError(f'{path}, line {line}: {key} is given twice')
+        values[key] = read(value_node)
     return values
 
 
@@ -139,11 +143,11 @@ def option_tokens(entry: Entry, value: Any) -> list[str]:
         if not isinstance(item, str) or (nargs and re.match(r'-[^\d.]', item)):
             wanted = 'a list of values' if nargs else 'one value'
             raise UsageError(f'{_spell(item)} is not {wanted} (text that YAML takes for something else needs quotes)')
-    if isinstance(nargs, int) and len(values) != nargs:
-        raise UsageError(f'{_spell(values)} is not a list of {nargs} values')
-    if nargs:
-        return [flag, *values] if values else []
-    return ['--', values[0]] if entry.row.positional else [f'{flag}={values[0]}']
+    if entry.row.positional:
+        return ['--', *values]
+    if not nargs:
+        return [f'{flag}={values[0]}']
+    return [flag, *values] if values or nargs != '+' else []
 
 
 def _recipes() -> dict[str, Path]:

@@ -3,7 +3,7 @@
 The names and the meaning are those of timm's train script.
 """
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..core.methods import METHODS
 from ..core.option import (
@@ -80,6 +80,7 @@ _NO_BASE = Idle('--lr is given', lambda o: o.lr is not None)
 @dataclass(frozen=True)
 class Branch:
     """Parameters of each branch: OPTION sets both, OPTION-a and OPTION-b set one."""
+    PER_BRANCH: ClassVar[bool] = True
     model: Name = option(
         None, 'in the paper a CNN (a) and a transformer (b): a timm name, hf-hub:ID or local-dir:PATH',
         metavar='MODEL', own_only=True, resume='fixed')

@@ -3,45 +3,30 @@
 `parse_args` parses the command line, then the recipe that it names, lets the command line win, resolves the options of
 each branch, and checks. Nothing heavy is imported, so that `--help` and a mistake answer at once.
 """
+import contextlib
 import copy
+import functools
 import logging
 import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_type_hints
 
 from ..core.methods import METHODS
 from ..core.names import SIDES
-from ..core.option import Idle
 from ..errors import UsageError
 from ..text import one_line
+from . import sections
 from .checks import check
 from .parser import Entry, OptionParser, entries_of, flag_of, show
 from .recipes import check_foreign, load_recipe, option_tokens, recipe_path
 from .refused import check_not_refused
-from .sections import (
-    EMA,
-    Augmentation,
-    BatchNorm,
-    Branch,
-    Data,
-    Device,
-    Input,
-    Loader,
-    MethodChoice,
-    Optimizer,
-    Run,
-    Schedule,
-)
 
 _logger = logging.getLogger('timm_vpl')
-_PLAIN = {
-    'data': Data, 'input': Input, 'loader': Loader, 'device': Device, 'optimizer': Optimizer, 'schedule': Schedule,
-    'augmentation': Augmentation, 'batch_norm': BatchNorm, 'ema': EMA, 'run': Run}
 
 
 @dataclass(frozen=True)
@@ -57,17 +42,17 @@ class Options:
     """
     method: str
     own: Any
-    branches: dict[str, Branch]
-    data: Data
-    input: Input
-    loader: Loader
-    device: Device
-    optimizer: Optimizer
-    schedule: Schedule
-    augmentation: Augmentation
-    batch_norm: BatchNorm
-    ema: EMA
-    run: Run
+    branches: dict[str, sections.Branch]
+    data: sections.Data
+    input: sections.Input
+    loader: sections.Loader
+    device: sections.Device
+    optimizer: sections.Optimizer
+    schedule: sections.Schedule
+    augmentation: sections.Augmentation
+    batch_norm: sections.BatchNorm
+    ema: sections.EMA
+    run: sections.Run
     command: tuple[str, dict[str, Any]] = ('', {})
 
     @property
@@ -85,6 +70,10 @@ class Options:
         return values
 
 
+# The sections that are there once, by name.
+_PLAIN: dict[str, Any] = {name: kind for name, kind in get_type_hints(Options).items() if is_dataclass(kind)}
+
+
 def make_options(values: Mapping[str, Any], command: tuple[str, dict[str, Any]] = ('', {})) -> Options:
     """Return the options that hold: what is given by dest, for a branch else what is given for both, else the default.
 
@@ -95,63 +84,65 @@ def make_options(values: Mapping[str, Any], command: tuple[str, dict[str, Any]] 
     def make(section):
         return section(**{field.name: values[field.name] for field in fields(section) if field.name in values})
 
-    branches = {}
-    for side in SIDES:
-        entries = {entry.dest[:-2]: entry for entry in branch_entries(side)}
-        branches[side] = Branch(**{
-            name: copy.copy(values.get(f'{name}_{side}', values.get(name, entry.default)))
-            for name, entry in entries.items()})
-    method = values.get('method', MethodChoice().method)
+    branches: dict[str, dict[str, Any]] = {side: {} for side in SIDES}
+    for dest, entry in build_parser().entries.items():
+        if entry.side in SIDES:
+            name, side = dest[:-2], entry.side
+            branches[side][name] = copy.copy(values.get(f'{name}_{side}', values.get(name, entry.default)))
+    method = make(sections.MethodChoice).method
     return Options(
         method=method,
         own=make(METHODS[method].options),
-        branches={side: branch for side, branch in branches.items() if branch.model},
+        branches={side: sections.Branch(**own) for side, own in branches.items() if own['model']},
         **{name: make(section) for name, section in _PLAIN.items()},
         command=command,
     )
 
 
-def branch_entries(side: str) -> list[Entry]:
-    """Return the options of a branch; those that set both for 'both'."""
-    return [entry for entry in build_parser().entries.values() if entry.side == side]
-
-
 def build_parser(prog: str = 'train_vpl.py') -> OptionParser:
     """Return the parser of all options, those of the methods among them."""
-    key = prog, *METHODS
-    if key not in _parsers:
-        _parsers[key] = OptionParser(
-            [MethodChoice, *dict.fromkeys(method.options for method in METHODS.values()), Data, (Branch, True),
-             Input, Loader, Device, Optimizer, Schedule, Augmentation, BatchNorm, EMA, Run],
-            prog=prog,
-            usage='%(prog)s [DIR] [-c FILE] --model-a MODEL --model-b MODEL [options]',
-            description='Train a CNN (branch a) and a vision transformer (branch b) together: Vision Pair Learning.',
-        )
-    return _parsers[key]
+    return _build_parser(prog, *METHODS)
 
 
-_parsers: dict[tuple, OptionParser] = {}
+@functools.cache
+def _build_parser(prog: str, *methods: str) -> OptionParser:
+    data, *others = _PLAIN.values()
+    own = dict.fromkeys(METHODS[name].options for name in methods)
+    return OptionParser(
+        [sections.MethodChoice, *own, data, sections.Branch, *others],
+        prog=prog,
+        usage='%(prog)s [DIR] [-c FILE] --model-a MODEL --model-b MODEL [options]',
+        description='Train a CNN (branch a) and a vision transformer (branch b) together: Vision Pair Learning.',
+    )
+
+
 METHOD_OPTIONS = sorted({field.name for method in METHODS.values() for field in fields(method.options)})
 
 
-def parse_args(argv: Sequence[str] | None = None, prog: str = 'train_vpl.py') -> Options:
-    """Return the options of a run, checked (`read_args`).
-
-    Raises:
-        SystemExit: With status 2 after one line on stderr (a machine, not a process), where the input is wrong; with 0
-            after `--help`.
-    """
+@contextlib.contextmanager
+def mistakes_end(prog: str) -> Iterator[None]:
+    """End a command that reads its options wrong: one line on stderr (a machine, not a process), exit status 2."""
     try:
-        options, given = read_args(sys.argv[1:] if argv is None else argv, prog)
-        if speaks():
-            warn_without_effect(options, given)
-        return options
+        yield
     except UsageError as error:
         if speaks():
             print(f'{prog}: error: {one_line(error)}', file=sys.stderr)
         else:
             time.sleep(2)  # torchrun ends all processes when the first ends; let the one that speaks be it
         raise SystemExit(error.exit_status) from None
+
+
+def parse_args(argv: Sequence[str] | None = None, prog: str = 'train_vpl.py') -> Options:
+    """Return the options of a run, checked (`read_args`).
+
+    Raises:
+        SystemExit: With status 2 after one line (`mistakes_end`) where the input is wrong; with 0 after `--help`.
+    """
+    with mistakes_end(prog):
+        options, given = read_args(sys.argv[1:] if argv is None else argv, prog)
+        if speaks():
+            warn_without_effect(options, given)
+        return options
 
 
 def read_args(argv: Sequence[str], prog: str = 'train_vpl.py') -> tuple[Options, dict[str, Any]]:
@@ -168,8 +159,8 @@ def read_args(argv: Sequence[str], prog: str = 'train_vpl.py') -> tuple[Options,
     given_here = dict(command_line)
     config = command_line.get('config')
     recipe = name_data_dir(load_recipe(parser, recipe_path(config))) if config else {}
-    for dest in [entry.dest for entry in branch_entries('both') if entry.dest in command_line]:
-        for side in SIDES:  # wins over a branch's own value in the recipe, too
+    for dest in command_line:
+        for side in SIDES:  # the form for both wins over a branch's own value in the recipe, too
             recipe.pop(f'{dest}_{side}', None)
     folder = command_line.get('resume', recipe.get('resume', ''))
     if os.path.isdir(folder):
@@ -257,37 +248,35 @@ def changed_options(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[li
     return lines
 
 
-def idle_options(options: Options) -> dict[Idle, list[str]]:
+def idle_options(options: Options) -> dict[str, list[str]]:
     """Return the options that have no effect beside the others, whatever their value, by the reason."""
     view = SimpleNamespace(**{
         **options.flat(), 'sides': options.sides, 'branch': options.branches.__getitem__,
         'augmentation': options.augmentation})
-    idle: dict[Idle, list[str]] = {}
+    idle: dict[str, list[str]] = {}
     own = entries_of(type(options.own))  # methods may name an option alike
     for dest, entry in {**build_parser().entries, **own}.items():
-        if entry.side is None:
-            places: list[Any] = [view] if hasattr(view, dest) else []
-        else:
-            places = [branch for side, branch in options.branches.items() if entry.side in (side, 'both')]
-        for reason in entry.row.idle if places else ():
-            if all(map(reason.applies, places)):
-                idle.setdefault(reason, []).append(dest)
+        reason = _why_idle(options, view, entry)
+        if reason:
+            idle.setdefault(reason, []).append(dest)
     return idle
+
+
+def _why_idle(options: Options, view: Any, entry: Entry) -> str | None:
+    places = [view]
+    if entry.side is None and not hasattr(view, entry.dest):
+        return f'--method {options.method} does not read it'
+    if entry.side is not None:
+        places = [branch for side, branch in options.branches.items() if entry.side in (side, 'both')]
+    if not places:
+        return f'there is no --model-{entry.side}'
+    return next((reason.reason for reason in entry.row.idle if all(map(reason.applies, places))), None)
 
 
 def warn_without_effect(options: Options, given: Mapping[str, Any]) -> None:
     """Log a line for each reason why options that were given, with another value than the default, have no effect."""
     entries = build_parser().entries
-    left = [dest for dest, value in given.items() if dest in entries and value != entries[dest].default]
-    known = options.flat()
-    unread = [dest for dest in left if dest not in known and entries[dest].side is None]
-    reasons = [(unread, f'--method {options.method} does not read it')]
-    reasons += [(dests, reason.reason) for reason, dests in idle_options(options).items()]
-    reasons += [
-        ([dest for dest in left if entries[dest].side == side], f'there is no --model-{side}')
-        for side in SIDES if side not in options.sides]
-    for dests, reason in reasons:
-        named = [dest for dest in left if dest in dests]
+    for reason, dests in idle_options(options).items():
+        named = [dest for dest, value in given.items() if dest in dests and value != entries[dest].default]
         if named:
             _logger.warning(f"{', '.join(map(flag_of, named))}: no effect, {reason}")
-            left = [dest for dest in left if dest not in named]
