@@ -445,7 +445,7 @@ def test_one_tar_or_folder_of_classes(capsys, digits_folder, run_dir, tmp_path):
     ('RUN', ['--real-labels'], "does not name its classes by ImageNet's wnids"),
     ('RUN', ['--file-list', 'none.txt'], '--file-list none.txt: no such file'),
     ('RUN', ['--mean', '0.5', '0.5'], '--mean: 2 values, the images of test_resnet have 3 channels'),
-    ('RUN', ['--in-chans', '1'], 'test_resnet can not take images of size (1, 32, 32)'),
+    ('RUN', ['--in-chans', '1'], 'test_resnet: can not take images of size (1, 32, 32)'),
     ('RUN', ['--device', 'nosuch'], '--device nosuch'),
     ('RUN', ['--nosuch'], 'unknown option --nosuch'),
     ('RUN', ['--split', 'test'], '--val-split test: no such folder'),
