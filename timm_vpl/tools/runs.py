@@ -58,11 +58,11 @@ class Run:
     @property
     def progress(self) -> str:
         """What there is of an unfinished run; '' for a finished one."""
+        done = f'{len(self.rows)} of {self.num_epochs} epochs'
         if not self.rows or len(self.rows) < self.num_epochs:
-            return f'{len(self.rows)} of {self.num_epochs} epochs'
-        if not self.sides or any(self.figure(side, self.num_epochs - 1) is None for side in self.sides):
-            return f'{len(self.rows)} of {self.num_epochs} epochs, the last one not evaluated'
-        return ''
+            return done
+        evaluated = self.sides and all(self.figure(side, self.num_epochs - 1) is not None for side in self.sides)
+        return '' if evaluated else f'{done}, the last one not evaluated'
 
     @property
     def pairing(self) -> str | None:
