@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby, product
 from pathlib import Path
 from statistics import fmean, median, stdev
+from types import MappingProxyType
 from typing import Any
 
 from ..core.methods import METHODS
@@ -14,7 +15,7 @@ from ..options.parser import show
 from ..options.train import METHOD_OPTIONS
 from ..text import markdown
 from .comparison import paired_difference
-from .runs import COSTS, Run, data_title, make_recipe, own_options, read_run, teacher_folder, terms_off
+from .runs import COSTS, Run, data_title, make_recipe, own_options, read_run, terms_off
 from .tables import markdown_table
 
 METRICS = {'top1': 'top-1', 'top5': 'top-5'}
@@ -23,7 +24,7 @@ COLLAPSED = 2 / 3  # of the median of its row: below that a run has collapsed
 SAME_COST = 0.1  # relative difference of FLOPs that counts as the same
 
 
-def make_report(run_dirs: list[str], format: str = 'md', names: Mapping[str, str] | None = None) -> str:
+def make_report(run_dirs: list[str], format: str = 'md') -> str:
     """Return the comparison of runs as text.
 
     Runs that agree in all options that count are a group, averaged over its runs. Unfinished runs are listed and never
@@ -32,15 +33,14 @@ def make_report(run_dirs: list[str], format: str = 'md', names: Mapping[str, str
     Args:
         run_dirs: Folders of runs.
         format: 'md'; or 'json' for a record a branch of a group, with numbers that are not rounded.
-        names: Names of groups, by the folder of a run in them.
 
     Raises:
         UsageError: A folder is not that of a run, or none is there.
     """
     runs = read_runs(run_dirs)
-    groups = make_groups((run for run in runs if not run.progress), names)
+    records = make_records(make_groups(run for run in runs if not run.progress))
     shown = to_json if format == 'json' else to_markdown
-    return shown(make_records(groups), [run for run in runs if run.progress]).rstrip('\n')
+    return shown(records, [run for run in runs if run.progress]).rstrip('\n')
 
 
 def read_runs(run_dirs: list[str]) -> list[Run]:
@@ -82,7 +82,7 @@ class Group:
         return _mean([run.total(cost, epochs) for run in self.runs])
 
 
-def make_groups(runs: Iterable[Run], names: Mapping[str, str] | None = None) -> list[Group]:
+def make_groups(runs: Iterable[Run], names: Mapping[str, str] = MappingProxyType({})) -> list[Group]:
     """Return the groups of runs; those that would look the same are named by the options that differ.
 
     Args:
@@ -101,10 +101,9 @@ def make_groups(runs: Iterable[Run], names: Mapping[str, str] | None = None) -> 
         alike = [other.runs[0].recipe for other in groups if other.place == group.place]
         values = {**run.recipe, 'teacher': run.options.get('teacher')}
         parts = ', '.join(
-            f'{name}={show(values.get(name))}' 
+            f'{name}={show(values.get(name))}'
             for name in sorted({*own_options(run), *_differing(*alike)}.difference(terms_off(run))))
-        given = (names.get(str(run.path)) for run in group.runs) if names else ()
-        group.name = next(filter(None, given), f'{run.framework} ({parts})' if parts else run.framework)
+        group.name = names.get(str(run.path)) or (f'{run.framework} ({parts})' if parts else run.framework)
     return groups
 
 
@@ -146,7 +145,7 @@ def find_baselines(group: Group, index: int, groups: list[Group]) -> dict[str, B
     the same FLOPs (within SAME_COST, whatever the epochs) the nearest.
     """
     run, flops = group.runs[0], group.total('flops')
-    recipe = {**run.recipe, **make_recipe(run.options, (run.sides[index],), run.path)}
+    recipe = {**run.recipe, **make_recipe(run.options, (run.sides[index],), run.teacher)}
     found: dict[str, list[tuple]] = {'epochs': [], 'flops': []}
     for solo in groups if group.method != 'solo' else ():
         names = [
@@ -222,7 +221,7 @@ def _record(group: Group, index: int, groups: list[Group]) -> dict[str, Any]:
             if not (title and metric == 'top5') and (figure := _figure(branches, epochs, set_, metric))},
         'best_epochs': best,
         **{cost: group.total(cost) for cost in COSTS},
-        'teacher_flops': _mean([_teacher_flops(run) for run in group.runs]),
+        'teacher_flops': _mean([run.teacher and run.teacher.total('flops') for run in group.runs]),
         'baselines': {},
     }
     record['top1'] = record['figures'][f'{_SET_TITLES.get(run.val_set, run.val_set)} {METRICS["top1"]}']
@@ -235,13 +234,6 @@ def _record(group: Group, index: int, groups: list[Group]) -> dict[str, Any]:
             **_reached(baseline),
         }
     return record
-
-
-def _teacher_flops(run: Run) -> float | None:
-    """Return what the training of a run's frozen teacher took, if that run is known."""
-    teacher = run.options.get('teacher')
-    folder = teacher_folder(teacher, run.path) if teacher else None
-    return read_run(folder).total('flops') if folder else None
 
 
 def _figure(branches: list[tuple[Run, str]], epochs: list[int], set_: str, metric: str) -> dict[str, Any] | None:

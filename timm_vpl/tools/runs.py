@@ -32,6 +32,7 @@ class Run:
         measured: Figures of `validation.csv` by (epoch, branch, weights, set, metric).
         data: Identity of the training and of the validation images; {} where the folder does not tell.
         environment: What it was trained on; [] where the folder does not tell.
+        teacher: The run that its frozen teacher, another run's, is from; None for no such teacher.
     """
     path: Path
     options: dict[str, Any]
@@ -39,6 +40,7 @@ class Run:
     measured: dict[tuple, Any]
     data: dict[str, dict]
     environment: list[dict]
+    teacher: 'Run | None' = None
 
     def __post_init__(self):
         options, rows = self.options, self.rows
@@ -51,7 +53,7 @@ class Run:
         self.processes = list(dict.fromkeys(row['processes'] for row in rows.values() if row.get('processes')))
         self.val_set = str(options.get('val_split') or 'validation')
         self.recipe = {
-            **make_recipe(options, self.sides, self.path), 'data': _data(self), 'num_epochs': self.num_epochs,
+            **make_recipe(options, self.sides, self.teacher), 'data': _data(self), 'num_epochs': self.num_epochs,
             'weights': self.weights, 'processes': self.processes}
         self.framework = framework(self)
 
@@ -91,8 +93,12 @@ class Run:
         return None if None in values else sum(values)
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path, taught: bool = True) -> Run:
     """Read a run's folder.
+
+    Args:
+        path: The folder.
+        taught: Read that of its teacher too.
 
     Raises:
         UsageError: It is not the folder of a run.
@@ -119,7 +125,9 @@ def read_run(path: Path) -> Run:
     data, environment = (_read_facts(path / f'{name}.yaml') for name in ('data', 'environment'))
     if data:
         data.pop('contents', None)  # what is not read makes no other data
-    return Run(path, options, dict(sorted(rows.items())), measured, data or {}, environment or [])
+    teacher = teacher_folder(options['teacher'], path) if taught and options.get('teacher') else None
+    return Run(path, options, dict(sorted(rows.items())), measured, data or {}, environment or [],
+               teacher and read_run(teacher, taught=False))
 
 
 def _num_epochs(row: dict[str, Any], options: dict[str, Any]) -> int:
@@ -172,7 +180,7 @@ def _product(*factors: Any) -> Any:
 # Which runs belong together, and their names
 
 
-def make_recipe(options: dict[str, Any], sides: tuple[str, ...], path: Path) -> dict[str, Any]:
+def make_recipe(options: dict[str, Any], sides: tuple[str, ...], teacher: Run | None = None) -> dict[str, Any]:
     """Return the options that say what these branches learn; those of one branch without its letter.
 
     A teacher that is from a run's folder counts by the recipe of that run, not by its path: students of several seeds,
@@ -181,7 +189,7 @@ def make_recipe(options: dict[str, Any], sides: tuple[str, ...], path: Path) -> 
     Args:
         options: Options of a run.
         sides: Branches that learn.
-        path: The run's folder.
+        teacher: The run of the teacher.
     """
     method = options['method']
     idle = {dest for dest, entry in build_parser().entries.items() if entry.row.how}
@@ -199,10 +207,9 @@ def make_recipe(options: dict[str, Any], sides: tuple[str, ...], path: Path) -> 
     }
     if len(sides) == 1 and method in METHODS and METHODS[method].teacher != 'never':
         recipe['branch'] = sides[0]  # the terms depend on it
-    if recipe.get('teacher') and (folder := teacher_folder(recipe['teacher'], path)):
-        taught, place = read_options(folder) or {}, Path(recipe['teacher'])
-        file = place.name if place.is_file() else ''
-        recipe['teacher'] = file, make_recipe({**taught, 'teacher': None}, given_sides(taught), path)
+    if recipe.get('teacher') and teacher:
+        place = Path(recipe['teacher'])
+        recipe['teacher'] = place.name if place.is_file() else '', {**teacher.recipe, 'teacher': None}
     return recipe
 
 
@@ -263,12 +270,6 @@ def framework(run: Run) -> str:
 
 def _teacher_name(run: Run) -> str:
     """Return the models that teach: those of the teacher, or of the branch that does not learn."""
-    options, teacher = run.options, run.options.get('teacher')
-    sides = [side for side in given_sides(options) if side not in run.sides]
-    if teacher and not sides:
-        folder = teacher_folder(teacher, run.path)
-        if folder is None:
-            return Path(str(teacher)).name
-        options = read_options(folder) or {}
-        sides = [*given_sides(options)]
-    return ' + '.join(str(options[f'model_{side}']) for side in sides)
+    fixed = [str(run.options[f'model_{side}']) for side in given_sides(run.options) if side not in run.sides]
+    given = run.options.get('teacher')
+    return ' + '.join(fixed or (run.teacher.models if run.teacher else [Path(str(given)).name] if given else []))

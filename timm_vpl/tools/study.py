@@ -25,7 +25,7 @@ from ..options.recipes import option_tokens, read_recipe, recipe_path
 from ..options.train import build_parser, read_args, recipe_values
 from ..text import one_line
 from .comparison import paired_difference
-from .report import Group, find_baselines, make_groups, make_report
+from .report import Group, find_baselines, make_groups, make_records, to_markdown
 from .runs import Run, read_options, read_run
 from .tables import screen_table
 
@@ -355,7 +355,7 @@ def conclusion(runs: Sequence[PlannedRun]) -> str:
             ['--data-dir', run.data_dir] if run.data_dir else [])])
         for run in finished}
     models = dict.fromkeys(model for group in groups for model in group.runs[0].models)
-    return '\n'.join([make_report(list(names), names=names), '', '## Verdict', '', *(
+    return '\n'.join([to_markdown(make_records(groups), []), '', '## Verdict', '', *(
         _verdict(model, groups, commands) for model in models)])
 
 
