@@ -303,17 +303,6 @@ def test_files_that_are_no_checkpoint(run_dir, tmp_path, capsys):
     assert len(load_branches(str(tmp_path / 'timm.pth.tar'))) == 2
 
 
-def test_a_folder_that_is_there_is_kept(run_dir, tmp_path, capsys):
-    out = tmp_path / 'out'
-    assert main(['export', str(run_dir), '--branch', 'a', '--out', str(out)]) == 0
-    before = (out / 'vpl-test_resnet' / 'model.safetensors').stat().st_mtime_ns
-    fails(['export', run_dir, '--out', out], capsys, 2, out, '--overwrite')
-    assert (out / 'vpl-test_resnet' / 'model.safetensors').stat().st_mtime_ns == before
-    assert not (out / 'vpl-test_vit').exists()
-    assert main(['export', str(run_dir), '--out', str(out), '--overwrite']) == 0
-    assert sorted(os.listdir(out)) == ['vpl-test_resnet', 'vpl-test_vit']
-
-
 def test_onnx(run_dir, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime', reason='the extra onnx is not installed')
     pytest.importorskip('onnxscript', reason='the extra onnx is not installed')
@@ -335,6 +324,7 @@ def test_onnx_without_its_packages(run_dir, tmp_path, capsys, monkeypatch):
 def test_what_a_user_added_to_an_export_is_kept(run_dir, tmp_path, capsys):
     run = shutil.copytree(run_dir, tmp_path / 'run')
     assert main(['export', str(run)]) == 0  # as the run left them: made anew
+    fails(['export', run, '--branch', 'a', '--out', run / 'export'], capsys, 2, 'vpl-test_resnet exists', '--overwrite')
     card = run / 'export' / 'vpl-test_vit' / 'README.md'
     card.write_text(card.read_text().replace('# vpl-test_vit', '# My model'))
     fails(['export', run], capsys, 2, 'vpl-test_vit exists', '--overwrite')

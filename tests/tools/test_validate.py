@@ -191,12 +191,6 @@ def test_classes_by_name(capsys, digits_folder, tmp_path):
     assert '1 of the 4 classes' in validate(capsys, tmp_path / 'model', digits_folder, status=2)
 
 
-def test_labels_that_the_model_does_not_have(capsys, digits_folder, tmp_path, monkeypatch):
-    save_model(tmp_path / 'model', num_classes=3)
-    monkeypatch.setattr('timm_vpl.tools.validate.class_names', lambda dataset: None)  # as of a stream of labels
-    assert 'has the label 3, none of the 3 classes' in validate(capsys, tmp_path / 'model', digits_folder, status=1)
-
-
 # ImageNet's validation images by their file names
 
 

@@ -125,9 +125,24 @@ def read_run(path: Path, taught: bool = True) -> Run:
     data, environment = (_read_facts(path / f'{name}.yaml') for name in ('data', 'environment'))
     if data:
         data.pop('contents', None)  # what is not read makes no other data
-    teacher = teacher_folder(options['teacher'], path) if taught and options.get('teacher') else None
-    return Run(path, options, dict(sorted(rows.items())), measured, data or {}, environment or [],
-               teacher and read_run(teacher, taught=False))
+    teacher = _read_teacher(options['teacher'], path) if taught and options.get('teacher') else None
+    return Run(path, options, dict(sorted(rows.items())), measured, data or {}, environment or [], teacher)
+
+
+def _read_teacher(teacher: Any, path: Path) -> Run | None:
+    """Return the run that a teacher, a run's folder or a checkpoint in it, is from; None if of none.
+
+    A folder that is not there any more is looked for beside the student's.
+
+    Args:
+        teacher: The option --teacher.
+        path: Folder of the student's run.
+    """
+    place = Path(str(teacher))
+    for folder in (place, place.parent if place.is_file() else path.parent / place.name):
+        if read_options(folder) is not None:
+            return read_run(folder, taught=False)
+    return None
 
 
 def _num_epochs(row: dict[str, Any], options: dict[str, Any]) -> int:
@@ -211,22 +226,6 @@ def make_recipe(options: dict[str, Any], sides: tuple[str, ...], teacher: Run | 
         place = Path(recipe['teacher'])
         recipe['teacher'] = place.name if place.is_file() else '', {**teacher.recipe, 'teacher': None}
     return recipe
-
-
-def teacher_folder(teacher: Any, path: Path) -> Path | None:
-    """Return the folder of the run that a teacher, a run's folder or a checkpoint in it, is from; None if of none.
-
-    A folder that is not there any more is looked for beside the student's.
-
-    Args:
-        teacher: The option --teacher.
-        path: Folder of the student's run.
-    """
-    place = Path(str(teacher))
-    for folder in (place, place.parent if place.is_file() else path.parent / place.name):
-        if read_options(folder) is not None:
-            return folder
-    return None
 
 
 def _data(run: Run) -> tuple:

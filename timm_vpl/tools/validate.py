@@ -132,12 +132,7 @@ def select_files(dataset: Images, path: str, data: str) -> Images:
     return replace(dataset, reader=Part(dataset.reader, sorted({indices[name][0] for name in wanted})))
 
 
-def real_label_sets(
-        dataset: Images,
-        path: str,
-        trained: TrainedModel,
-        names: list[str] | None = None,
-) -> torch.Tensor:
+def real_label_sets(dataset: Images, path: str, trained: TrainedModel, names: list[str] | None = None) -> torch.Tensor:
     """Return the ReaL labels (https://arxiv.org/abs/2006.07159) of ImageNet validation images, found by file name.
 
     Args:
