@@ -47,15 +47,15 @@ def test_a_plan_is_plain_commands(plan, tmp_path):
     done = start(path, tmp_path / 'out', '--print-commands', '--data-dir', str(tmp_path))
     out, err = done.communicate()
     assert (err, done.returncode) == (
-        'timm-vpl study: error: vpl, seed 1: --dataset digits comes with the package, but a folder is given: '
+        'timm-vpl study: error: a, seed 1: --dataset digits comes with the package, but a folder is given: '
         f'{tmp_path}/seed-1\n', 2)
     out, err = start(path, tmp_path / 'out', '--print-commands').communicate()
     common = f'--output {tmp_path}/out --experiment'
     config = f'timm-vpl train --config {tmp_path}/base.yaml'
     # A seed has all its rows before the next begins, a teacher comes before its student.
     assert (out.splitlines(), err) == ([line for seed in (1, 2) for line in (
-        f'{config} --scale 0.5 1 --tau=0.1 --seed {seed} {common} vpl-seed-{seed} --resume auto',
         f'{config} --method=solo --model-b= --seed {seed} {common} a-seed-{seed} --resume auto',
+        f'{config} --scale 0.5 1 --tau=0.1 --seed {seed} {common} vpl-seed-{seed} --resume auto',
         f'{config} --method=distill --model-a= --seed {seed} --teacher {tmp_path}/out/a-seed-{seed} '
         f'{common} student-seed-{seed} --resume auto')], '')
 

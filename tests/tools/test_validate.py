@@ -20,7 +20,7 @@ from timm.models import save_for_hf
 from timm_vpl.cli import main
 from timm_vpl.core.processes import Processes
 from timm_vpl.engine.evaluate import RealLabelsEvaluator, evaluate
-from timm_vpl.engine.trained import TrainedModel, load_branches
+from timm_vpl.engine.trained import TrainedModel
 from timm_vpl.options.commands import parse_command
 from timm_vpl.tools.runs import COLUMNS
 from timm_vpl.tools.validate import _create_pass, load_all, real_label_sets
@@ -189,12 +189,6 @@ def test_classes_by_name(capsys, digits_folder, tmp_path):
     shutil.rmtree(tmp_path / 'model')
     save_model(tmp_path / 'model', num_classes=4, class_names=['class0', 'class1', 'class2', 'klass3'])
     assert '1 of the 4 classes' in validate(capsys, tmp_path / 'model', digits_folder, status=2)
-
-
-def test_labels_that_the_model_does_not_have(capsys, digits_folder, tmp_path, monkeypatch):
-    save_model(tmp_path / 'model', num_classes=3)
-    monkeypatch.setattr('timm_vpl.tools.validate.class_names', lambda dataset: None)  # as of a stream of labels
-    assert 'has the label 3, none of the 3 classes' in validate(capsys, tmp_path / 'model', digits_folder, status=1)
 
 
 # ImageNet's validation images by their file names
@@ -377,16 +371,6 @@ def test_figures_of_a_run_are_those_of_its_summary(capsys, digits_folder, run_di
     path.unlink()
 
 
-def test_plain_timm_loop_gives_the_same_figure(capsys, digits_folder, run_dir, tmp_path):
-    for best in load_branches(str(run_dir)):
-        folder = run_dir / 'export' / f'vpl-{best.architecture}'
-        wanted = percentage(plain_predictions(load_exported(folder), digits_folder / 'validation'))
-        path = tmp_path / 'results.csv'
-        validate(capsys, folder if best.side == 'a' else f'local-dir:{folder}', digits_folder, '--results-file', path)
-        assert [(float(row['top1']), row['images'], row['branch']) for row in results(path)] == [(wanted, '17', '')]
-        assert wanted == best.checkpoint['metrics'][f'ema_top1_{best.side}']
-
-
 def test_logits_that_are_no_numbers_give_no_figures(capsys, digits_folder, run_dir, tmp_path):
     checkpoint = torch.load(run_dir / 'best_a.pth.tar', weights_only=True)
     checkpoint['state_dict']['model_a.bn1.running_mean'].fill_(torch.nan)
@@ -402,7 +386,7 @@ def test_logits_that_are_no_numbers_give_no_figures(capsys, digits_folder, run_d
 def test_accuracy_of_each_class(capsys, digits_folder, run_dir, tmp_path):
     file = tmp_path / 'classes.csv'
     folder = run_dir / 'export' / 'vpl-test_resnet'
-    table = validate(capsys, folder, digits_folder, '--per-class', file)
+    table = validate(capsys, f'local-dir:{folder}', digits_folder, '--per-class', file)
     pairs = plain_predictions(load_exported(folder), digits_folder / 'validation')
     expected = {}
     for index in range(4):
@@ -410,7 +394,7 @@ def test_accuracy_of_each_class(capsys, digits_folder, run_dir, tmp_path):
         expected[f'class{index}'] = (str(len(right)), pytest.approx(100 * sum(right) / len(right)))
     assert {row['class']: (row['images'], float(row['top1'])) for row in results(file)} == expected
     mean = sum(float(row['top1']) for row in results(file)) / 4
-    assert ' '.join(table[2]).startswith(f'{folder}: mean top-1 of 4 classes {mean:.3f}, lowest: ')
+    assert ' '.join(table[2]).startswith(f'local-dir:{folder}: mean top-1 of 4 classes {mean:.3f}, lowest: ')
 
 
 def test_branches_of_one_preparation_share_a_pass(capsys, digits_folder, run_dir, tmp_path, monkeypatch):
@@ -445,7 +429,7 @@ def test_one_tar_or_folder_of_classes(capsys, digits_folder, run_dir, tmp_path):
     ('RUN', ['--real-labels'], "does not name its classes by ImageNet's wnids"),
     ('RUN', ['--file-list', 'none.txt'], '--file-list none.txt: no such file'),
     ('RUN', ['--mean', '0.5', '0.5'], '--mean: 2 values, the images of test_resnet have 3 channels'),
-    ('RUN', ['--in-chans', '1'], 'test_resnet can not take images of size (1, 32, 32)'),
+    ('RUN', ['--in-chans', '1'], 'test_resnet: can not take images of size (1, 32, 32)'),
     ('RUN', ['--device', 'nosuch'], '--device nosuch'),
     ('RUN', ['--nosuch'], 'unknown option --nosuch'),
     ('RUN', ['--split', 'test'], '--val-split test: no such folder'),

@@ -96,19 +96,18 @@ def _results(trained: TrainedModel) -> dict[tuple[str, str], tuple[float, float]
     own = one_line(trained.checkpoint.get('args', {}).get('val_split') or 'validation')
     metrics, side = trained.checkpoint.get('metrics', {}), trained.side
     for weights, prefix in (('ema', 'ema_'), ('raw', '')):
-        if f'{prefix}top1_{side}' in metrics and f'{prefix}top5_{side}' in metrics:
-            results[own, weights] = (metrics[f'{prefix}top1_{side}'], metrics[f'{prefix}top5_{side}'])
+        results[own, weights] = metrics.get(f'{prefix}top1_{side}'), metrics.get(f'{prefix}top5_{side}')
     config = trained.data_config
     ours = {
         'branch': side, 'epoch': trained.checkpoint.get('epoch'), 'img_size': config['input_size'][-1],
         'crop_pct': config['crop_pct'], 'interpolation': config['interpolation']}
     for row in read_csv(os.path.join(os.path.dirname(trained.source), VALIDATION), COLUMNS) if side else ():
         figures = number(row['top1']), number(row['top5'])
-        if all(row[key] == str(value) for key, value in ours.items()) and row['set'] != own and None not in figures:
+        if all(row[key] == str(value) for key, value in ours.items()) and row['set'] != own:
             data = os.path.basename(row['data'])
             name = f'{_SETS.get(row["set"], row["set"])}, {row["images"]} images of {data}'
             results[one_line(name), row['weights']] = figures
-    return {key: figures for key, figures in results.items() if all(map(math.isfinite, figures))}
+    return {key: pair for key, pair in results.items() if None not in pair and all(map(math.isfinite, pair))}
 
 
 _USAGE = """

@@ -33,14 +33,13 @@ def export_branches(options: Export) -> list[Path]:
     """
     trained = load_branches(options.source, None if options.branch == 'both' else options.branch, options.ema)
     names = branch_names(trained, {side: getattr(options, f'name_{side}') for side in SIDES})
-    pushed = names if options.push_to is not None else {}
-    repo_ids = {side: f'{options.push_to}/{name}' for side, name in pushed.items()}
+    repo_ids = {side: f'{options.push_to}/{name}' for side, name in names.items() if options.push_to is not None}
     _check_names_of_the_hub(repo_ids.values())
     if options.private and not repo_ids:
         _logger.warning('--private: no effect without --push-to')
     run_dir = options.source if os.path.isdir(options.source) else os.path.dirname(options.source)
     out = Path(options.out or os.path.join(run_dir, EXPORT))
-    folders = {branch.side: out / names[branch.side] for branch in trained}
+    folders = {side: out / name for side, name in names.items()}
     for folder in folders.values():
         try:
             free = not folder.exists() or (
@@ -58,16 +57,16 @@ def export_branches(options: Export) -> list[Path]:
     return list(folders.values())
 
 
-def _is_ours(folder: Path) -> bool:
-    """Return whether a folder is as an export left it."""
-    return _is_export(folder) and {path.name for path in folder.iterdir()} <= FILES and is_unedited(
-        (folder / 'README.md').read_text(encoding='utf-8'))
-
-
 def _is_export(folder: Path) -> bool:
     """Return whether an export made a folder, whatever was added or edited since."""
     card = folder / 'README.md'
     return card.is_file() and (folder / 'config.json').is_file() and MARK in card.read_text(encoding='utf-8')
+
+
+def _is_ours(folder: Path) -> bool:
+    """Return whether a folder is as an export left it."""
+    return _is_export(folder) and {path.name for path in folder.iterdir()} <= FILES and is_unedited(
+        (folder / 'README.md').read_text(encoding='utf-8'))
 
 
 def missing_exports(run_dir: str) -> list[tuple[TrainedModel, Path]]:
@@ -77,31 +76,20 @@ def missing_exports(run_dir: str) -> list[tuple[TrainedModel, Path]]:
         return []
     averaged, raw = load_branches(run_dir, sides), load_branches(run_dir, sides, ema=False)
     names = branch_names(averaged)
-    folders = [Path(run_dir) / EXPORT / names[branch.side] for branch in averaged]
-    return [(branch, folder) for branch, other, folder in zip(averaged, raw, folders, strict=True)
-            if not (_holds(folder, branch) or _holds(folder, other))]
-
-
-def _holds(folder: Path, trained: TrainedModel) -> bool:
-    """Return whether a folder holds these weights."""
-    try:
-        return _equal(trained.model.state_dict(), load_file(folder / 'model.safetensors'))
-    except (OSError, SafetensorError):
-        return False
+    missing = []
+    for branch, other in zip(averaged, raw, strict=True):
+        folder = Path(run_dir, EXPORT, names[branch.side])
+        try:
+            held = load_file(folder / 'model.safetensors')
+        except (OSError, SafetensorError):
+            held = {}
+        if not any(_equal(trained.model.state_dict(), held) for trained in (branch, other)):
+            missing.append((branch, folder))
+    return missing
 
 
 def _equal(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
-
-
-def export_run(run_dir: str) -> None:
-    """Export each branch of a finished run from its best epoch, unless it is; what somebody edited is kept."""
-    for branch, folder in missing_exports(run_dir):
-        if folder.exists() and not _is_ours(folder):
-            _logger.error(f'Not exported: {folder} is not as an export left it, and is kept')
-            continue
-        export_branch(branch, folder)
-        _logger.info(f"Exported {branch.label}: timm.create_model('local-dir:{folder}', pretrained=True)")
 
 
 def branch_names(trained: list[TrainedModel], given: dict[str, str | None] | None = None) -> dict[str, str]:
@@ -263,8 +251,13 @@ class ExportObserver:
         return not missing_exports(folder)
 
     def end(self, run) -> None:
-        """Export; where that fails, say so: what was trained is kept."""
+        """Export what is missing, but for what somebody edited; where that fails, say so: what was trained is kept."""
         try:
-            export_run(run.output_dir)
+            for branch, folder in missing_exports(run.output_dir):
+                if folder.exists() and not _is_ours(folder):
+                    _logger.error(f'Not exported: {folder} is not as an export left it, and is kept')
+                    continue
+                export_branch(branch, folder)
+                _logger.info(f"Exported {branch.label}: timm.create_model('local-dir:{folder}', pretrained=True)")
         except (OSError, RunError, UsageError, ValueError) as e:
             _logger.error(f'Not exported: {e}')

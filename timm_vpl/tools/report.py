@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby, product
 from pathlib import Path
 from statistics import fmean, median, stdev
+from types import MappingProxyType
 from typing import Any
 
 from ..core.methods import METHODS
@@ -14,7 +15,7 @@ from ..options.parser import show
 from ..options.train import METHOD_OPTIONS
 from ..text import markdown
 from .comparison import paired_difference
-from .runs import COSTS, Run, data_title, make_recipe, own_options, read_run, teacher_folder, terms_off
+from .runs import COSTS, Run, data_title, make_recipe, own_options, read_run, terms_off
 from .tables import markdown_table
 
 METRICS = {'top1': 'top-1', 'top5': 'top-5'}
@@ -23,7 +24,7 @@ COLLAPSED = 2 / 3  # of the median of its row: below that a run has collapsed
 SAME_COST = 0.1  # relative difference of FLOPs that counts as the same
 
 
-def make_report(run_dirs: list[str], format: str = 'md', names: Mapping[str, str] | None = None) -> str:
+def make_report(run_dirs: list[str], format: str = 'md') -> str:
     """Return the comparison of runs as text.
 
     Runs that agree in all options that count are a group, averaged over its runs. Unfinished runs are listed and never
@@ -32,16 +33,14 @@ def make_report(run_dirs: list[str], format: str = 'md', names: Mapping[str, str
     Args:
         run_dirs: Folders of runs.
         format: 'md'; or 'json' for a record a branch of a group, with numbers that are not rounded.
-        names: Names of groups, by the folder of a run in them.
 
     Raises:
-        UsageError: A folder is not that of a run, none is there, or the format is unknown.
+        UsageError: A folder is not that of a run, or none is there.
     """
-    if format not in _FORMATS:
-        raise UsageError(f'--format {format}: expected one of {", ".join(_FORMATS)}')
     runs = read_runs(run_dirs)
-    groups = make_groups((run for run in runs if not run.progress), names)
-    return _FORMATS[format](make_records(groups), [run for run in runs if run.progress]).rstrip('\n')
+    records = make_records(make_groups(run for run in runs if not run.progress))
+    shown = to_json if format == 'json' else to_markdown
+    return shown(records, [run for run in runs if run.progress]).rstrip('\n')
 
 
 def read_runs(run_dirs: list[str]) -> list[Run]:
@@ -83,7 +82,7 @@ class Group:
         return _mean([run.total(cost, epochs) for run in self.runs])
 
 
-def make_groups(runs: Iterable[Run], names: Mapping[str, str] | None = None) -> list[Group]:
+def make_groups(runs: Iterable[Run], names: Mapping[str, str] = MappingProxyType({})) -> list[Group]:
     """Return the groups of runs; those that would look the same are named by the options that differ.
 
     Args:
@@ -102,10 +101,9 @@ def make_groups(runs: Iterable[Run], names: Mapping[str, str] | None = None) -> 
         alike = [other.runs[0].recipe for other in groups if other.place == group.place]
         values = {**run.recipe, 'teacher': run.options.get('teacher')}
         parts = ', '.join(
-            f'{name}={show(values.get(name))}' 
+            f'{name}={show(values.get(name))}'
             for name in sorted({*own_options(run), *_differing(*alike)}.difference(terms_off(run))))
-        given = (names.get(str(run.path)) for run in group.runs) if names else ()
-        group.name = next(filter(None, given), f'{run.framework} ({parts})' if parts else run.framework)
+        group.name = names.get(str(run.path)) or (f'{run.framework} ({parts})' if parts else run.framework)
     return groups
 
 
@@ -147,7 +145,7 @@ def find_baselines(group: Group, index: int, groups: list[Group]) -> dict[str, B
     the same FLOPs (within SAME_COST, whatever the epochs) the nearest.
     """
     run, flops = group.runs[0], group.total('flops')
-    recipe = {**run.recipe, **make_recipe(run.options, (run.sides[index],), run.path)}
+    recipe = {**run.recipe, **make_recipe(run.options, (run.sides[index],), run.teacher)}
     found: dict[str, list[tuple]] = {'epochs': [], 'flops': []}
     for solo in groups if group.method != 'solo' else ():
         names = [
@@ -161,11 +159,12 @@ def find_baselines(group: Group, index: int, groups: list[Group]) -> dict[str, B
         solo_flops = solo.total('flops')
         if flops and solo_flops and abs(solo_flops / flops - 1) <= SAME_COST:
             found['flops'].append((len(further), abs(solo_flops / flops - 1), further, solo))
-    nearest = {kind: min(solos, key=lambda found: found[:2]) for kind, solos in found.items() if solos}
-    return {kind: _pair(group, index, solo, differs) for kind, (*_, differs, solo) in nearest.items()}
+    return {
+        kind: _pair(group, index, *min(solos, key=lambda found: found[:2])[2:])
+        for kind, solos in found.items() if solos}
 
 
-def _pair(group: Group, index: int, solo: Group, differs: list[str]) -> Baseline:
+def _pair(group: Group, index: int, differs: list[str], solo: Group) -> Baseline:
     """Pair the runs of a branch with solo runs of the same seed, data and environment."""
     by_seed = {(run.options.get('seed'), run.pairing): run for run in solo.runs if run.pairing}
     pairs = [
@@ -222,7 +221,7 @@ def _record(group: Group, index: int, groups: list[Group]) -> dict[str, Any]:
             if not (title and metric == 'top5') and (figure := _figure(branches, epochs, set_, metric))},
         'best_epochs': best,
         **{cost: group.total(cost) for cost in COSTS},
-        'teacher_flops': _mean([_teacher_flops(run) for run in group.runs]),
+        'teacher_flops': _mean([run.teacher and run.teacher.total('flops') for run in group.runs]),
         'baselines': {},
     }
     record['top1'] = record['figures'][f'{_SET_TITLES.get(run.val_set, run.val_set)} {METRICS["top1"]}']
@@ -235,13 +234,6 @@ def _record(group: Group, index: int, groups: list[Group]) -> dict[str, Any]:
             **_reached(baseline),
         }
     return record
-
-
-def _teacher_flops(run: Run) -> float | None:
-    """Return what the training of a run's frozen teacher took, if that run is known."""
-    teacher = run.options.get('teacher')
-    folder = teacher_folder(teacher, run.path) if teacher else None
-    return read_run(folder).total('flops') if folder else None
 
 
 def _figure(branches: list[tuple[Run, str]], epochs: list[int], set_: str, metric: str) -> dict[str, Any] | None:
@@ -291,14 +283,15 @@ def to_json(records: list[dict[str, Any]], unfinished: list[Run]) -> str:
 
 def to_markdown(records: list[dict[str, Any]], unfinished: list[Run]) -> str:
     """Return the page of tables: for each data set accuracy, each branch, cost and convergence."""
-    names = ('framework', 'model', 'model_a', 'model_b', 'data')
-    records = [{**r, **{name: r[name] and markdown(r[name]) for name in names}} for r in records]
+    records = [_as_markdown(record) for record in records]
     lines: list[str] = []
-    for data, group in groupby(records, key=lambda r: r['data']):  # which they are sorted by
-        rows = list(group)
+    for data, of_data in groupby(records, key=lambda r: r['data']):  # which they are sorted by
+        groups = [list(branches) for _, branches in groupby(of_data, key=lambda r: r['runs'])]
+        rows = [r for branches in groups for r in branches]
+        models = list(dict.fromkeys(r['model'] for r in sorted(rows, key=lambda r: r['branch'])))
         lines += [
             f'## {data}', '', 'Top-1 (percent) of the last epoch, mean ± standard deviation (runs).', '',
-            *_summary(rows), '### Each branch', '', *_branches(rows), '### Cost', '', *_costs(rows),
+            *_summary(groups, models), '### Each branch', '', *_branches(rows, models), '### Cost', '', *_costs(groups),
             *_convergence(rows)]
     if unfinished:
         lines += ['## Unfinished, in no figure of this report', '', *markdown_table(
@@ -309,72 +302,61 @@ def to_markdown(records: list[dict[str, Any]], unfinished: list[Run]) -> str:
     return '\n'.join(lines)
 
 
-_FORMATS = {'md': to_markdown, 'json': to_json}
+_PLACE = ('Epochs', 'Framework', 'Models')
 
 
-def _columns(records, field: str) -> list[str]:
-    """Return the values of a field, those of branches a first."""
-    return list(dict.fromkeys(r[field] for r in sorted(records, key=lambda r: r['branch'])))
+def _as_markdown(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record whose names are safe in Markdown, with its cells of the columns _PLACE."""
+    names = {name: markdown(record[name]) for name in ('framework', 'model', 'data')}
+    models = ' + '.join(markdown(record[name]) for name in ('model_a', 'model_b') if record[name])
+    return {**record, **names, 'place': (record['num_epochs'], names['framework'], models)}
 
 
-def _summary(records) -> list[str]:
+def _summary(groups, models) -> list[str]:
     """Return a table of the last top-1: a row a group, a column a model."""
-    cells: dict[tuple, dict[str, list]] = {}
-    for r in records:
-        row = cells.setdefault((r['num_epochs'], r['framework'], _models(r)), {})
-        row.setdefault(r['model'], []).append(_shown(r['top1']))
-    columns = _columns(records, 'model')
-    return markdown_table(['Epochs', 'Framework', 'Models', *columns], [
-        (*key, *(' / '.join(row[name]) if name in row else None for name in columns)) for key, row in cells.items()])
+    return markdown_table([*_PLACE, *models], [
+        (*branches[0]['place'],
+         *(' / '.join(_shown(r['top1']) for r in branches if r['model'] == name) or None for name in models))
+        for branches in groups])
 
 
-def _branches(records) -> list[str]:
+def _branches(records, models) -> list[str]:
     shown = dict.fromkeys(name for r in records for name in r['figures'])
     names = sorted(shown, key=lambda name: name.startswith('best '))
-    models = _columns(records, 'model')
     return markdown_table(
-        ['Epochs', 'Framework', 'Models', 'Model', 'Weights', *map(markdown, names), 'median (collapsed)', 'best epoch',
+        [*_PLACE, 'Model', 'Weights', *map(markdown, names), 'median (collapsed)', 'best epoch',
          'Δ solo, same epochs', 'Δ solo, same FLOPs'],
-        [(r['num_epochs'], r['framework'], _models(r), r['model'], r['weights'],
-          *(_shown(r['figures'].get(name)) for name in names),
+        [(*r['place'], r['model'], r['weights'],
+          *(_shown(r['figures'][name]) if name in r['figures'] else None for name in names),
           f'{r["top1"]["median"]:.2f} ({r["top1"]["collapsed"]})', ', '.join(map(str, r['best_epochs'])),
           *(r['baselines'].get(kind, {}).get('text') for kind in ('epochs', 'flops')))
          for r in sorted(records, key=lambda r: (r['num_epochs'], models.index(r['model'])))])
 
 
-def _costs(records) -> list[str]:
-    groups: dict[tuple, list] = {}
-    for r in records:
-        groups.setdefault(tuple(r['runs']), []).append(r)
+def _costs(groups) -> list[str]:
     rows = []
-    for branches in groups.values():
+    for branches in groups:
         r = branches[0]
         seconds, hours = r['seconds'], r['device_hours']
         solos = [branch['baselines'].get('epochs', {}).get('solo_seconds') for branch in branches]
         rows.append((
-            r['num_epochs'], r['framework'], _models(r), ' then '.join(map(str, r['processes'])),
+            *r['place'], ' then '.join(map(str, r['processes'])),
             _scaled(r['flops'], _COUNT), _scaled(r['image_passes'], _COUNT),
             _scaled(seconds, _TIME), _scaled(seconds and seconds / r['num_epochs'], _TIME),
             hours and (f'{hours:.2f}' if hours >= 1 else f'{hours:.3g}'),
             f'{seconds / sum(solos):.2f}' if all((seconds, *solos)) else None))
     return markdown_table([
-        'Epochs', 'Framework', 'Models', 'Processes', 'FLOPs', 'Image-passes', 'Time', 'Time an epoch', 'Device-hours',
-        "Time / solo's"], rows)
+        *_PLACE, 'Processes', 'FLOPs', 'Image-passes', 'Time', 'Time an epoch', 'Device-hours', "Time / solo's"], rows)
 
 
 def _convergence(records) -> list[str]:
-    rows = []
-    for r in records:
-        solo = r['baselines'].get('epochs', {})
-        if 'solo_top1' in solo:
-            rows.append((
-                r['num_epochs'], r['framework'], _models(r), r['model'], f'{solo["solo_top1"]:.2f}',
-                solo['reached_epochs'] or 'not reached',
-                *(_scaled(solo[f'{who}_{cost}'], units) for who in ('reached', 'solo')
-                  for cost, units in (('flops', _COUNT), ('seconds', _TIME)))))
+    rows = [
+        (*r['place'], r['model'], f'{solo["solo_top1"]:.2f}', solo['reached_epochs'] or 'not reached',
+         *(_scaled(solo[f'{who}_{cost}'], units) for who in ('reached', 'solo')
+           for cost, units in (('flops', _COUNT), ('seconds', _TIME))))
+        for r in records if 'solo_top1' in (solo := r['baselines'].get('epochs', {}))]
     return [] if not rows else ["### Until solo's final top-1", '', *markdown_table([
-        'Epochs', 'Framework', 'Models', 'Model', "Solo's top-1", 'After epochs', 'FLOPs', 'Time', "Solo's FLOPs",
-        "Solo's time"], rows)]
+        *_PLACE, 'Model', "Solo's top-1", 'After epochs', 'FLOPs', 'Time', "Solo's FLOPs", "Solo's time"], rows)]
 
 
 def _notes(records) -> list[str]:
@@ -408,13 +390,7 @@ def _notes(records) -> list[str]:
     return notes
 
 
-def _models(record) -> str:
-    return ' + '.join(filter(None, (record['model_a'], record['model_b'])))
-
-
-def _shown(figure: dict[str, Any] | None) -> str | None:
-    if figure is None:
-        return None
+def _shown(figure: dict[str, Any]) -> str:
     deviation = '' if figure['std'] is None else f' ± {figure["std"]:.2f}'
     return f'{figure["mean"]:.2f}{deviation} ({figure["n"]})'
 

@@ -32,6 +32,7 @@ class Run:
         measured: Figures of `validation.csv` by (epoch, branch, weights, set, metric).
         data: Identity of the training and of the validation images; {} where the folder does not tell.
         environment: What it was trained on; [] where the folder does not tell.
+        teacher: The run that its frozen teacher, another run's, is from; None for no such teacher.
     """
     path: Path
     options: dict[str, Any]
@@ -39,6 +40,7 @@ class Run:
     measured: dict[tuple, Any]
     data: dict[str, dict]
     environment: list[dict]
+    teacher: 'Run | None' = None
 
     def __post_init__(self):
         options, rows = self.options, self.rows
@@ -51,18 +53,18 @@ class Run:
         self.processes = list(dict.fromkeys(row['processes'] for row in rows.values() if row.get('processes')))
         self.val_set = str(options.get('val_split') or 'validation')
         self.recipe = {
-            **make_recipe(options, self.sides, self.path), 'data': _data(self), 'num_epochs': self.num_epochs,
+            **make_recipe(options, self.sides, self.teacher), 'data': _data(self), 'num_epochs': self.num_epochs,
             'weights': self.weights, 'processes': self.processes}
         self.framework = framework(self)
 
     @property
     def progress(self) -> str:
         """What there is of an unfinished run; '' for a finished one."""
+        done = f'{len(self.rows)} of {self.num_epochs} epochs'
         if not self.rows or len(self.rows) < self.num_epochs:
-            return f'{len(self.rows)} of {self.num_epochs} epochs'
-        if not self.sides or any(self.figure(side, self.num_epochs - 1) is None for side in self.sides):
-            return f'{len(self.rows)} of {self.num_epochs} epochs, the last one not evaluated'
-        return ''
+            return done
+        evaluated = self.sides and all(self.figure(side, self.num_epochs - 1) is not None for side in self.sides)
+        return '' if evaluated else f'{done}, the last one not evaluated'
 
     @property
     def pairing(self) -> str | None:
@@ -91,8 +93,12 @@ class Run:
         return None if None in values else sum(values)
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path, taught: bool = True) -> Run:
     """Read a run's folder.
+
+    Args:
+        path: The folder.
+        taught: Read that of its teacher too.
 
     Raises:
         UsageError: It is not the folder of a run.
@@ -122,7 +128,24 @@ def read_run(path: Path) -> Run:
     data, environment = (_read_facts(path / f'{name}.yaml') for name in ('data', 'environment'))
     if data:
         data.pop('contents', None)  # what is not read makes no other data
-    return Run(path, options, dict(sorted(rows.items())), measured, data or {}, environment or [])
+    teacher = _read_teacher(options['teacher'], path) if taught and options.get('teacher') else None
+    return Run(path, options, dict(sorted(rows.items())), measured, data or {}, environment or [], teacher)
+
+
+def _read_teacher(teacher: Any, path: Path) -> Run | None:
+    """Return the run that a teacher, a run's folder or a checkpoint in it, is from; None if of none.
+
+    A folder that is not there any more is looked for beside the student's.
+
+    Args:
+        teacher: The option --teacher.
+        path: Folder of the student's run.
+    """
+    place = Path(str(teacher))
+    for folder in (place, place.parent if place.is_file() else path.parent / place.name):
+        if read_options(folder) is not None:
+            return read_run(folder, taught=False)
+    return None
 
 
 def _num_epochs(row: dict[str, Any], options: dict[str, Any]) -> int:
@@ -175,7 +198,7 @@ def _product(*factors: Any) -> Any:
 # Which runs belong together, and their names
 
 
-def make_recipe(options: dict[str, Any], sides: tuple[str, ...], path: Path) -> dict[str, Any]:
+def make_recipe(options: dict[str, Any], sides: tuple[str, ...], teacher: Run | None = None) -> dict[str, Any]:
     """Return the options that say what these branches learn; those of one branch without its letter.
 
     A teacher that is from a run's folder counts by the recipe of that run, not by its path: students of several seeds,
@@ -184,7 +207,7 @@ def make_recipe(options: dict[str, Any], sides: tuple[str, ...], path: Path) -> 
     Args:
         options: Options of a run.
         sides: Branches that learn.
-        path: The run's folder.
+        teacher: The run of the teacher.
     """
     method = options['method']
     idle = {dest for dest, entry in build_parser().entries.items() if entry.row.how}
@@ -202,27 +225,10 @@ def make_recipe(options: dict[str, Any], sides: tuple[str, ...], path: Path) -> 
     }
     if len(sides) == 1 and method in METHODS and METHODS[method].teacher != 'never':
         recipe['branch'] = sides[0]  # the terms depend on it
-    if recipe.get('teacher') and (folder := teacher_folder(recipe['teacher'], path)):
-        taught, place = read_options(folder) or {}, Path(recipe['teacher'])
-        file = place.name if place.is_file() else ''
-        recipe['teacher'] = file, make_recipe({**taught, 'teacher': None}, given_sides(taught), path)
+    if recipe.get('teacher') and teacher:
+        place = Path(recipe['teacher'])
+        recipe['teacher'] = place.name if place.is_file() else '', {**teacher.recipe, 'teacher': None}
     return recipe
-
-
-def teacher_folder(teacher: Any, path: Path) -> Path | None:
-    """Return the folder of the run that a teacher, a run's folder or a checkpoint in it, is from; None if of none.
-
-    A folder that is not there any more is looked for beside the student's.
-
-    Args:
-        teacher: The option --teacher.
-        path: Folder of the student's run.
-    """
-    place = Path(str(teacher))
-    for folder in (place, place.parent if place.is_file() else path.parent / place.name):
-        if read_options(folder) is not None:
-            return folder
-    return None
 
 
 def _data(run: Run) -> tuple:
@@ -266,12 +272,6 @@ def framework(run: Run) -> str:
 
 def _teacher_name(run: Run) -> str:
     """Return the models that teach: those of the teacher, or of the branch that does not learn."""
-    options, teacher = run.options, run.options.get('teacher')
-    sides = [side for side in given_sides(options) if side not in run.sides]
-    if teacher and not sides:
-        folder = teacher_folder(teacher, run.path)
-        if folder is None:
-            return Path(str(teacher)).name
-        options = read_options(folder) or {}
-        sides = [*given_sides(options)]
-    return ' + '.join(str(options[f'model_{side}']) for side in sides)
+    fixed = [str(run.options[f'model_{side}']) for side in given_sides(run.options) if side not in run.sides]
+    given = run.options.get('teacher')
+    return ' + '.join(fixed or (run.teacher.models if run.teacher else [Path(str(given)).name] if given else []))

@@ -3,7 +3,6 @@ import fcntl
 import functools
 import math
 import os
-import resource
 import shlex
 import signal
 import subprocess
@@ -12,7 +11,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from graphlib import CycleError, TopologicalSorter
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,7 +25,7 @@ from ..options.recipes import option_tokens, read_recipe, recipe_path
 from ..options.train import build_parser, read_args, recipe_values
 from ..text import one_line
 from .comparison import paired_difference
-from .report import Group, find_baselines, make_groups, make_report
+from .report import Group, find_baselines, make_groups, make_records, to_markdown
 from .runs import Run, read_options, read_run
 from .tables import screen_table
 
@@ -52,15 +53,13 @@ class PlannedRun:
     data_dir: str | None
     teacher: 'PlannedRun | None' = None
 
-    def command(self, output: Path | None = None, teacher: Path | None = None) -> list[str]:
-        """Return the arguments of `timm-vpl train`, in another output folder or with another teacher if need be."""
-        words = list(self.options)
-        if self.data_dir:
-            words += ['--data-dir', self.data_dir]
-        if self.teacher:
-            words += ['--teacher', str(teacher or self.teacher.folder)]
-        return [*words, '--output', str(output or self.folder.parent), '--experiment', f'{self.row}-seed-{self.seed}',
-                '--resume', 'auto']
+    @property
+    def command(self) -> list[str]:
+        """Arguments of `timm-vpl train`."""
+        data = ['--data-dir', self.data_dir] if self.data_dir else []
+        teacher = ['--teacher', str(self.teacher.folder)] if self.teacher else []
+        return [*self.options, *data, *teacher, '--output', str(self.folder.parent), '--experiment',
+                f'{self.row}-seed-{self.seed}', '--resume', 'auto']
 
     @property
     def log(self) -> Path:
@@ -104,21 +103,21 @@ def read_plan(path: Path, data_dir: str | None, output: Path) -> list[PlannedRun
     config = str(beside if beside.is_file() else recipe_path(base))
     if data_dir and plan.get('data'):
         data_dir = os.path.join(data_dir, plan['data'])
+    by_name = dict(zip(names, rows, strict=True))
+    teachers = {name: [other for other in names if other == row.get('teacher')] for name, row in by_name.items()}
+    try:
+        order = list(TopologicalSorter(teachers).static_order())
+    except CycleError as e:
+        raise UsageError(f'{path}: {e.args[1][0]}: its teacher is taught by itself') from None
     runs: dict[tuple[str, str], PlannedRun] = {}
-    pending = [(seed, row) for seed in seeds for row in rows]
-    while pending:
-        ready = next((key for key in pending if (key[0], key[1].get('teacher')) in runs
-                      or key[1].get('teacher') not in names), None)
-        if ready is None:
-            raise UsageError(f'{path}: {pending[0][1]["name"]}: its teacher is taught by itself')
-        pending.remove(ready)
-        seed, row = ready
-        teacher = runs.get((seed, row.get('teacher')))
-        given = {key: value for key, value in row.items() if key != 'name' and not (key == 'teacher' and teacher)}
-        runs[seed, row['name']] = PlannedRun(
-            row['name'], seed, output / f'{row["name"]}-seed-{seed}',
-            ('--config', config, *_tokens(given, f'{path}: {row["name"]}'), '--seed', seed),
-            data_dir and data_dir.replace('{seed}', seed), teacher)
+    for seed, name in product(seeds, order):
+        own = ('name', 'teacher') if teachers[name] else ('name',)  # what is no option of its command
+        given = {key: value for key, value in by_name[name].items() if key not in own}
+        runs[seed, name] = PlannedRun(
+            name, seed, output / f'{name}-seed-{seed}',
+            ('--config', config, *_tokens(given, f'{path}: {name}'), '--seed', seed),
+            data_dir and data_dir.replace('{seed}', seed),
+            *(runs[seed, teacher] for teacher in teachers[name]))
     return list(runs.values())
 
 
@@ -150,9 +149,10 @@ def check_plan(runs: Iterable[PlannedRun]) -> None:
     """
     for run in runs:
         run.folder.parent.mkdir(parents=True, exist_ok=True)
+        # A teacher's folder may not be there yet.
+        teacher = run.teacher and replace(run.teacher, folder=run.folder.parent)
         try:
-            # A teacher's folder may not be there yet.
-            options, _ = read_args(run.command(teacher=run.folder.parent))
+            options, _ = read_args(replace(run, teacher=teacher).command)
         except UsageError as e:
             raise UsageError(f'{run.row}, seed {run.seed}: {e}') from None
         if run.finished() is None:
@@ -185,7 +185,7 @@ def run_study(options: Study) -> int:
     again = {run.teacher for run in left if run.teacher and not run.teacher.has_weights()}
     left = [run for run in runs if run in left or run in again]
     if options.print_commands:
-        print('\n'.join(shlex.join(['timm-vpl', 'train', *run.command()]) for run in left))
+        print('\n'.join(shlex.join(['timm-vpl', 'train', *run.command]) for run in left))
         return 0
     with open(output / '.lock', 'w') as lock:
         try:
@@ -257,7 +257,7 @@ class Runner:
             return
         with open(run.log, 'ab') as log:
             self.active[run] = time.time(), subprocess.Popen(
-                [*TRAIN, *run.command()], stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[self.lock])
+                [*TRAIN, *run.command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[self.lock])
 
     def _ended(self, run: PlannedRun, status: int, seconds: float) -> None:
         result = f'{seconds / 60:.1f} min'
@@ -286,18 +286,7 @@ def expected_seconds(run: PlannedRun, runs: Iterable[PlannedRun]) -> float:
         RunError: The trial failed.
     """
     row = [other for other in runs if other.row == run.row]
-    return _seconds(next(filter(None, (other.finished() for other in row)), None) or _tried(row[0])[0])
-
-
-@functools.cache
-def _tried(run: PlannedRun) -> tuple[Run, float]:
-    """Return a trial of a run, and how many cores it kept busy."""
-    begun, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    with tempfile.TemporaryDirectory() as folder:
-        tried = trial(run, Path(folder))
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return tried, cpu / (time.time() - begun)
+    return _seconds(next(filter(None, (other.finished() for other in row)), None) or trial(row[0])[0])
 
 
 def _seconds(run: Run) -> float:
@@ -308,21 +297,31 @@ def _seconds(run: Run) -> float:
     return epochs * fmean(row['seconds'] for row in rows) + share * fmean(evaluations or [0])
 
 
-def trial(run: PlannedRun, folder: Path) -> Run:
+_scratch = functools.cache(tempfile.TemporaryDirectory)  # of all trials, removed when the process ends
+
+
+@functools.cache
+def trial(run: PlannedRun) -> tuple[Run, float]:
     """Train a run for an epoch in another folder, its teacher too where that has no weights yet.
+
+    Returns:
+        The run, and how many cores it kept busy.
 
     Raises:
         RunError: It failed.
     """
-    teacher, place = run.teacher, None
-    if teacher and not teacher.has_weights():
-        place = trial(teacher, folder).path
+    there = replace(run, folder=Path(_scratch().name, run.folder.name))
+    if run.teacher and not run.teacher.has_weights():
+        there = replace(there, teacher=replace(run.teacher, folder=trial(run.teacher)[0].path))
+    begun, before = time.time(), os.times()
     done = subprocess.run(
-        [*TRAIN, *run.command(folder, place), '--stop-epoch', '1', '--no-export'],
+        [*TRAIN, *there.command, '--stop-epoch', '1', '--no-export'],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise RunError(f'{run.folder.name}: its trial failed: {_last_line(done.stdout)}')
-    return read_run(folder / run.folder.name)
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return read_run(there.folder), cpu / (time.time() - begun)
 
 
 def dry_run(runs: Sequence[PlannedRun], left: Sequence[PlannedRun]) -> list[str]:
@@ -332,7 +331,7 @@ def dry_run(runs: Sequence[PlannedRun], left: Sequence[PlannedRun]) -> list[str]
     totals = [0., 0.]  # hours, core-hours
     for row, count in Counter(run.row for run in left).items():
         try:
-            tried, cores = _tried(next(run for run in runs if run.row == row))
+            tried, cores = trial(next(run for run in runs if run.row == row))
         except RunError as e:
             broken.append(str(e))
             continue
@@ -356,7 +355,7 @@ def conclusion(runs: Sequence[PlannedRun]) -> str:
             ['--data-dir', run.data_dir] if run.data_dir else [])])
         for run in finished}
     models = dict.fromkeys(model for group in groups for model in group.runs[0].models)
-    return '\n'.join([make_report(list(names), names=names), '', '## Verdict', '', *(
+    return '\n'.join([to_markdown(make_records(groups), []), '', '## Verdict', '', *(
         _verdict(model, groups, commands) for model in models)])
 
 

@@ -49,11 +49,12 @@ def read_csv(path: str | Path, columns: Sequence[str] = ()) -> list[dict[str, st
 
 
 def write_rows(path: str | Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
-    """Write rows as CSV, or as JSON to a file of that name; a file that is there stays until the new one is whole.
+    """Write these columns of rows as CSV, or as JSON to a file of that name; an old file stays until it is whole.
 
     Raises:
         RunError: It can't be written.
     """
+    rows = [{column: row[column] for column in columns if column in row} for row in rows]
     try:
         with replacing(str(path), newline='', encoding='utf-8') as file:
             if str(path).lower().endswith('.json'):

@@ -21,8 +21,9 @@ from ..data.sources import Part
 from ..data.splits import class_names, create_split, shared_images
 from ..engine.device import agreement, from_all, init_device
 from ..engine.evaluate import PAD, evaluate
+from ..engine.models import try_images
 from ..engine.trained import TrainedModel, load_branches, load_trained
-from ..errors import UsageError, first_line
+from ..errors import UsageError
 from ..options.commands import Validate
 from ..options.sections import Loader
 from ..text import one_line
@@ -34,8 +35,10 @@ _logger = logging.getLogger('validate')
 CLASS_COLUMNS = ('model', 'branch', 'weights', 'class', 'images', 'top1')
 _KEY = ('model', 'epoch', 'branch', 'weights', 'data', 'set', 'img_size', 'crop_pct', 'interpolation')
 _IMAGENET_VAL = 50000  # images
-
 _FOREIGN = -2  # in a set of labels: a class that the model does not have
+
+
+Row = dict[str, Any]  # of the results, by column
 
 
 # Classes: the data's labels as indices of a model's classes
@@ -129,12 +132,7 @@ def select_files(dataset: Images, path: str, data: str) -> Images:
     return replace(dataset, reader=Part(dataset.reader, sorted({indices[name][0] for name in wanted})))
 
 
-def real_label_sets(
-        dataset: Images,
-        path: str,
-        trained: TrainedModel,
-        names: list[str] | None = None,
-) -> torch.Tensor:
+def real_label_sets(dataset: Images, path: str, trained: TrainedModel, names: list[str] | None = None) -> torch.Tensor:
     """Return the ReaL labels (https://arxiv.org/abs/2006.07159) of ImageNet validation images, found by file name.
 
     Args:
@@ -184,7 +182,7 @@ class Pass(NamedTuple):
     class_names: list[str]
 
 
-def validate_models(options: Validate) -> list[dict[str, Any]]:
+def validate_models(options: Validate) -> list[Row]:
     """Validate as the options of `timm-vpl validate` say; print the results, write them, and return them.
 
     Raises:
@@ -206,16 +204,16 @@ def validate_models(options: Validate) -> list[dict[str, Any]]:
                 trained_on = create_split(options, options.check_data, options.in_chans or 3, flag='--check-data')
                 splits: Any = passes[0].loader.dataset, trained_on
                 names = [_file_names(dataset, '--check-data') for dataset in splits]
-        results = [_run_pass(options, each, processes) for each in passes]
+        results = [result for each in passes for result in _run_pass(options, each, processes)]
     finally:
         if processes.distributed:
             torch.distributed.destroy_process_group()
-    rows, classes = ([row for result in results for row in result[i]] for i in (0, 1))
+    rows = [row for of_model, _ in results for row in of_model]
     if processes.rank == 0:
-        print('\n'.join([*_table(rows, models), *_class_lines(classes)]))
+        print('\n'.join([*_table(rows), *(_class_line(classes) for _, classes in results if classes)]))
         write_results(options, rows)
         if options.per_class:
-            write_rows(options.per_class, CLASS_COLUMNS, classes)
+            write_rows(options.per_class, CLASS_COLUMNS, [row for _, classes in results for row in classes])
         if options.check_data:
             shared = shared_images(*splits)
             count = len({index for index, _ in shared})
@@ -251,14 +249,13 @@ def _prepare(trained: TrainedModel, options: Validate) -> TrainedModel:
     config = resolve_data_config({**given, 'input_size': size}, pretrained_cfg=own)
     for name in ('mean', 'std'):
         config[name] = tuple(adapt_to_chs(config[name], size[0]))
-    try:
+
+    def forward(images):
         if size[1:] != tuple(own['input_size'][-2:]) and hasattr(model, 'set_input_size'):
             model.set_input_size(img_size=size[1:])
-        with torch.inference_mode():
-            model(torch.zeros(1, *size))
-    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as e:
-        raise UsageError(f'{trained.source}: {trained.architecture} can not take images of size {size}: '
-                         f'{first_line(e)}') from e
+        return model(images)
+
+    try_images(forward, size, f'{trained.source}: {trained.architecture}')
     return trained._replace(data_config=config)
 
 
@@ -268,7 +265,8 @@ def _create_pass(options: Validate, models: list[TrainedModel], processes: Proce
     dataset: Any = create_split(
         options, options.val_split, trained.data_config['input_size'][0], options.batch_size,
         whole=options.val_split == 'validation')
-    data = _data_name(options, dataset)
+    root = getattr(dataset.reader, 'root', None)
+    data = os.path.normpath(root) if root else f'{options.dataset}/{options.val_split}'
     names = class_names(dataset)
     if not (options.class_map and names):  # whose indices are the model's
         if options.imagenet_v2:
@@ -287,14 +285,8 @@ def _create_pass(options: Validate, models: list[TrainedModel], processes: Proce
     return Pass(models, loader, data, real_labels, list(trained.class_names or names or []))
 
 
-def _data_name(options, dataset) -> str:
-    """Return what the images are called in the results: their folder, or data set and split."""
-    root = getattr(dataset.reader, 'root', None)
-    return os.path.normpath(root) if root else f'{options.dataset}/{options.val_split}'
-
-
-def _run_pass(options: Validate, each: Pass, processes: Processes) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Evaluate the models of a pass and return their rows of the results, and of the results by class."""
+def _run_pass(options: Validate, each: Pass, processes: Processes) -> list[tuple[list[Row], list[Row]]]:
+    """Evaluate the models of a pass and return of each its rows of the results, and of the results by class."""
     device = processes.device
     memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
     dtype = torch.float16 if options.amp_dtype == 'float16' else torch.bfloat16
@@ -320,80 +312,68 @@ def _run_pass(options: Validate, each: Pass, processes: Processes) -> tuple[list
     if skipped:
         labels = '' if each.real_labels is None else ', and their ReaL labels'
         _logger.warning(f'{each.data}: {skipped} images could not be read; others took their places{labels}')
-    rows, classes = [], []
-    for i, trained in enumerate(each.models):
-        rows += _rows(options, each, trained, results[i], seconds)
-        for index, (images, right) in enumerate(results[i]['classes'].tolist() if 'classes' in results[i] else ()):
-            if images:
-                classes.append({
-                    **{column: rows[-1][column] for column in ('model', 'branch', 'weights')},
-                    'class': each.class_names[index] if index < len(each.class_names) else str(index),
-                    'images': images,
-                    'top1': 100 * right / images,
-                })
-    return rows, classes
+    return [_rows(options, each, trained, results[i], seconds) for i, trained in enumerate(each.models)]
 
 
 def _rows(
-        options: Validate,
-        each: Pass,
-        trained: TrainedModel,
-        figures: dict[str, Any],
-        seconds: float,
-) -> list[dict[str, Any]]:
-    """Return the rows of the results of a model, one for each set of labels."""
+        options: Validate, each: Pass, trained: TrainedModel, figures: Row, seconds: float,
+) -> tuple[list[Row], list[Row]]:
+    """Return the rows of the results of a model, one for each set of labels, and those of its classes."""
     if not math.isfinite(figures['loss']):
         figures = {'images': figures['images']}
         _logger.warning(f'{trained.source}: {trained.label}: the loss is not finite, so there is no figure')
     config = trained.data_config
     height, width = config['input_size'][-2:]
-    sets = [('v2' if options.imagenet_v2 else options.val_split, '')]
+    model = {
+        'model': trained.source,
+        'architecture': trained.architecture,
+        'epoch': trained.checkpoint.get('epoch'),
+        'branch': trained.side,
+        'weights': trained.side and ('ema' if trained.ema else 'raw'),
+        'data': each.data,
+        'img_size': height if height == width else f'{height}x{width}',
+        'crop_pct': config['crop_pct'],
+        'interpolation': config['interpolation'],
+        'images_per_second': round(figures['images'] / seconds, 2),
+    }
+    sets = {'v2' if options.imagenet_v2 else options.val_split: ''}
     if each.real_labels is not None:
-        sets.append(('real', 'real_'))
-    return [
-        {
-            'model': trained.source,
-            'epoch': trained.checkpoint.get('epoch'),
-            'branch': trained.side,
-            'weights': trained.side and ('ema' if trained.ema else 'raw'),
-            'data': each.data,
-            'set': name,
-            **{metric: figures.get(f'{prefix}{metric}') for metric in ('images', 'loss', 'top1', 'top5')},
-            'img_size': height if height == width else f'{height}x{width}',
-            'crop_pct': config['crop_pct'],
-            'interpolation': config['interpolation'],
-            'images_per_second': round(figures['images'] / seconds, 2),
-        }
-        for name, prefix in sets]
+        sets['real'] = 'real_'
+    rows = [
+        {**model, 'set': name, **{
+            metric: figures.get(f'{prefix}{metric}') for metric in ('images', 'loss', 'top1', 'top5')}}
+        for name, prefix in sets.items()]
+    names = dict(enumerate(each.class_names))
+    counts = figures['classes'].tolist() if 'classes' in figures else ()
+    classes = [
+        {**model, 'class': names.get(index, str(index)), 'images': images, 'top1': 100 * right / images}
+        for index, (images, right) in enumerate(counts) if images]
+    return rows, classes
 
 
 # Results
 
 
-def _class_lines(classes: list[dict[str, Any]]) -> list[str]:
-    """Return a line for each model: the mean of its classes' accuracies, and the lowest of them."""
-    lines = []
-    for key, group in groupby(classes, key=lambda row: [row[column] for column in ('model', 'branch', 'weights')]):
-        rows = sorted(group, key=lambda row: row['top1'])
-        mean = sum(row['top1'] for row in rows) / len(rows)
-        lowest = ', '.join(f'{row["class"]} {row["top1"]:.1f} ({row["images"]})' for row in rows[:5])
-        lines.append(f'{" ".join(filter(None, key))}: mean top-1 of {len(rows)} classes {mean:.3f}, lowest: {lowest}')
-    return lines
+def _class_line(classes: list[Row]) -> str:
+    """Return a line for a model: the mean of its classes' accuracies, and the lowest of them."""
+    rows = sorted(classes, key=lambda row: row['top1'])
+    name = ' '.join(filter(None, (rows[0][column] for column in ('model', 'branch', 'weights'))))
+    mean = sum(row['top1'] for row in rows) / len(rows)
+    lowest = ', '.join(f'{row["class"]} {row["top1"]:.1f} ({row["images"]})' for row in rows[:5])
+    return f'{name}: mean top-1 of {len(rows)} classes {mean:.3f}, lowest: {lowest}'
 
 
-def _table(rows: list[dict[str, Any]], models: list[TrainedModel]) -> list[str]:
+def _table(rows: list[Row]) -> list[str]:
     """Return the lines of the table on the screen."""
-    architectures = {(trained.source, trained.side): trained.architecture for trained in models}
     return screen_table(
         ('model', 'branch', 'weights', 'epoch', 'set', 'images', 'top-1', 'top-5', 'loss', 'images/s', 'size'),
-        [(architectures[row['model'], row['branch']],
-          *(row[column] for column in ('branch', 'weights', 'epoch', 'set', 'images')),
+        [(*(row[column] for column in ('architecture', 'branch', 'weights', 'epoch', 'set', 'images')),
           *(row[column] if row[column] is None else f'{row[column]:.3f}' for column in ('top1', 'top5', 'loss')),
           f'{row["images_per_second"]:.1f}', row['img_size']) for row in rows],
         texts=5)
 
 
-def write_results(options: Validate, rows: list[dict[str, Any]]) -> None:
+def write_results(options: Validate, rows: list[Row]) -> None:
     """Write the results to --results-file, or else add them to those in the folder of the run, if it is one.
 
     Raises:
