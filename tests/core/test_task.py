@@ -12,10 +12,10 @@ import timm
 import torch
 import torch.nn as nn
 from processes import load_results, run_ranks, run_script
+from small import TinyModel
 from timm.optim import create_optimizer_v2
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, adaptive_clip_grad
-from tiny_model import TinyModel
 
 from timm_vpl import PairOutput, PairTask, PairWrapper, StagedLoss, VPLLoss
 from timm_vpl.core.methods import METHODS, Setting
