@@ -7,25 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from processes import load_results, run_ranks, run_script
+from small import TinyModel, clone_state
 from torch import nn
 
-from timm_vpl import PairOutput, VPLLoss
+from timm_vpl import PairOutput, PairWrapper, VPLLoss
 
 NUM_CLASSES = 3
 TERMS = ('ce_a_loss', 'ce_b_loss', 'contrastive_loss', 'kl_loss', 'loss')
-
-
-class Branch(nn.Module):
-    """A tiny branch that returns logits and embedding."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.body = nn.Linear(4, width)
-        self.fc = nn.Linear(width, NUM_CLASSES)
-
-    def forward(self, x):
-        h = torch.tanh(self.body(x))
-        return self.fc(h), h
 
 
 # Images of each process at each step of an epoch: short last batches of all, of one, and one that comes first.
@@ -54,18 +42,18 @@ def make_cases(world):
     return list(zip(cases[::1 if world == 2 else 5], itertools.cycle(PLANS[world]), strict=False))
 
 
-def make_parts(case):
-    """Branch a, branch b and the affine layer (or None), the same in every process."""
+def make_pair(case):
+    """The pair, the same in every process."""
     torch.manual_seed(case['seed'])
-    width_a, width_b = {'none': (6, 6), 'a': (5, 6), 'b': (6, 5)}[case['affine']]
-    affine = None if case['affine'] == 'none' else nn.Linear(5, 6).double()
-    return Branch(width_a).double(), Branch(width_b).double(), affine
+    widths = {'none': (6, 6), 'a': (5, 6), 'b': (6, 5)}[case['affine']]
+    models = [TinyModel(NUM_CLASSES, width) for width in widths]
+    return PairWrapper(*models, affine_side='b' if case['affine'] == 'none' else case['affine']).double()
 
 
 def draw_batch(case, num_images):
     """A global batch: images, targets, and ids whose copies lie in different processes."""
-    generator = torch.Generator().manual_seed(case['seed'])
-    x = torch.randn(num_images, 4, generator=generator, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(100 + case['seed'])
+    x = torch.randn(num_images, 3, 8, 8, generator=generator, dtype=torch.float64)
     if case['soft']:
         target = torch.rand(num_images, NUM_CLASSES, generator=generator, dtype=torch.float64).softmax(1)
     else:
@@ -80,21 +68,8 @@ def make_criterion(gather=True, epoch=0, **kwargs):
     return criterion
 
 
-def forward(parts, x, ids, affine_side):
-    """PairOutput of one step, each part called once."""
-    branch_a, branch_b, affine = parts
-    logits_a, h_a = branch_a(x)
-    logits_b, h_b = branch_b(x)
-    output = PairOutput(logits_a, logits_b, h_a, h_b, sample_ids=ids)
-    if affine_side == 'none':
-        return output
-    h = h_a if affine_side == 'a' else h_b
-    embed, stopped = affine(torch.cat([h, h.detach()])).chunk(2)
-    return output._replace(**{f'embed_{affine_side}': embed, f'stopped_{affine_side}': stopped})
-
-
-def gradients_of(parts):
-    return [parameter.grad for part in parts if part is not None for parameter in part.parameters()]
+def gradients_of(pair):
+    return [parameter.grad for parameter in pair.parameters()]
 
 
 def random_output(num_images, seed=0, dtype=torch.float64):
@@ -114,26 +89,25 @@ def share(rank):
 # what runs in the processes
 
 def run_steps(rank, world):
-    """Every case, each part in DistributedDataParallel, one criterion: (terms, gradients, collectives) by step."""
+    """Every case, the pair in DistributedDataParallel, one criterion: (terms, gradients, collectives) by step."""
     results, calls = [], []
     for name in ('all_gather', 'all_reduce'):
         counted(calls, name)
     for case, plan in make_cases(world):
         criterion = make_criterion(**case['criterion'])
-        parts = [part and nn.parallel.DistributedDataParallel(part) for part in make_parts(case)]
+        pair = nn.parallel.DistributedDataParallel(make_pair(case))
         for sizes in plan:
-            for parameter in itertools.chain(*(part.parameters() for part in parts if part is not None)):
-                parameter.grad = None
+            pair.zero_grad()
             x, target, ids = (
                 None if values is None else values.split(sizes)[rank] for values in draw_batch(case, sum(sizes)))
             calls.clear()
-            terms = criterion.terms(forward(parts, x, ids, case['affine']), target)
+            terms = criterion.terms(pair(x)._replace(sample_ids=ids), target)
             terms['loss'].backward()
-            results.append(({name: term.detach() for name, term in terms.items()}, gradients_of(parts), len(calls)))
+            results.append((clone_state(terms), [grad.clone() for grad in gradients_of(pair)], len(calls)))
     half = cut(random_output(4 * world, dtype=torch.bfloat16), share(rank))
     terms = make_criterion().terms(half, torch.arange(4) % NUM_CLASSES)
     terms['loss'].backward()
-    return {'steps': results, 'bfloat16': {name: term.detach() for name, term in terms.items()}}
+    return {'steps': results, 'bfloat16': clone_state(terms)}
 
 
 def counted(calls, name):
@@ -228,10 +202,10 @@ def test_loss_and_gradients_equal_one_process(steps):
     cases = [(case, sizes, sizes == plan[0]) for case, plan in make_cases(world) for sizes in plan]
     failures = []
     for k, (case, sizes, is_first) in enumerate(cases):
-        parts = make_parts(case)
+        pair = make_pair(case)
         x, target, ids = draw_batch(case, sum(sizes))
         criterion = make_criterion(**case['criterion'])
-        whole = forward(parts, x, ids, case['affine'])
+        whole = pair(x)._replace(sample_ids=ids)
         want = {'contrastive_loss': criterion.terms(whole, target)['contrastive_loss']}
         for name in ('ce_a_loss', 'ce_b_loss', 'kl_loss'):
             want[name] = sum(
@@ -239,7 +213,7 @@ def test_loss_and_gradients_equal_one_process(steps):
                 for rows in torch.arange(len(x)).split(sizes)) / world
         want['loss'] = sum((0.7 if name == 'contrastive_loss' else 1) * value for name, value in want.items())
         want['loss'].backward()
-        gradients = gradients_of(parts)
+        gradients = gradients_of(pair)
         # Guards the comparison: it would mean nothing where all gradients are zero.
         assert min(sizes) < 4 or all(gradient.abs().max() > 1e-6 for gradient in gradients), case
         off = [abs(sum(rank['steps'][k][0][name] for rank in ranks) / world - want[name].detach()) for name in TERMS]

@@ -37,7 +37,6 @@ QUICK = [
     '-b', '20', '--epochs', '1', '--warmup-epochs', '0', '--lr', '0.002', '--workers', '0', '--device', 'cpu',
     '--x', '0', '--y', '0', '--model-ema-decay', '0.5', '--crop-pct', '1.0', '--seed', '5']  # 2 updates an epoch
 RGBA = ['--input-img-mode', 'RGBA', '--aa', '']  # Pillow equalizes and solarizes no such image
-THIN = ['--model-kwargs-b', 'depth=2']
 
 # Across families: with and without BatchNorm, one classifier and two, convolutions as classifiers, both poolings.
 PAIRS = {
@@ -45,21 +44,14 @@ PAIRS = {
     'test_efficientnet + test_vit': [*SWAPPED, *HALF_A, '--gp-b', 'avg'],
     'test_convnext + deit_tiny_distilled_patch16_224': [
         *SIZES, *HALF_B, '--model-kwargs-b', 'depth=2', 'embed_dim=48', 'num_heads=3'],
-    'test_byobnet + test_vit2': [*SAME, *HALF_B],
     'test_nfnet + test_vit4': [*SAME, *HALF_A, '--method', 'dml'],
-    'dla46x_c + levit_128s': [*SAME, *HALF_B],
     'lcnet_035 + mobilevit_xxs': [*SIZES, '--mean-b', '0', '--std-b', '1'],
-    'ghostnet_050 + pit_ti_224': [*SWAPPED, *HALF_B, '--model-kwargs-b', 'depth=[1,1,1]'],
-    'starnet_s050 + xcit_nano_12_p16_224': [*SWAPPED, *HALF_B, *THIN],
     'test_mambaout + test_coatnet': [*SIZES, *HALF_B, '--interpolation-a', 'bilinear'],
-    'fasternet_t0 + vit_tiny_r_s16_p8_224': [*SAME, *HALF_A, *THIN, '--in-chans', '1'],
+    'fasternet_t0 + vit_tiny_r_s16_p8_224': [*SAME, *HALF_A, '--in-chans', '1', '--model-kwargs-b', 'depth=2'],
     'efficientvit_b0 + swin_tiny_patch4_window7_224': [
         '--img-size-a', '64', '--img-size-b', '56', *HALF_B, '--model-kwargs-b', 'embed_dim=24'],
 }
-SLOW = [
-    'test_byobnet + test_vit2', 'dla46x_c + levit_128s', 'ghostnet_050 + pit_ti_224',
-    'fasternet_t0 + vit_tiny_r_s16_p8_224', 'starnet_s050 + xcit_nano_12_p16_224',
-    'efficientvit_b0 + swin_tiny_patch4_window7_224']
+SLOW = ['fasternet_t0 + vit_tiny_r_s16_p8_224', 'efficientvit_b0 + swin_tiny_patch4_window7_224']
 
 
 SMALL_PAIR = 'test_resnet + test_vit'
