@@ -12,7 +12,6 @@ from runs import PAIR, SMALL, error_line, last, run
 from small import CPU, NUM_CLASSES, clone_state, images, make_model
 from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
-from timm.optim import create_optimizer_v2
 
 from timm_vpl import PairWrapper
 from timm_vpl.core.names import SIDES
@@ -234,16 +233,6 @@ def test_optimizer_has_the_trainable_weights_as_without_freezing(names, options)
     for side in 'ab':
         scales = {scale for name, (scale, _) in part.items() if name.startswith(f'model_{side}.')}
         assert (len(scales) > 1) == (f'--layer-decay-{side}' in options)
-
-
-@pytest.mark.parametrize('layer_decay', [None, 0.7])
-def test_timms_own_optimizer_of_a_frozen_pair(layer_decay):
-    pair = PairWrapper(create_model('test_resnet'), create_model('test_vit'))
-    whole = settings(create_optimizer_v2(pair, 'adamw', lr=1, weight_decay=0.1, layer_decay=layer_decay), pair)
-    pair.freeze('a', 2)
-    pair.freeze('b', 4)
-    part = settings(create_optimizer_v2(pair, 'adamw', lr=1, weight_decay=0.1, layer_decay=layer_decay), pair)
-    assert part == {name: whole[name] for name, p in pair.named_parameters() if p.requires_grad}
 
 
 # a whole run

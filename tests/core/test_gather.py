@@ -24,7 +24,10 @@ PLANS = {
 
 
 def make_cases(world):
-    """Pairs (settings, sizes by step): who learns, side of the affine layer, what is a negative, copies, targets."""
+    """Pairs (settings, sizes by step): who learns, side of the affine layer, what is a negative, copies, targets.
+
+    All combinations are those of test_losses.py; here each number of processes has others of them.
+    """
     modes = itertools.product(('a', 'b', 'both'), ('none', 'a', 'b'), ('negative', 'ignore', 'positive'), (False, True))
     cases = [{
         'seed': seed,
@@ -39,7 +42,7 @@ def make_cases(world):
             'contrastive_weight': 0.7,
         },
     } for seed, (contrastive_to, affine, same_class, with_ids) in enumerate(modes)]
-    return list(zip(cases[::1 if world == 2 else 5], itertools.cycle(PLANS[world]), strict=False))
+    return list(zip(cases[world % 5::5], itertools.cycle(PLANS[world]), strict=False))
 
 
 def make_pair(case):

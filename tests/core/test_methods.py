@@ -1,5 +1,6 @@
 """Each method against an implementation of its formulas, against timm's own tasks, and in whole runs."""
 import copy
+import functools
 import logging
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from runs import NOISE, PAIR, SMALL, assert_equal_weights, error_line, last, rows, run, summary, torchrun
-from small import CPU, DEIT, assert_equal_states, make_model, one_branch
+from small import CPU, DEIT, assert_equal_states, make_model, one_branch, seeded
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, resolve_model_data_config
 from timm.layers import DropPath
 from timm.models import save_for_hf
@@ -226,7 +227,7 @@ def make_task(case, *options):
     return PairTask(pair, criterion, teacher=teacher, verbose=False).train()
 
 
-def make_batch(targets):
+def make_batch(targets='hard'):
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(6, 3, 9, 9, dtype=torch.float64, generator=generator)
     if targets == 'soft':
@@ -234,15 +235,11 @@ def make_batch(targets):
     return x, torch.randint(NUM_CLASSES, (6,), generator=generator)
 
 
-def label_loss(case, targets, y):
-    """The loss of the labels as a function of logits."""
-    smoothing = 0.1 if targets == 'smooth' else 0.
-
-    def ce(z):
-        if 'cosub' in case.options:
-            return reference.binary_ce(z, y, smoothing) * (z.shape[1] if '--bce-sum' in case.options else 1)
-        return reference.smoothed_ce(z, y, smoothing) if smoothing else reference.ce(z, y)
-    return ce
+def label_loss(case, smoothing, y, z):
+    """The loss of the labels."""
+    if 'cosub' in case.options:
+        return reference.binary_ce(z, y, smoothing) * (z.shape[1] if '--bce-sum' in case.options else 1)
+    return reference.smoothed_ce(z, y, smoothing) if smoothing else reference.ce(z, y)
 
 
 def plain_outputs(case, pair, teacher, x):
@@ -290,17 +287,15 @@ def test_terms_and_gradients(name, targets):
     task = make_task(case, *TARGETS[targets])
     pair, plain = task.trainable_module, copy.deepcopy(task.trainable_module)
     x, y = make_batch(targets)
-    torch.manual_seed(4)
-    o = plain_outputs(case, plain, task.teacher, x)
+    ce = functools.partial(label_loss, case, 0.1 if targets == 'smooth' else 0., y)
+    o = seeded(4, plain_outputs, case, plain, task.teacher, x)
     assert task.phases == (('a', 'b') if name == 'dml' else ('ab',))
     for phase in range(len(task.phases)):
-        if phase == 0:
-            torch.manual_seed(4)
-        else:  # the partner says what it says after its update
+        if phase:  # the partner says what it says after its update
             with torch.no_grad():
                 o.z['a'] = copy.deepcopy(plain.model_a)(x)
-        result = task(x, y, phase=phase)
-        want = case.terms(o, label_loss(case, targets, y), phase)
+        result = seeded(4, task, x, y, phase=phase)
+        want = case.terms(o, ce, phase)
         total = sum(weight * value for value, weight in want.values())
         assert set(result) == {*want, 'loss', 'output'}
         assert_all_close(result, {'loss': total, **{term: value for term, (value, _) in want.items()}})
@@ -652,7 +647,7 @@ def test_dml_leaves_other_statistics_alone():
     # The refresh of a forward of a model in evaluation mode, or without running statistics.
     task = make_task(CASES['dml'])
     norm = task.trainable_module.model_a.norm
-    x, y = make_batch('hard')
+    x, y = make_batch()
     task(x, y, phase=0)
     norm.eval()
     before = copy.deepcopy(norm.state_dict())

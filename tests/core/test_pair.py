@@ -135,6 +135,13 @@ def test_affine_layer_is_on_side_b_by_default(kwargs, side, widths):
     h, embed = embedding(pair, side, images()), getattr(output, f'embed_{side}')
     torch.testing.assert_close(embed, F.linear(h, pair.affine.weight, pair.affine.bias))
     assert getattr(output, f'stopped_{other}') is None and torch.equal(getattr(output, f'stopped_{side}'), embed)
+    # Without projection that side's embedding is None.
+    full, output = pair.eval()(images()), pair(images(), project=False)
+    assert getattr(output, f'embed_{side}') is None and output.stopped_a is None and output.stopped_b is None
+    for field in ('logits_a', 'logits_b', f'embed_{other}'):
+        assert torch.equal(getattr(output, field), getattr(full, field))
+    sum(output[:2]).sum().backward()
+    assert pair.affine.weight.grad is None and pair.affine.bias.grad is None
 
 
 def test_no_affine_layer_for_equal_widths():
@@ -157,17 +164,6 @@ def test_stopped_embedding_moves_the_affine_layer_only(side):
         gradients.append(pair.affine.weight.grad)
         assert {name.split('.')[0] for name in moved(pair)} == {'affine', *([f'model_{side}'] if branch_learns else [])}
     torch.testing.assert_close(*gradients)
-
-
-@pytest.mark.parametrize('side', SIDES)
-def test_without_projection_the_affine_sides_embedding_is_none(side):
-    pair = make_pair(affine_side=side).eval()
-    full, output = pair(images()), pair(images(), project=False)
-    assert getattr(output, f'embed_{side}') is None and output.stopped_a is None and output.stopped_b is None
-    for field in ('logits_a', 'logits_b', f'embed_{partner_of(side)}'):
-        assert torch.equal(getattr(output, field), getattr(full, field))
-    sum(output[:2]).sum().backward()
-    assert pair.affine.weight.grad is None and pair.affine.bias.grad is None
 
 
 # state, copies, the bare models
@@ -287,8 +283,7 @@ def test_affine_layer_that_is_assigned_is_the_one_that_runs():
     pair = make_pair().eval()
     pair.affine = other = nn.Linear(64, 96)
     for module in (pair, copy.deepcopy(pair)):
-        embed = embedding(module, 'b', images())
-        torch.testing.assert_close(module(images()).embed_b, F.linear(embed, other.weight, other.bias))
+        torch.testing.assert_close(module(images()).embed_b, other(embedding(module, 'b', images())))
     assert pair.parts['affine'] is other
     pair.affine = None
     assert set(pair.parts) == {'a', 'b'} and pair(images()).embed_b.shape == (4, 64)
@@ -377,19 +372,17 @@ def test_channels_last_of_one_branch(side):
 
 
 def test_grad_checkpointing_changes_nothing():
-    pair = make_pair(**STOCHASTIC)
+    pair = make_pair(**STOCHASTIC).train()
     other = copy.deepcopy(pair)
     other.set_grad_checkpointing()
-    assert other.model_a.grad_checkpointing and other.model_b.grad_checkpointing
-    assert not pair.model_a.grad_checkpointing
-    outputs = [seeded(4, module.train(), images()) for module in (pair, other)]
+    assert [other.branch(side).grad_checkpointing for side in SIDES] == [True, True]
+    outputs = [seeded(4, module, images()) for module in (pair, other)]
     assert_equal_outputs(*outputs)
     for output in outputs:
         square_sum(output).backward()
-    for (name, one), two in zip(pair.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(one.grad, two.grad), name
+    assert all(torch.equal(one.grad, two.grad) for one, two in zip(pair.parameters(), other.parameters(), strict=True))
     other.set_grad_checkpointing(False)
-    assert not other.model_a.grad_checkpointing and not other.model_b.grad_checkpointing
+    assert [other.branch(side).grad_checkpointing for side in SIDES] == [False, False]
 
 
 def test_reset_classifier_hooks_the_new_one():

@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
 TABLES = yaml.safe_load(Path(__file__).with_name('registry.yaml').read_text())
 SMALLEST = {module: Case(*row) for module, row in TABLES['smallest'].items()}
-SPECIAL, LARGER = ([Case(*row) for row in TABLES[name]] for name in ('special', 'larger'))
+SPECIAL = [Case(*row) for row in TABLES['special']]
 
 
 def case_of(module):
@@ -155,13 +155,6 @@ def test_values_of_special_heads(case):
     if not timm.is_model(case.name):
         pytest.skip(f'this timm has no {case.name}')
     check_values(case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    'case', [*(case for case in SMALLEST.values() if case.kwargs), *LARGER], ids=lambda case: case.name)
-def test_values_of_whole_models(case):
-    test_values_of_special_heads(Case(case.name, case.size))
 
 
 # the whole registry, on no device: shapes
