@@ -7,25 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from processes import load_results, run_ranks, run_script
+from small import TinyModel, clone_state
 from torch import nn
 
-from timm_vpl import PairOutput, VPLLoss
+from timm_vpl import PairOutput, PairWrapper, VPLLoss
 
 NUM_CLASSES = 3
 TERMS = ('ce_a_loss', 'ce_b_loss', 'contrastive_loss', 'kl_loss', 'loss')
-
-
-class Branch(nn.Module):
-    """A tiny branch that returns logits and embedding."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.body = nn.Linear(4, width)
-        self.fc = nn.Linear(width, NUM_CLASSES)
-
-    def forward(self, x):
-        h = torch.tanh(self.body(x))
-        return self.fc(h), h
 
 
 # Images of each process at each step of an epoch: short last batches of all, of one, and one that comes first.
@@ -36,7 +24,10 @@ PLANS = {
 
 
 def make_cases(world):
-    """Pairs (settings, sizes by step): who learns, side of the affine layer, what is a negative, copies, targets."""
+    """Pairs (settings, sizes by step): who learns, side of the affine layer, what is a negative, copies, targets.
+
+    All combinations are those of test_losses.py; here each number of processes has others of them.
+    """
     modes = itertools.product(('a', 'b', 'both'), ('none', 'a', 'b'), ('negative', 'ignore', 'positive'), (False, True))
     cases = [{
         'seed': seed,
@@ -51,21 +42,21 @@ def make_cases(world):
             'contrastive_weight': 0.7,
         },
     } for seed, (contrastive_to, affine, same_class, with_ids) in enumerate(modes)]
-    return list(zip(cases[::1 if world == 2 else 5], itertools.cycle(PLANS[world]), strict=False))
+    return list(zip(cases[world % 5::5], itertools.cycle(PLANS[world]), strict=False))
 
 
-def make_parts(case):
-    """Branch a, branch b and the affine layer (or None), the same in every process."""
+def make_pair(case):
+    """The pair, the same in every process."""
     torch.manual_seed(case['seed'])
-    width_a, width_b = {'none': (6, 6), 'a': (5, 6), 'b': (6, 5)}[case['affine']]
-    affine = None if case['affine'] == 'none' else nn.Linear(5, 6).double()
-    return Branch(width_a).double(), Branch(width_b).double(), affine
+    widths = {'none': (6, 6), 'a': (5, 6), 'b': (6, 5)}[case['affine']]
+    models = [TinyModel(NUM_CLASSES, width) for width in widths]
+    return PairWrapper(*models, affine_side='b' if case['affine'] == 'none' else case['affine']).double()
 
 
 def draw_batch(case, num_images):
     """A global batch: images, targets, and ids whose copies lie in different processes."""
-    generator = torch.Generator().manual_seed(case['seed'])
-    x = torch.randn(num_images, 4, generator=generator, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(100 + case['seed'])
+    x = torch.randn(num_images, 3, 8, 8, generator=generator, dtype=torch.float64)
     if case['soft']:
         target = torch.rand(num_images, NUM_CLASSES, generator=generator, dtype=torch.float64).softmax(1)
     else:
@@ -80,22 +71,8 @@ def make_criterion(gather=True, epoch=0, **kwargs):
     return criterion
 
 
-def forward(parts, x, ids, affine_side):
-    """PairOutput of one step, each part called once."""
-    branch_a, branch_b, affine = parts
-    logits_a, h_a = branch_a(x)
-    logits_b, h_b = branch_b(x)
-    if affine_side == 'none':
-        return PairOutput(logits_a, logits_b, h_a, h_b, sample_ids=ids)
-    h = h_a if affine_side == 'a' else h_b
-    embed, stopped = affine(torch.cat([h, h.detach()])).chunk(2)
-    if affine_side == 'a':
-        return PairOutput(logits_a, logits_b, embed, h_b, stopped_a=stopped, sample_ids=ids)
-    return PairOutput(logits_a, logits_b, h_a, embed, stopped_b=stopped, sample_ids=ids)
-
-
-def gradients_of(parts):
-    return [parameter.grad for part in parts if part is not None for parameter in part.parameters()]
+def gradients_of(pair):
+    return [parameter.grad for parameter in pair.parameters()]
 
 
 def random_output(num_images, seed=0, dtype=torch.float64):
@@ -115,45 +92,31 @@ def share(rank):
 # what runs in the processes
 
 def run_steps(rank, world):
-    """Every case, each part in DistributedDataParallel, one criterion: (terms, gradients, collectives) by step."""
-    results = []
+    """Every case, the pair in DistributedDataParallel, one criterion: (terms, gradients, collectives) by step."""
+    results, calls = [], []
+    for name in ('all_gather', 'all_reduce'):
+        counted(calls, name)
     for case, plan in make_cases(world):
         criterion = make_criterion(**case['criterion'])
-        parts = [part and nn.parallel.DistributedDataParallel(part) for part in make_parts(case)]
+        pair = nn.parallel.DistributedDataParallel(make_pair(case))
         for sizes in plan:
-            for parameter in itertools.chain(*(part.parameters() for part in parts if part is not None)):
-                parameter.grad = None
+            pair.zero_grad()
             x, target, ids = (
                 None if values is None else values.split(sizes)[rank] for values in draw_batch(case, sum(sizes)))
-            with Counter() as counter:
-                terms = criterion.terms(forward(parts, x, ids, case['affine']), target)
-                terms['loss'].backward()
-            results.append(({name: term.detach() for name, term in terms.items()}, gradients_of(parts), counter.calls))
+            calls.clear()
+            terms = criterion.terms(pair(x)._replace(sample_ids=ids), target)
+            terms['loss'].backward()
+            results.append((clone_state(terms), [grad.clone() for grad in gradients_of(pair)], len(calls)))
     half = cut(random_output(4 * world, dtype=torch.bfloat16), share(rank))
     terms = make_criterion().terms(half, torch.arange(4) % NUM_CLASSES)
     terms['loss'].backward()
-    return {'steps': results, 'bfloat16': {name: term.detach() for name, term in terms.items()}}
+    return {'steps': results, 'bfloat16': clone_state(terms)}
 
 
-class Counter:
-    """Counts the collectives that Python code calls."""
-
-    def __enter__(self):
-        self.calls = 0
-        self.saved = {name: getattr(torch.distributed, name) for name in ('all_gather', 'all_reduce')}
-        for name, function in self.saved.items():
-            setattr(torch.distributed, name, self._counted(function))
-        return self
-
-    def __exit__(self, *exc):
-        for name, function in self.saved.items():
-            setattr(torch.distributed, name, function)
-
-    def _counted(self, function):
-        def call(*args, **kwargs):
-            self.calls += 1
-            return function(*args, **kwargs)
-        return call
+def counted(calls, name):
+    """Note each call that Python code makes of a collective, in this process from now on."""
+    function = getattr(torch.distributed, name)
+    setattr(torch.distributed, name, lambda *args, **kwargs: calls.append(name) or function(*args, **kwargs))
 
 
 def caught(call):
@@ -167,36 +130,33 @@ def caught(call):
 
 def run_guards(rank, world):
     """What may not communicate, called on one rank only, and what must be refused, in one process group."""
-    target = torch.arange(8) % NUM_CLASSES
     found = {}
-    output = cut(random_output(4 * world), share(rank))
-    found['local'] = make_criterion(gather=False)(output, target[:4]).detach()
-    if rank == 0:
-        found['gather=False alone'] = caught(lambda: make_criterion(gather=False)(output, target[:4]))
-        found['eval alone'] = caught(lambda: make_criterion().eval()(output, target[:4]))
-        with torch.no_grad():
-            found['no_grad alone'] = caught(lambda: make_criterion()(output, target[:4]))
 
-    criterion = make_criterion()
+    def call(name, num_images=4, ranks=range(world), criterion=None):
+        if rank in ranks:
+            output = cut(random_output(4 * world), share(rank)) if num_images == 4 else random_output(num_images)
+            target = torch.arange(num_images) % NUM_CLASSES
+            found[name] = caught(lambda: (criterion or make_criterion())(output, target))
+
+    call('local', criterion=make_criterion(gather=False))
+    call('gather=False alone', ranks=[0], criterion=make_criterion(gather=False))
+    call('eval alone', ranks=[0], criterion=make_criterion().eval())
+    with torch.no_grad():
+        call('no_grad alone', ranks=[0])
+
     # An even epoch, in which evaluation of another size takes nothing from it.
-    criterion.set_epoch(1)
-    found['even'] = caught(lambda: criterion(output, target[:4]))
-    if rank == 0:
-        criterion.eval()
-        found['eval of another size'] = caught(lambda: criterion(random_output(7), target[:7]))
-        criterion.train()
-    found['even again'] = caught(lambda: criterion(output, target[:4]))
-
+    criterion = make_criterion(epoch=1)
+    call('even', criterion=criterion)
+    call('eval of another size', 7, ranks=[0], criterion=criterion.eval())
+    criterion.train()
+    call('even again', criterion=criterion)
     # Within the epoch, one rank's batch is larger than what all agreed on: it refuses by itself, the others go on.
-    if rank == 0:
-        found['larger'] = caught(lambda: criterion(random_output(5), target[:5]))
-    found['even after all'] = caught(lambda: criterion(output, target[:4]))
-
+    call('larger', 5, ranks=[0], criterion=criterion)
+    call('even after all', criterion=criterion)
     # The next epoch may have another size; and the processes agree anew.
-    criterion.set_epoch(2)
-    found['next epoch'] = caught(lambda: criterion(random_output(2), target[:2]))
-    criterion.set_epoch(3)
-    found['epoch after'] = caught(lambda: criterion(random_output(8), target[:8]))
+    for epoch, num_images in ((2, 2), (3, 8)):
+        criterion.set_epoch(epoch)
+        call(f'epoch {epoch}', num_images, criterion=criterion)
     return found
 
 
@@ -245,18 +205,18 @@ def test_loss_and_gradients_equal_one_process(steps):
     cases = [(case, sizes, sizes == plan[0]) for case, plan in make_cases(world) for sizes in plan]
     failures = []
     for k, (case, sizes, is_first) in enumerate(cases):
-        parts = make_parts(case)
+        pair = make_pair(case)
         x, target, ids = draw_batch(case, sum(sizes))
         criterion = make_criterion(**case['criterion'])
-        whole = forward(parts, x, ids, case['affine'])
+        whole = pair(x)._replace(sample_ids=ids)
         want = {'contrastive_loss': criterion.terms(whole, target)['contrastive_loss']}
         for name in ('ce_a_loss', 'ce_b_loss', 'kl_loss'):
             want[name] = sum(
-                criterion.terms(PairOutput(*(None if field is None else field[rows] for field in whole)), target[rows])[
-                    name] for rows in torch.arange(len(x)).split(sizes)) / world
+                criterion.terms(cut(whole, rows), target[rows])[name]
+                for rows in torch.arange(len(x)).split(sizes)) / world
         want['loss'] = sum((0.7 if name == 'contrastive_loss' else 1) * value for name, value in want.items())
         want['loss'].backward()
-        gradients = gradients_of(parts)
+        gradients = gradients_of(pair)
         # Guards the comparison: it would mean nothing where all gradients are zero.
         assert min(sizes) < 4 or all(gradient.abs().max() > 1e-6 for gradient in gradients), case
         off = [abs(sum(rank['steps'][k][0][name] for rank in ranks) / world - want[name].detach()) for name in TERMS]
@@ -279,33 +239,19 @@ def test_bfloat16_is_gathered_in_float32(steps):
         assert float(sum(values) / world) == pytest.approx(float(want[name].detach()), rel=1e-5)
 
 
-def local_loss(rank):
-    return float(make_criterion()(cut(random_output(12), share(rank)), torch.arange(4) % NUM_CLASSES).detach())
-
-
-def test_without_gather_each_process_has_its_own_loss(guards):
+def test_what_does_not_communicate(guards):
     for rank, found in enumerate(guards):
-        assert float(found['local']) == pytest.approx(local_loss(rank), abs=1e-12)
+        alone = {'gather=False alone', 'eval alone', 'no_grad alone'} if rank == 0 else set()
+        want = float(make_criterion()(cut(random_output(12), share(rank)), torch.arange(4) % NUM_CLASSES).detach())
+        for name in {'local', *alone}:
+            assert found[name] == ('returned', pytest.approx(want, abs=1e-12)), name
 
 
-@pytest.mark.parametrize('call', ['gather=False alone', 'eval alone', 'no_grad alone'])
-def test_does_not_communicate(guards, call):
-    kind, value = guards[0][call]
-    assert kind == 'returned', value
-    assert value == pytest.approx(local_loss(0), abs=1e-12)
-
-
-def test_a_larger_batch_within_the_epoch_is_refused_alone(guards):
-    kind, message = guards[0]['larger']
+def test_only_a_larger_batch_within_the_epoch_is_refused(guards):
+    kind, message = guards[0].pop('larger')
     assert kind in ('RuntimeError', 'ValueError'), (kind, message)
     assert re.search(r'\b5\b', message) and re.search(r'\b4\b', message) and 'gather=False' in message, message
-
-
-def test_even_batches_go_on(guards):
-    for found in guards:
-        for call in ('even', 'even again', 'even after all', 'next epoch', 'epoch after'):
-            assert found[call][0] == 'returned', found[call]
-    assert guards[0]['eval of another size'][0] == 'returned', guards[0]['eval of another size']
+    assert {kind for found in guards for kind, _ in found.values()} == {'returned'}, guards
 
 
 if __name__ == '__main__':

@@ -1,6 +1,5 @@
 """Branches with images of their own size and statistics: what each sees, training, validation, export."""
 import copy
-import csv
 import json
 import math
 from pathlib import Path
@@ -10,12 +9,15 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import create_loader, create_transform, resolve_model_data_config
+from runs import PAIR, rows, run
+from small import CPU
+from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 from torch.testing import assert_close
 
-from timm_vpl.cli import main, train
+from timm_vpl.cli import main
 from timm_vpl.core.inputs import InputTransform
+from timm_vpl.core.names import SIDES
 from timm_vpl.core.processes import Processes
 from timm_vpl.data.loaders import PairEvalLoader, create_eval_loaders
 from timm_vpl.data.splits import create_split
@@ -25,7 +27,6 @@ from timm_vpl.engine.models import create_branch, loader_config, resolve_data
 from timm_vpl.engine.run import create_run
 from timm_vpl.options.train import parse_args
 
-CPU = torch.device('cpu')
 IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 HALF_B = ['--mean-b', '0.5', '--std-b', '0.5']
 HALF_A = ['--mean-a', '0.5', '--std-a', '0.5']
@@ -36,7 +37,6 @@ QUICK = [
     '-b', '20', '--epochs', '1', '--warmup-epochs', '0', '--lr', '0.002', '--workers', '0', '--device', 'cpu',
     '--x', '0', '--y', '0', '--model-ema-decay', '0.5', '--crop-pct', '1.0', '--seed', '5']  # 2 updates an epoch
 RGBA = ['--input-img-mode', 'RGBA', '--aa', '']  # Pillow equalizes and solarizes no such image
-THIN = ['--model-kwargs-b', 'depth=2']
 
 # Across families: with and without BatchNorm, one classifier and two, convolutions as classifiers, both poolings.
 PAIRS = {
@@ -44,21 +44,17 @@ PAIRS = {
     'test_efficientnet + test_vit': [*SWAPPED, *HALF_A, '--gp-b', 'avg'],
     'test_convnext + deit_tiny_distilled_patch16_224': [
         *SIZES, *HALF_B, '--model-kwargs-b', 'depth=2', 'embed_dim=48', 'num_heads=3'],
-    'test_byobnet + test_vit2': [*SAME, *HALF_B],
     'test_nfnet + test_vit4': [*SAME, *HALF_A, '--method', 'dml'],
-    'dla46x_c + levit_128s': [*SAME, *HALF_B],
     'lcnet_035 + mobilevit_xxs': [*SIZES, '--mean-b', '0', '--std-b', '1'],
-    'ghostnet_050 + pit_ti_224': [*SWAPPED, *HALF_B, '--model-kwargs-b', 'depth=[1,1,1]'],
-    'starnet_s050 + xcit_nano_12_p16_224': [*SWAPPED, *HALF_B, *THIN],
     'test_mambaout + test_coatnet': [*SIZES, *HALF_B, '--interpolation-a', 'bilinear'],
-    'fasternet_t0 + vit_tiny_r_s16_p8_224': [*SAME, *HALF_A, *THIN, '--in-chans', '1'],
+    'fasternet_t0 + vit_tiny_r_s16_p8_224': [*SAME, *HALF_A, '--in-chans', '1', '--model-kwargs-b', 'depth=2'],
     'efficientvit_b0 + swin_tiny_patch4_window7_224': [
         '--img-size-a', '64', '--img-size-b', '56', *HALF_B, '--model-kwargs-b', 'embed_dim=24'],
 }
-SLOW = [
-    'test_byobnet + test_vit2', 'dla46x_c + levit_128s', 'ghostnet_050 + pit_ti_224',
-    'fasternet_t0 + vit_tiny_r_s16_p8_224', 'starnet_s050 + xcit_nano_12_p16_224',
-    'efficientvit_b0 + swin_tiny_patch4_window7_224']
+SLOW = ['fasternet_t0 + vit_tiny_r_s16_p8_224', 'efficientvit_b0 + swin_tiny_patch4_window7_224']
+
+
+SMALL_PAIR = 'test_resnet + test_vit'
 
 
 def parse(data, pair, *options):
@@ -76,12 +72,15 @@ def start_run(data, output, pair, *options):
     return run, configs
 
 
+def image_paths(data):
+    return sorted((Path(data) / 'validation').rglob('*.png'), key=lambda path: (path.parent.name, int(path.stem)))
+
+
 def own_images(data, config):
     """The validation images, prepared by timm for a model of this configuration."""
     mode = {1: 'L', 3: 'RGB', 4: 'RGBA'}[config['input_size'][0]]
     transform = create_transform(**config, is_training=False, use_prefetcher=True)  # to arrays of bytes
-    paths = sorted((Path(data) / 'validation').rglob('*.png'), key=lambda path: (path.parent.name, int(path.stem)))
-    images = torch.stack([transform(Image.open(path).convert(mode)) for path in paths])
+    images = torch.stack([transform(Image.open(path).convert(mode)) for path in image_paths(data)])
     mean, std = (torch.tensor([255 * value for value in config[key]]).view(-1, 1, 1) for key in ('mean', 'std'))
     return (images - mean) / std
 
@@ -103,9 +102,16 @@ def pixels(images, config):
 
 def eval_batch(run):
     """All validation images, as the run's loader gives them to the pair."""
-    batches = list(run.loader_eval)
-    assert len(batches) == 1
-    return batches[0][0]
+    [(input, _)] = run.loader_eval
+    return input
+
+
+@torch.inference_mode()
+def assert_sees_own_images(run, data, configs):
+    """Each branch gives what its model alone says of images that timm prepares for it: to the bit."""
+    output = run.pair.eval()(eval_batch(run))
+    for side, logits in zip(SIDES, output[:2], strict=True):
+        assert torch.equal(logits, bare_model(run, side, configs)(own_images(data, configs[side])))
 
 
 # what each branch sees
@@ -131,31 +137,21 @@ def test_pairs_of_differing_inputs(digits_folder, tmp_path, pair):
     terms = epoch_terms(run)
     assert {'train_loss', 'train_ce_a_loss', 'train_ce_b_loss'} <= terms.keys() and run.task.num_updates == 2
     assert all(math.isfinite(value) for value in terms.values() if value != '')
-    moved = {'a': [], 'b': []}
-    for key, parameter in wrapper.named_parameters():
-        assert torch.isfinite(parameter).all(), key
-        if key.startswith('model_'):
-            moved[key[6]].append(not torch.equal(parameter, before[key]))
-    assert all(sum(tensors) > 0.9 * len(tensors) for tensors in moved.values())
+    for side in SIDES:
+        moved = []
+        for key, parameter in wrapper.branch(side).named_parameters():
+            assert torch.isfinite(parameter).all(), key
+            moved.append(not torch.equal(parameter, before[f'model_{side}.{key}']))
+        assert sum(moved) > 0.9 * len(moved)
+    assert_sees_own_images(run, digits_folder, configs)
 
-    # Each prepared its own way by the loader: to the bit.
-    wrapper.eval()
+    # From the images of the other branch, as in training.
+    given, images = own_images(digits_folder, source), own_images(digits_folder, configs[transformed])
+    config, model = configs[transformed], bare_model(run, transformed, configs)
     with torch.inference_mode():
-        output = wrapper(eval_batch(run))
-        images = {side: own_images(digits_folder, configs[side]) for side in 'ab'}
-        want = {side: bare_model(run, side, configs)(images[side]) for side in 'ab'}
-        assert torch.equal(output.logits_a, want['a']) and torch.equal(output.logits_b, want['b'])
-
-        # From the images of the other branch, as in training.
-        given = own_images(digits_folder, source)
-        output = wrapper(given)
-        got = {'a': output.logits_a, 'b': output.logits_b}
-        prepared = wrapper.images(transformed, given)
-        resized = F.interpolate(given, configs[transformed]['input_size'][1:], mode='bicubic', antialias=True)
-        unprepared = bare_model(run, transformed, configs)(resized)
-    for side in {'a', 'b'} - {transformed}:
-        assert torch.equal(got[side], want[side])
-    config, images, got, want = configs[transformed], images[transformed], got[transformed], want[transformed]
+        prepared, want = wrapper.images(transformed, given), model(images)
+        got = wrapper(given)[SIDES.index(transformed)]
+        unprepared = model(F.interpolate(given, config['input_size'][1:], mode='bicubic', antialias=True))
     assert prepared.shape == images.shape
     if same_size:
         assert_close(prepared, images, rtol=0, atol=1e-5)
@@ -188,43 +184,31 @@ def test_noise_is_resized_as_by_pillow(size, interpolation):
     [*SIZES, *HALF_B],
     ['--img-size', '48', '--crop-pct-a', '0.8', '--interpolation-b', 'bilinear', *HALF_B],
 ], ids=['a smaller', 'other crop and interpolation'])
-def test_validation_is_timms_own_of_each_branch(digits_folder, tmp_path, options):
-    parsed, configs = parse(digits_folder, 'test_resnet + test_vit', *options, '-vb', '5')
-    images = create_split(parsed.data, 'validation', 3)
-    loader = create_eval_loaders(parsed.loader, images, configs, Processes(CPU))
+def test_validation_is_timms_own_of_each_branch(digits_folder, options):
+    parsed, configs = parse(digits_folder, SMALL_PAIR, *options, '-vb', '5')
+    loader = create_eval_loaders(parsed.loader, create_split(parsed.data, 'validation', 3), configs, Processes(CPU))
     assert isinstance(loader, PairEvalLoader) and len(loader) == 4
-    alone = {
-        side: create_loader(
-            create_split(parsed.data, 'validation', 3),
-            batch_size=5,
-            use_prefetcher=True,
-            num_workers=0,
-            device=CPU,
-            is_training=False,
-            **configs[side],
-        )
-        for side in 'ab'
-    }
-    for (images, target), batch_a, batch_b in zip(loader, alone['a'], alone['b'], strict=True):
-        assert torch.equal(images['a'], batch_a[0]) and torch.equal(images['b'], batch_b[0])
-        assert torch.equal(target, batch_a[1]) and torch.equal(target, batch_b[1])
+    batches, targets = zip(*loader, strict=True)
+    for side in SIDES:
+        assert torch.equal(torch.cat([batch[side] for batch in batches]), own_images(digits_folder, configs[side]))
+    assert [f'class{i}' for i in torch.cat(targets)] == [path.parent.name for path in image_paths(digits_folder)]
 
 
 @pytest.mark.parametrize('options', [[], HALF_B + HALF_A], ids=len)
 def test_equal_inputs_cost_nothing(digits_folder, tmp_path, options):
-    run, configs = start_run(digits_folder, tmp_path, 'test_resnet + test_vit', '--img-size', '32', *options)
+    run, configs = start_run(digits_folder, tmp_path, SMALL_PAIR, '--img-size', '32', *options)
     assert configs['a'] == configs['b'] and len(run.pair.inputs) == 0
     assert not isinstance(run.loader_eval, PairEvalLoader) and isinstance(eval_batch(run), torch.Tensor)
     images = own_images(digits_folder, configs['a'])
     assert all(run.pair.images(side, images) is images for side in 'ab')
     # Another crop alone is one of validation, where each branch has its own images anyway.
     other, _ = start_run(
-        digits_folder, tmp_path, 'test_resnet + test_vit', '--img-size', '32', *options, '--crop-pct-b', '0.7')
+        digits_folder, tmp_path, SMALL_PAIR, '--img-size', '32', *options, '--crop-pct-b', '0.7')
     assert len(other.pair.inputs) == 0 and isinstance(other.loader_eval, PairEvalLoader)
 
 
 def test_one_decode_an_image_in_training(digits_folder, tmp_path, monkeypatch):
-    run, _ = start_run(digits_folder, tmp_path, 'test_resnet + test_vit', '--img-size-a', '24', '--img-size-b', '32')
+    run, _ = start_run(digits_folder, tmp_path, SMALL_PAIR, '--img-size-a', '24', '--img-size-b', '32')
     decoded = []
     open_image = Image.open
     monkeypatch.setattr(Image, 'open', lambda file: decoded.append(file) or open_image(file))
@@ -242,58 +226,50 @@ def test_one_decode_an_image_in_training(digits_folder, tmp_path, monkeypatch):
 ], ids=lambda options: '-'.join(options[:2] + options[-1:]))
 def test_channels(digits_folder, tmp_path, options):
     run, configs = start_run(
-        digits_folder, tmp_path, 'test_resnet + test_vit', '--img-size', '32', *options)
+        digits_folder, tmp_path, SMALL_PAIR, '--img-size', '32', *options)
     channels = 4 if '4' in options else 1
     for config in configs.values():
         assert config['input_size'] == (channels, 32, 32) and len(config['mean']) == len(config['std']) == channels
     train_one_epoch(run)
     assert math.isfinite(epoch_terms(run)['train_loss'])
-    run.pair.eval()
-    images = {side: own_images(digits_folder, configs[side]) for side in 'ab'}
     [transformed] = run.pair.inputs
-    source = images['a' if transformed == 'b' else 'b']
-    assert_close(run.pair.images(transformed, source), images[transformed], rtol=0, atol=1e-5)
-    with torch.inference_mode():
-        output = run.pair(eval_batch(run))
-        for side, logits in (('a', output.logits_a), ('b', output.logits_b)):
-            assert torch.equal(logits, bare_model(run, side, configs)(images[side]))
+    source, images = (own_images(digits_folder, config) for config in (loader_config(configs), configs[transformed]))
+    assert_close(run.pair.images(transformed, source), images, rtol=0, atol=1e-5)
+    assert_sees_own_images(run, digits_folder, configs)
 
 
 def test_copies_keep_the_transform(digits_folder, tmp_path):
-    run, configs = start_run(digits_folder, tmp_path, 'test_resnet + test_vit', '--img-size-a', '24', '--img-size-b',
-                             '32', *HALF_A)
+    run, configs = start_run(
+        digits_folder, tmp_path, SMALL_PAIR, '--img-size-a', '24', '--img-size-b', '32', *HALF_A)
     train_one_epoch(run)
     averaged = run.task.get_trainable_module(ema=True).module
     given, own = (own_images(digits_folder, configs[side]) for side in 'ba')
     prepared = run.pair.images('a', given)
-    for other in (copy.deepcopy(run.pair), copy.deepcopy(run.task).trainable_module, averaged):
+    for other in (copy.deepcopy(run.task).trainable_module, averaged):
         assert other.inputs['a'] is not run.pair.inputs['a'] and list(other.inputs) == ['a']
-        assert torch.equal(other.images('a', given), prepared) and list(other.state_dict()) == list(
-            run.pair.state_dict())
+        assert torch.equal(other.images('a', given), prepared)
     with torch.inference_mode():
-        want = bare_model(run, 'a', configs, ema=True)(own)
-        assert torch.equal(averaged.eval()({'a': own, 'b': given}).logits_a, want)
-        assert torch.equal(averaged(given).logits_a, bare_model(run, 'a', configs, ema=True)(prepared))
-        assert not torch.equal(run.pair.eval()({'a': own, 'b': given}).logits_a, want)
+        model = bare_model(run, 'a', configs, ema=True)
+        assert torch.equal(averaged.eval()({'a': own, 'b': given}).logits_a, model(own))
+        assert torch.equal(averaged(given).logits_a, model(prepared))
     # A checkpoint of a pair without a transform fits, and the other way round.
-    state = run.pair.state_dict()
-    run.pair.set_inputs(configs['a'], dict.fromkeys('ab', configs['a']))
-    assert len(run.pair.inputs) == 0 and run.pair.state_dict().keys() == state.keys()
+    state = copy.deepcopy(averaged).state_dict()
+    run.pair.set_inputs(configs['a'], dict.fromkeys(SIDES, configs['a']))
+    assert len(run.pair.inputs) == 0
     run.pair.load_state_dict(state)
+    averaged.load_state_dict(run.pair.state_dict())
 
 
 @pytest.mark.parametrize(('dtype', 'size'), [(torch.float64, 48), (torch.bfloat16, 32), (torch.bfloat16, 48)])
 def test_other_types(digits_folder, tmp_path, dtype, size):
     run, configs = start_run(
-        digits_folder, tmp_path, 'test_resnet + test_vit', '--img-size-a', size, '--img-size-b', '32', *HALF_B)
+        digits_folder, tmp_path, SMALL_PAIR, '--img-size-a', size, '--img-size-b', '32', *HALF_B)
     given = own_images(digits_folder, configs['a'])
-    with torch.inference_mode():
-        want = run.pair.images('b', given)
-        pair = run.pair.to(dtype).eval()
-        prepared = pair.images('b', given.to(dtype))
-        assert prepared.dtype == dtype and prepared.shape == want.shape
-        assert_close(prepared.float(), want, rtol=0, atol=1e-6 if dtype == torch.float64 else 0.05)
-        assert pair(given.to(dtype)).logits_b.dtype == dtype
+    want = run.pair.images('b', given)
+    pair = run.pair.to(dtype)
+    prepared = pair.images('b', given.to(dtype))
+    assert_close(prepared, want.to(dtype), rtol=0, atol=1e-6 if dtype == torch.float64 else 0.05)
+    assert pair(given.to(dtype)).logits_b.dtype == dtype
 
 
 # configurations of pretrained models
@@ -316,7 +292,6 @@ OWN = {
 
 def test_configuration_of_a_pretrained_branch(digits_folder, tmp_path):
     save_pretrained(tmp_path / 'vit', **OWN)
-    pair = f'test_resnet + local-dir:{tmp_path / "vit"}'
     options = ['--img-size-a', '64', '--crop-pct', '1.0']
 
     def configs(*more):
@@ -337,9 +312,9 @@ def test_configuration_of_a_pretrained_branch(digits_folder, tmp_path):
         found['b'], mean=(0.1,) * 3, std=(0.9,) * 3, input_size=(3, 32, 32), crop_pct=0.8, interpolation='bilinear')
     assert not differing(found['a'], mean=(0.1,) * 3, input_size=(3, 64, 64))
     # A model that timm knows by name, without its weights: its size alone.
-    _, found = parse(digits_folder, 'test_resnet + test_vit', *options)
+    _, found = parse(digits_folder, SMALL_PAIR, *options)
     assert found['b']['input_size'] == (3, 160, 160) and loader_config(found) is found['b']
-    _, found = parse(digits_folder, pair, *options)
+    _, found = parse(digits_folder, f'test_resnet + local-dir:{tmp_path / "vit"}', *options)
     assert loader_config(found) is found['a']
 
 
@@ -351,11 +326,7 @@ def test_pretrained_branch_trains_and_validates_on_its_own_images(digits_folder,
     assert run.pair.model_b.num_classes == 4
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in state.items())
     train_one_epoch(run)
-    own = {side: own_images(digits_folder, configs[side]) for side in 'ab'}
-    with torch.inference_mode():
-        output = run.pair.eval()(eval_batch(run))
-        assert torch.equal(output.logits_a, bare_model(run, 'a', configs)(own['a']))
-        assert torch.equal(output.logits_b, bare_model(run, 'b', configs)(own['b']))
+    assert_sees_own_images(run, digits_folder, configs)
     # And at another size.
     parsed, configs = parse(
         digits_folder, f'test_resnet + local-dir:{tmp_path / "vit"}', '--img-size-b', '64', '--pretrained-b')
@@ -370,47 +341,42 @@ def test_pretrained_branch_trains_and_validates_on_its_own_images(digits_folder,
 @pytest.fixture(scope='module')
 def run_dir(digits_folder, tmp_path_factory):
     """The folder of a run whose branches have images of other sizes and statistics."""
-    output = tmp_path_factory.mktemp('runs')
-    assert train([
-        str(digits_folder), '--model-a', 'test_resnet', '--model-b', 'test_vit', '--img-size-a', '24', '--img-size-b',
-        '32', *HALF_B, *QUICK, '-b', '8', '--output', str(output), '--experiment', 'run']) == 0
-    return output / 'run'
+    return run(
+        digits_folder, tmp_path_factory.mktemp('runs'), '--img-size-a', '24', *HALF_B, '--epochs', '1', '--export',
+        '--crop-pct', '1.0', models=PAIR)
 
 
-@pytest.fixture(scope='module')
-def summary(run_dir):
-    with open(run_dir / 'summary.csv', newline='') as f:
-        [row] = csv.DictReader(f)
-    return row
-
-
-def validation_rows(tmp_path, *argv):
+def validated(tmp_path, *argv):
+    """The rows of a validation."""
     path = tmp_path / 'results.json'
     assert main(['validate', *map(str, argv), '--device', 'cpu', '--workers', '0', '--results-file', str(path)]) == 0
     return json.loads(path.read_text())
+
+
+def assert_same_figures(row, run_dir, side, weights='ema'):
+    [summary] = rows(run_dir)
+    prefix = 'eval_ema' if weights == 'ema' else 'eval'
+    for metric in ('top1', 'top5', 'loss'):
+        assert row[metric] == pytest.approx(float(summary[f'{prefix}_{metric}_{side}']), rel=1e-6)
 
 
 @pytest.mark.parametrize(('side', 'name', 'size', 'statistics'), [
     ('a', 'test_resnet', 24, IMAGENET),
     ('b', 'test_vit', 32, {'mean': (0.5,) * 3, 'std': (0.5,) * 3}),
 ])
-def test_export_keeps_its_own_inputs(digits_folder, tmp_path, run_dir, summary, side, name, size, statistics):
+def test_export_keeps_its_own_inputs(digits_folder, tmp_path, run_dir, side, name, size, statistics):
     folder = run_dir / 'export' / f'vpl-{name}'
     cfg = json.loads((folder / 'config.json').read_text())['pretrained_cfg']
     assert cfg['input_size'] == [3, size, size] and cfg['crop_pct'] == 1.0
     assert {key: tuple(cfg[key]) for key in ('mean', 'std')} == statistics
-    [row] = validation_rows(tmp_path, folder, digits_folder)
-    assert row['top1'] == float(summary[f'eval_ema_top1_{side}']) and row['images'] == 17
-    assert row['top5'] == float(summary[f'eval_ema_top5_{side}']) and row['img_size'] == size
-    assert row['loss'] == pytest.approx(float(summary[f'eval_ema_loss_{side}']), rel=1e-6)
+    [row] = validated(tmp_path, folder, digits_folder)
+    assert row['images'] == 17 and row['img_size'] == size
+    assert_same_figures(row, run_dir, side)
 
 
-
-def test_run_validates_each_branch_its_own_way(digits_folder, tmp_path, run_dir, summary):
-    rows = validation_rows(tmp_path, run_dir / 'last.pth.tar', digits_folder, '-b', '8')
-    assert [(row['branch'], row['weights'], row['img_size']) for row in rows] == [
+def test_run_validates_each_branch_its_own_way(digits_folder, tmp_path, run_dir):
+    found = validated(tmp_path, run_dir / 'last.pth.tar', digits_folder, '-b', '8')
+    assert [(row['branch'], row['weights'], row['img_size']) for row in found] == [
         ('a', 'raw', 24), ('a', 'ema', 24), ('b', 'raw', 32), ('b', 'ema', 32)]
-    for row in rows:
-        prefix = 'eval_ema' if row['weights'] == 'ema' else 'eval'
-        for metric in ('top1', 'top5', 'loss'):
-            assert row[metric] == pytest.approx(float(summary[f'{prefix}_{metric}_{row["branch"]}']), rel=1e-6)
+    for row in found:
+        assert_same_figures(row, run_dir, row['branch'], row['weights'])

@@ -21,22 +21,12 @@ SIDES = ('a', 'b', 'both')
 ONE_STAGE = {'epochs': 10, 'x': 0, 'y': 0}
 
 
-def make_output(
-        num_images=4,
-        dim=6,
-        num_classes=5,
-        dtype=torch.float64,
-        seed=0,
-        stopped='',
-        ids=None,
-        scale=1.,
-):
+def make_output(num_images=4, dim=6, num_classes=5, dtype=torch.float64, seed=0, stopped='', ids=None):
     """Random PairOutput of leaf tensors; stopped names the sides that carry a stopped embedding."""
     generator = torch.Generator().manual_seed(seed)
 
     def leaf(*shape):
-        values = scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
-        return values.to(dtype).requires_grad_()
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
     return PairOutput(
         leaf(num_images, num_classes),
@@ -58,8 +48,7 @@ def make_target(num_images=4, num_classes=5, soft=False, seed=0, dtype=torch.flo
 
 
 def make_criterion(**kwargs):
-    kwargs = {**ONE_STAGE, 'tau': 0.2, **kwargs}
-    criterion = VPLLoss(**kwargs)
+    criterion = VPLLoss(**{**ONE_STAGE, 'tau': 0.2, **kwargs})
     criterion.set_epoch(0)
     return criterion
 
@@ -78,11 +67,8 @@ def gradients(term, leaves):
 
 def assert_close(got, want, what):
     want = torch.as_tensor(want, dtype=torch.float64)
-    assert got.dtype == torch.float64, what
-    assert got.shape == want.shape, what
     tolerance = 1e-10 * max(1., float(want.detach().abs().max()))
-    difference = float((got.detach() - want.detach()).abs().max())
-    assert difference <= tolerance, f'{what}: off by {difference}'
+    torch.testing.assert_close(got, want, rtol=0, atol=tolerance, msg=lambda m: f'{what}: {m}')
 
 
 def assert_same_gradients(got, want, what):
@@ -113,11 +99,10 @@ def assert_finite(criterion, output, target):
 
 @pytest.mark.parametrize('same_class', ['negative', 'ignore', 'positive'])
 @pytest.mark.parametrize('similarity', ['cosine', 'dot'])
-@pytest.mark.parametrize('kl_to', SIDES)
 @pytest.mark.parametrize('contrastive_to', SIDES)
-def test_terms_and_gradients_equal_reference(contrastive_to, kl_to, similarity, same_class):
-    rng = random.Random(f'{contrastive_to} {kl_to} {similarity} {same_class}')
-    for soft, with_ids, with_stopped in itertools.product((False, True), repeat=3):
+def test_terms_and_gradients_equal_reference(contrastive_to, similarity, same_class):
+    rng = random.Random(f'{contrastive_to} {similarity} {same_class}')
+    for i, (soft, with_ids, with_stopped) in enumerate(itertools.product((False, True), repeat=3)):
         stopped = rng.choice(['a', 'b', 'ab']) if with_stopped else ''
         num_images, dim, num_classes = rng.randint(1, 9), rng.randint(1, 17), rng.randint(2, 12)
         ids = torch.tensor([rng.randint(0, num_images // 2) for _ in range(num_images)]) if with_ids else None
@@ -129,7 +114,7 @@ def test_terms_and_gradients_equal_reference(contrastive_to, kl_to, similarity, 
             'rho': rng.uniform(0.5, 4),
             'similarity': similarity,
             'contrastive_to': contrastive_to,
-            'kl_to': kl_to,
+            'kl_to': SIDES[i % 3],
             'contrastive_weight': rng.uniform(0.1, 3),
             'kl_weight': rng.uniform(0.1, 3),
             'same_class': same_class,
@@ -166,24 +151,19 @@ def test_many_images_of_few_classes_and_copies(seed):
     assert_same_gradients(gradients(got, leaves_of(output)), gradients(want, leaves_of(output)), 'contrastive_loss')
 
 
-def test_contrastive_by_hand():
+@pytest.mark.parametrize('settings, scale, target, want', [
     # Orthonormal embeddings, a = b: the partner has similarity 1, the two other images of 2 branches 0.
-    eye = torch.eye(2, dtype=torch.float64)
-    output = PairOutput(torch.zeros_like(eye), torch.zeros_like(eye), eye.clone(), 3 * eye)
-    target = torch.tensor([0, 1])
-    loss = make_criterion(tau=0.5).terms(output, target)['contrastive_loss']
-    assert float(loss) == pytest.approx(-math.log(math.exp(2) / (math.exp(2) + 2)), abs=1e-12)
-    loss = make_criterion(tau=0.5, similarity='dot').terms(output, target)['contrastive_loss']
-    assert float(loss) == pytest.approx(-math.log(math.exp(6) / (math.exp(6) + 2)), abs=1e-12)
-
-
-def test_contrastive_positives_by_hand():
+    ({}, 1, [0, 1], math.log(math.exp(2) + 2) - 2),
+    ({}, 3, [0, 1], math.log(math.exp(2) + 2) - 2),
+    ({'similarity': 'dot'}, 3, [0, 1], math.log(math.exp(6) + 2) - 6),
     # Two images of one class: each anchor has three candidates, all positives.
+    ({'same_class': 'positive'}, 1, [1, 1], math.log(math.exp(2) + 2) - 2 / 3),
+])
+def test_contrastive_by_hand(settings, scale, target, want):
     eye = torch.eye(2, dtype=torch.float64)
-    output = PairOutput(torch.zeros_like(eye), torch.zeros_like(eye), eye.clone(), eye.clone())
-    loss = make_criterion(tau=0.5, same_class='positive').terms(output, torch.tensor([1, 1]))['contrastive_loss']
-    z = math.exp(2) + 2
-    assert float(loss) == pytest.approx((math.log(z) - 2 + 2 * math.log(z)) / 3, abs=1e-12)
+    output = PairOutput(torch.zeros_like(eye), torch.zeros_like(eye), eye.clone(), scale * eye)
+    loss = make_criterion(tau=0.5, **settings).terms(output, torch.tensor(target))['contrastive_loss']
+    assert float(loss) == pytest.approx(want, abs=1e-12)
 
 
 def test_kl_by_hand():
@@ -200,44 +180,18 @@ def test_kl_by_hand():
 
 
 def test_one_hot_targets_equal_class_indices():
-    output = make_output(7, 5, 4, stopped='a', ids=torch.tensor([0, 0, 1, 2, 2, 3, 4]))
+    output = make_output(7, 5, 4, stopped='a', ids=torch.tensor([0, 0, 1, -2, -2, 3, 10 ** 12]))
     target = make_target(7, 4)
     one_hot = torch.nn.functional.one_hot(target, 4).double()
     for same_class in ('negative', 'ignore', 'positive'):
         criterion = make_criterion(same_class=same_class)
         hard, soft = criterion.terms(output, target), criterion.terms(output, one_hot)
+        assert_close(hard['loss'], reference.pair_terms(output, target, 0.2, same_class=same_class)['loss'], 'loss')
         for name in hard:
             assert_close(soft[name], hard[name], name)
-            leaves = leaves_of(output)
-            assert_same_gradients(gradients(soft[name], leaves), gradients(hard[name], leaves), name)
 
 
-def test_distinct_ids_and_no_ids_are_the_same():
-    target = make_target()
-    for same_class in ('negative', 'ignore', 'positive'):
-        criterion = make_criterion(same_class=same_class)
-        without = criterion(make_output(), target)
-        assert_close(criterion(make_output(ids=torch.tensor([7, -1, 3, 10 ** 12])), target), without, same_class)
-
-
-# who learns
-
-@pytest.mark.parametrize('stopped', ['', 'a', 'b'])
-@pytest.mark.parametrize('kl_to', SIDES)
-@pytest.mark.parametrize('contrastive_to', SIDES)
-def test_who_learns(contrastive_to, kl_to, stopped):
-    output = make_output(stopped=stopped)
-    terms = make_criterion(contrastive_to=contrastive_to, kl_to=kl_to).terms(output, make_target())
-    assert learners(terms['ce_a_loss'], output) == {'logits_a'}
-    assert learners(terms['ce_b_loss'], output) == {'logits_b'}
-    both = {'a', 'b'}
-    learning = both if kl_to == 'both' else {kl_to}
-    assert learners(terms['kl_loss'], output) == {f'logits_{side}' for side in learning}
-    learning = both if contrastive_to == 'both' else {contrastive_to}
-    want = {f'embed_{side}' for side in learning}
-    want |= {f'stopped_{side}' for side in both - learning if side in stopped}
-    assert learners(terms['contrastive_loss'], output) == want
-
+# who learns, where the caller says nothing; otherwise the loops tell
 
 def test_default_directions():
     output = make_output()
@@ -247,17 +201,6 @@ def test_default_directions():
 
 
 # the sum
-
-def test_weights_apply_to_the_total_only():
-    output, target = make_output(), make_target()
-    plain = make_criterion().terms(output, target)
-    weighted = make_criterion(contrastive_weight=0.3, kl_weight=2.5).terms(output, target)
-    for name in TERMS:
-        assert torch.equal(plain[name], weighted[name]), name
-    assert_close(plain['loss'], sum(plain[name] for name in TERMS), 'loss')
-    want = plain['ce_a_loss'] + plain['ce_b_loss'] + 0.3 * plain['contrastive_loss'] + 2.5 * plain['kl_loss']
-    assert_close(weighted['loss'], want, 'weighted loss')
-
 
 @pytest.mark.parametrize('off, weights', [
     ({'contrastive_loss'}, {'contrastive_weight': 0}),
@@ -269,17 +212,6 @@ def test_zero_weight_turns_a_term_off(off, weights):
     terms = make_criterion(**weights).terms(output, target)
     assert set(terms) == {*TERMS, 'loss'} - off
     assert_close(terms['loss'], sum(terms[name] for name in set(TERMS) - off), 'loss')
-
-
-def test_total_is_a_scalar_with_the_gradient_of_its_parts():
-    output, target = make_output(), make_target()
-    criterion = make_criterion(contrastive_weight=0.5)
-    loss = criterion(output, target)
-    assert loss.shape == ()
-    loss.backward()
-    want = reference.pair_terms(output, target, 0.2, contrastive_weight=0.5)['loss']
-    got = {name: leaf.grad for name, leaf in leaves_of(output).items()}
-    assert_same_gradients(got, gradients(want, leaves_of(output)), 'loss')
 
 
 @pytest.mark.parametrize('name, base_loss, loop', [
@@ -295,11 +227,7 @@ def test_base_loss_serves_both_branches(name, base_loss, loop):
     for side in 'ab':
         want = loop(leaves[f'logits_{side}'], target)
         assert_close(terms[f'ce_{side}_loss'], want, name)
-        got_gradients = gradients(terms[f'ce_{side}_loss'], leaves)
-        assert_same_gradients(got_gradients, gradients(want, leaves), name)
-    pair = reference.pair_terms(output, target, 0.2)
-    for term in ('contrastive_loss', 'kl_loss'):
-        assert_close(terms[term], pair[term], term)
+        assert_same_gradients(gradients(terms[f'ce_{side}_loss'], leaves), gradients(want, leaves), name)
     assert_close(terms['loss'], sum(terms[term] for term in TERMS), 'loss')
 
 
@@ -345,36 +273,19 @@ def test_what_a_stage_does_not_use_cannot_spoil_it(value):
 def test_no_epoch_warns_once_and_counts_as_the_first():
     output, target = make_output(), make_target()
     criterion = VPLLoss(10, 20, 20, tau=0.2)
+    with warnings.catch_warnings():  # not in evaluation, such as Lightning's sanity check
+        warnings.simplefilter('error')
+        value = criterion.eval()(output, target).detach()
+        with torch.no_grad():
+            assert torch.equal(criterion.train()(output, target), value)
+        make_criterion()(output, target)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         terms = criterion.terms(output, target)
-        criterion(output, target)
-        criterion.terms(output, target)
+        assert torch.equal(criterion(output, target).detach(), value)
     assert [warning.category for warning in caught] == [UserWarning]
     assert 'epoch' in str(caught[0].message)
     assert set(terms) == {'ce_a_loss', 'ce_b_loss', 'contrastive_loss', 'loss'}
-
-
-def test_evaluation_before_the_first_epoch_does_not_warn():
-    # Lightning's sanity check.
-    criterion = VPLLoss(10, tau=0.2)
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        criterion.eval()(make_output(), make_target())
-        with torch.no_grad():
-            criterion.train()(make_output(), make_target())
-        make_criterion()(make_output(), make_target())
-    with pytest.warns(UserWarning, match='set_epoch'):
-        criterion(make_output(), make_target())
-
-
-def test_eval_mode_and_no_grad_give_the_same_value():
-    output, target = make_output(), make_target()
-    criterion = make_criterion()
-    want = criterion(output, target).detach()
-    with torch.no_grad():
-        assert torch.equal(criterion(output, target), want)
-    assert torch.equal(criterion.eval()(output, target).detach(), want)
 
 
 # precision
@@ -396,32 +307,19 @@ def test_low_precision_gives_float32(dtype, soft):
 
 
 @pytest.mark.parametrize('similarity', ['cosine', 'dot'])
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32, torch.float64])
 def test_autocast_changes_nothing(dtype, similarity):
     output, target = make_output(6, 64, dtype=dtype), make_target(6)
     criterion = make_criterion(similarity=similarity)
     want = criterion.terms(output, target)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         got = criterion.terms(output, target)
-        total = criterion(output, target)
-    assert total.dtype == torch.float32
     for name in want:
-        assert got[name].dtype == torch.float32, name
+        assert got[name].dtype == (torch.float64 if dtype == torch.float64 else torch.float32), name
         assert torch.equal(got[name], want[name]), name
     got_gradients = gradients(got['loss'], leaves_of(output))
     for name, gradient in gradients(want['loss'], leaves_of(output)).items():
         assert gradient is None or torch.equal(got_gradients[name], gradient), name
-
-
-@pytest.mark.parametrize('similarity', ['cosine', 'dot'])
-def test_float64_stays_float64_under_autocast(similarity):
-    output, target = make_output(), make_target()
-    criterion = make_criterion(similarity=similarity)
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        got = criterion.terms(output, target)
-    want = reference.pair_terms(output, target, 0.2, similarity=similarity)
-    for name in want:
-        assert_close(got[name], want[name], name)
 
 
 # extremes
@@ -521,28 +419,21 @@ def leaf(*shape):
     return torch.ones(*shape, dtype=torch.float64, requires_grad=True)
 
 
-@pytest.mark.parametrize('changes, sizes', [
-    ({'embed_b': leaf(4, 7)}, '67'),
-    ({'embed_a': leaf(4, 1)}, '16'),
-    ({'embed_a': leaf(3, 6)}, '34'),
-    ({'embed_b': leaf(1, 6)}, '14'),
-    ({'logits_a': leaf(3, 5)}, '34'),
-    ({'logits_b': leaf(1, 5)}, '14'),
-    ({'sample_ids': torch.zeros(1, dtype=torch.int64)}, '14'),
+@pytest.mark.parametrize('changes, sizes, target', [
+    ({'embed_b': leaf(4, 7)}, '67', make_target()),
+    ({'embed_a': leaf(4, 1)}, '16', make_target()),
+    ({'embed_a': leaf(3, 6)}, '34', make_target()),
+    ({'embed_b': leaf(1, 6)}, '14', make_target()),
+    ({'logits_a': leaf(3, 5)}, '34', make_target()),
+    ({'logits_b': leaf(1, 5)}, '14', make_target()),
+    ({'sample_ids': torch.zeros(1, dtype=torch.int64)}, '14', make_target()),
+    *(({}, f'4{n}', make_target(n, soft=soft)) for n in (1, 3) for soft in (False, True)),
 ])
-def test_mismatched_output_shapes(changes, sizes):
+def test_mismatched_shapes(changes, sizes, target):
     with pytest.raises(ValueError) as error:
-        make_criterion()(make_output()._replace(**changes), make_target())
+        make_criterion()(make_output()._replace(**changes), target)
     for size in sizes:
         assert size in str(error.value)
-
-
-@pytest.mark.parametrize('soft', [False, True])
-@pytest.mark.parametrize('num_targets', [1, 3])
-def test_mismatched_target_shapes(num_targets, soft):
-    with pytest.raises(ValueError) as error:
-        make_criterion()(make_output(), make_target(num_targets, soft=soft))
-    assert '4' in str(error.value) and str(num_targets) in str(error.value)
 
 
 @pytest.mark.parametrize('output', [torch.randn(4, 5), (torch.randn(4, 5), torch.randn(4, 5))], ids=['one', 'two'])

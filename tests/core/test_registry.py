@@ -22,7 +22,6 @@ NO_CLASSIFIER = r'has no get_classifier\(\), a branch is a timm model or has its
 EXCEPTIONS = dict.fromkeys([
     'deepseek_vit_412m_enc', 'gemma4_vit_167m_enc', 'gemma4_vit_570m_enc', 'mobilenetv5_300m_enc', 'qwen3_vit_88m_enc',
     'qwen3_vit_306m_enc', 'qwen3_vit_416m_enc'], NO_CLASSIFIER)
-WORKING = 1340  # at least so many of the models must be able to
 
 
 class Case(NamedTuple):
@@ -34,7 +33,7 @@ class Case(NamedTuple):
 
 TABLES = yaml.safe_load(Path(__file__).with_name('registry.yaml').read_text())
 SMALLEST = {module: Case(*row) for module, row in TABLES['smallest'].items()}
-SPECIAL, LARGER = ([Case(*row) for row in TABLES[name]] for name in ('special', 'larger'))
+SPECIAL = [Case(*row) for row in TABLES['special']]
 
 
 def case_of(module):
@@ -158,13 +157,6 @@ def test_values_of_special_heads(case):
     check_values(case)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    'case', [*(case for case in SMALLEST.values() if case.kwargs), *LARGER], ids=lambda case: case.name)
-def test_values_of_whole_models(case):
-    test_values_of_special_heads(Case(case.name, case.size))
-
-
 # the whole registry, on no device: shapes
 
 
@@ -192,16 +184,3 @@ def test_registry(module):
     assert set(failed) == {name for name in EXCEPTIONS if name in timm.list_models(module=module)}, failed
     for name, message in failed.items():
         assert re.search(EXCEPTIONS[name], message), (name, message)
-
-
-@pytest.mark.slow
-def test_almost_all_models_can_be_a_branch():
-    # With test_registry, which holds the others to work.
-    names = timm.list_models()
-    assert len(set(names) - set(EXCEPTIONS)) >= WORKING
-    assert sum(len(timm.list_models(module=module)) for module in MODULES) == len(names)
-    for name in set(EXCEPTIONS) & set(names):
-        with torch.device('meta'):
-            model = timm.create_model(name, num_classes=NUM_CLASSES)
-        with pytest.raises(ValueError, match=EXCEPTIONS[name]):
-            PairWrapper(model, None)

@@ -8,12 +8,12 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from small import NUM_CLASSES, shake
 from timm.layers import DropPath
 from timm.models.vision_transformer import ResPostBlock
 
 from timm_vpl.core.stochastic_depth import SampleDropPath, set_uniform_drop_path
 
-NUM_CLASSES = 5
 SMALL_VIT = {'img_size': 32, 'depth': 2, 'embed_dim': 24, 'num_heads': 3}
 SMALL_CONVNEXT = {'depths': (1, 1, 2, 1), 'dims': (8, 8, 16, 16)}
 SMALL_REGNET = {'depth': 6, 'w0': 8, 'wa': 8., 'wm': 1.7, 'group_size': 4}
@@ -36,7 +36,6 @@ FAMILIES = {
     'regnet_linear_out': ('regnetz_005', SMALL_REGNET, 6, 6),
     'xcit': ('xcit_nano_12_p8_224', {'img_size': 32, 'depth': 2, 'embed_dim': 16}, 10, 4),
 }
-SKIPPING = [family for family, (*_, branches, masked) in FAMILIES.items() if masked < branches]
 RATE = 0.4
 
 
@@ -44,11 +43,7 @@ def make_model(family, **kwargs):
     """A small float64 model in which every parameter shows in the output."""
     name, small, *_ = FAMILIES[family]
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=NUM_CLASSES, **small, **kwargs).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
+    return shake(timm.create_model(name, num_classes=NUM_CLASSES, **small, **kwargs).double())
 
 
 def images(family, num_images=6):
@@ -120,7 +115,7 @@ def test_all_branches_dropped_leave_the_shortcut(family, monkeypatch):
     assert all(kept[name].any() and not dropped[name].any() for name in branches)
 
 
-@pytest.mark.parametrize('family', SKIPPING)
+@pytest.mark.parametrize('family', FAMILIES)
 def test_skipping_equals_masking(family):
     model, batch = make_model(family), images(family)
     skipping, masking = with_rate(model, skip=True), with_rate(model)
@@ -129,15 +124,12 @@ def test_skipping_equals_masking(family):
         path.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     assert_same(run(skipping, batch), run(masking, batch))
     *_, branches, masked = FAMILIES[family]
-    assert len(rows) == branches and rows.count(len(batch)) <= masked + 1 and min(rows) < len(batch)
+    if masked < branches:
+        assert len(rows) == branches and rows.count(len(batch)) <= masked + 1 and min(rows) < len(batch)
     assert_same(run(skipping, batch, batch + 1, seed=1), run(masking, batch, batch + 1, seed=1))
-
-
-@pytest.mark.parametrize('family', ['convnext', 'convnext_conv_mlp', 'regnet'])
-def test_channels_last(family):
-    model, batch = make_model(family), images(family)
-    skipping = with_rate(model, skip=True).to(memory_format=torch.channels_last)
-    assert_same(run(skipping, batch.to(memory_format=torch.channels_last)), run(with_rate(model), batch))
+    if 'conv' in family or 'regnet' in family:
+        skipping.to(memory_format=torch.channels_last)
+        assert_same(run(skipping, batch.to(memory_format=torch.channels_last)), run(masking, batch))
 
 
 @pytest.mark.parametrize('family', ['vit', 'swin', 'convnext', 'xcit'])
@@ -162,12 +154,6 @@ def test_masked_branches_are_named_once(family, caplog):
     assert len(messages) == (masked > 0)
     if masked:
         assert f'{masked} of {branches} residual branches' in messages[0] and type(model).__name__ in messages[0]
-
-
-@pytest.mark.parametrize('family', ['swin_v2', 'convnext_batch_norm', 'regnet'])
-def test_where_none_can_skip_all_are_masked(family):
-    model, batch = make_model(family), images(family)
-    assert_same(run(with_rate(model, skip=True), batch), run(with_rate(model), batch))
 
 
 @pytest.mark.parametrize('skip', [False, True])
@@ -212,20 +198,13 @@ def test_gradient_checkpointing(family, skip):
 def test_copy_is_independent():
     model = with_rate(make_model('vit'), skip=True)
     model(images('vit'))
-    clone = copy.deepcopy(model)
-    expected = run(model, images('vit'))
+    clone, expected = copy.deepcopy(model), run(model, images('vit'))
     del model
     assert_same(run(clone, images('vit')), expected)
-    set_uniform_drop_path(clone, RATE)
+    for skip in (True, False):  # a second call replaces the first
+        set_uniform_drop_path(clone, RATE, skip)
+        assert_same(run(clone, images('vit')), expected)
     assert not any(module._forward_pre_hooks for module in clone.modules())
-    assert_same(run(clone, images('vit')), expected)
-
-
-def test_second_call_replaces_the_first():
-    model = make_model('convnext')
-    changed = with_rate(with_rate(model, 0.9, skip=True), 0.2, skip=True)
-    assert {path.drop_prob for path in drop_paths(changed)} == {0.2}
-    assert_same(run(changed, images('convnext')), run(with_rate(model, 0.2), images('convnext')))
 
 
 @pytest.mark.parametrize('skip', [False, True])
