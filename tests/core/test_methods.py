@@ -573,7 +573,7 @@ def test_dml_is_two_networks_with_an_optimizer_each(digits_folder, tmp_path, opt
 
     # a with and, after its update, without gradient; b once.
     assert calls['a'] == [(True, True), (False, True)] * 20 and calls['b'] == [(True, True)] * 20
-    assert METHODS['dml'].passes(METHODS['dml'].options()) == 3
+    assert METHODS['dml'].passes(METHODS['dml'].options(), 'ab') == 3
     assert losses[-1][0] < 0.8 * losses[0][0] and losses[-1][1] < 0.8 * losses[0][1]
     terms, means = epoch_terms(run), [sum(values) / 20 for values in zip(*losses, strict=True)]
     for side, model, mean in zip(SIDES, models, means, strict=True):

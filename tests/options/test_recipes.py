@@ -150,7 +150,7 @@ def test_real_models_on_the_meta_device(path, digits_folder):
             pair = PairWrapper(models.get('a'), models.get('b'), affine_side=getattr(args, 'affine_side', 'b')).eval()
             output = pair(torch.zeros(2, *loader_config(configs)['input_size']))
         built[key] = {side: tuple(getattr(output, f'logits_{side}').shape) for side in args.sides}
-        assert not METHODS[args.method].distilled or hasattr(models['b'], 'set_distilled_training')
+        assert not METHODS[args.method].distilled(args.options.own) or hasattr(models['b'], 'set_distilled_training')
     assert built[key] == dict.fromkeys(args.sides, (2, args.classes))
 
 
@@ -220,13 +220,13 @@ def two_steps(path, data_dir, output, *options, source=None):
         '--train-split', 'train', '--val-split', 'validation', '--img-size', '32', '-b', '16', '-j', '0',
         '--epochs', '2', '--start-epoch', '1', '--stop-epoch', '2', '--warmup-epochs', '0', '--device', 'cpu',
         '--no-amp', '--no-pin-mem', '--output', str(output), '--experiment', path.stem, '--no-export', '--model-kwargs']
-    if METHODS[args.method].has_teacher(args.sides):
+    if METHODS[args.method].has_teacher(args.options.own, args.sides):
         argv += ['--teacher', str(source)]
     if path.stem.startswith('finetune'):
         argv.insert(0, '--no-pretrained')  # timm's weights of the tiny models are not here
     for side in args.sides:
         tiny = 'test_resnet' if is_cnn(args, side) else 'test_vit'
-        if METHODS[args.method].distilled:
+        if METHODS[args.method].distilled(args.options.own):
             argv += ['--model-kwargs-b', TINY_DISTILLED]
             tiny = 'deit_tiny_distilled_patch16_224'
         elif 'local-dir:' in ' '.join(command(path)):

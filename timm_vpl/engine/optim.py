@@ -49,8 +49,8 @@ def _config(options: Options) -> Namespace:
 def param_groups(
         options: Options,
         pair: PairWrapper,
-        criterion: StagedLoss,
         lrs: dict[str, float],
+        criterion: StagedLoss | None = None,
 ) -> list[dict[str, Any]]:
     """Return the optimizer's groups, each with its 'side', each branch's as timm makes them for the model alone.
 
@@ -81,7 +81,7 @@ def param_groups(
             )
         if side == pair.sides[-1] and pair.affine is not None:
             branch_groups += param_groups_weight_decay(pair.affine, weight_decay=kwargs['weight_decay'])
-        for learner, part in criterion.parts_of(pair.sides):
+        for learner, part in criterion.parts_of(pair.sides) if criterion else ():
             if learner == side:
                 branch_groups += param_groups_weight_decay(part, weight_decay=kwargs['weight_decay'])
         groups += [{**group, 'lr': lrs[side], 'side': side} for group in branch_groups]
@@ -91,8 +91,8 @@ def param_groups(
 def create_optimizer(
         options: Options,
         pair: PairWrapper,
-        criterion: StagedLoss,
         lrs: dict[str, float],
+        criterion: StagedLoss | None = None,
 ) -> torch.optim.Optimizer:
     """Create the one optimizer of both branches, and of the layers that terms have.
 
@@ -108,7 +108,7 @@ def create_optimizer(
     kwargs.update({
         key: value for key, value in (asked.opt_kwargs).items() if not key.startswith('fallback_')})
     try:
-        optimizer = create_optimizer_v2(param_groups(options, pair, criterion, lrs), lr=max(lrs.values()), **kwargs)
+        optimizer = create_optimizer_v2(param_groups(options, pair, lrs, criterion), lr=max(lrs.values()), **kwargs)
     except (AssertionError, TypeError, ValueError) as e:
         raise UsageError(f'--opt {asked.opt}: {e}') from e
     if getattr(optimizer, 'is_second_order', False):

@@ -137,7 +137,7 @@ def create_run(options: Options, processes: Processes, start: Start | None = Non
         options, optim.schedule_epochs(options, updates_per_epoch), processes.device,
         models.student_of(options, {side: pair.branch(side) for side in pair.sides}), num_classes,
         models.feature_width(pair, teacher, configs))
-    optimizer = optim.create_optimizer(options, pair, criterion, optim.learning_rates(options, processes.world_size))
+    optimizer = optim.create_optimizer(options, pair, optim.learning_rates(options, processes.world_size), criterion)
     scheduler, num_epochs = optim.create_scheduler(options, optimizer, updates_per_epoch)
     task = _create_task(options, pair, teacher, criterion, processes)
     amp_dtype = torch.float16 if options.device.amp_dtype == 'float16' else torch.bfloat16
