@@ -95,9 +95,9 @@ class PairTask(TrainingTask):
     def settle(self, input: Images, autocast: Callable[[], Any] = contextlib.nullcontext) -> None:
         """Run each part and each term that has layers forward and backward once, on images that do not matter.
 
-        A layer of a term that gets no gradient is refused. After its first backward DistributedDataParallel arranges its
-        buckets anew, which changes the order in which three or more processes sum a gradient: a run that was resumed
-        would differ from one that went on. Nothing is learnt here; running statistics are put back.
+        A layer of a term that gets no gradient is refused. After its first backward DistributedDataParallel arranges
+        its buckets anew, which changes the order in which three or more processes sum a gradient: a run that was
+        resumed would differ from one that went on. Nothing is learnt here; running statistics are put back.
 
         Args:
             input: Images of the shape of the training batches.
