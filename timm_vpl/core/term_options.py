@@ -337,10 +337,12 @@ TermText = Annotated[str, term_text]
 def complete(asked: Sequence[Asked], sides: Sequence[str]) -> list[Asked]:
     """Return the labels' loss of each branch, then the terms as they are built: each with its leader."""
     labels = {side: TermOptions(side) for side in sides}
+    for term in asked:
+        if term.name == 'ce':
+            labels.update((side, replace(term.own, learner=side)) for side in term.learners)
     others: list[Asked] = []
     for name, own in asked:
         if name == 'ce':
-            labels.update((side, replace(own, learner=side)) for side in Asked(name, own).learners)
             continue
         alpha = own.alpha if isinstance(own, SharedOptions) else None
         if alpha is not None:
