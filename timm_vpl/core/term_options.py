@@ -306,7 +306,9 @@ def parse_term(text: str) -> Asked:
 def _value(annotation: Any, spelled: str) -> Any:
     kind, nargs = values_of(annotation)
     if nargs:
-        return tuple(map(kind, filter(None, spelled.split('+'))))
+        if not all(spelled.split('+')):
+            raise ValueError('expected at least one, joined by +')
+        return tuple(map(kind, spelled.split('+')))
     if kind is not bool:
         return kind(spelled)
     if spelled.lower() not in ('true', 'false'):
