@@ -257,6 +257,11 @@ def _held_modules(functions: Iterable[Any]) -> Iterator[nn.Module]:
         seen.add(id(item))
         if isinstance(item, nn.Module):
             yield item
+            held += [each for module in item.modules() for each in vars(module).values() if not isinstance(each, dict)]
+        elif isinstance(item, (list, tuple)):
+            held += item
+        elif isinstance(item, dict):
+            held += item.values()
         elif isinstance(item, partial):
             held += item.func, *item.args, *item.keywords.values()
         elif callable(item):

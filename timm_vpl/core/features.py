@@ -33,8 +33,10 @@ def find_module(model: Any, name: str, where: str) -> nn.Module:
     try:
         module: nn.Module = model.get_submodule(stages.get(name, name))
     except AttributeError:
+        modules = dict(model.named_modules())
+        there = [stage for stage, module in stages.items() if module in modules]  # timm may name others
         raise ValueError(
-            f'{where} ({type(model).__name__}) has no feature {name!r}: expected one of {", ".join([*stages, EMBED])}, '
+            f'{where} ({type(model).__name__}) has no feature {name!r}: expected one of {", ".join([*there, EMBED])}, '
             f'or the name of a module') from None
     while isinstance(module, nn.Sequential) and len(module):
         module = module[-1]  # with gradient checkpointing timm calls its members alone
@@ -47,19 +49,25 @@ def as_map(model: Any, name: str, outputs: Sequence[Any], size: tuple[int, int])
     Args:
         model: The model.
         name: Of the feature.
-        outputs: What the module gave: (N, d, h, w), (N, h, w, d) where the model's `output_fmt` is 'NHWC', or tokens
-            (N, L, d) of a grid that has the proportions of the image.
+        outputs: What the module gave: (N, d, h, w); (N, h, w, d) where the model's `output_fmt` is 'NHWC' or the
+            proportions of the image tell; such a map with other things in a tuple; or tokens (N, L, d) of a grid that
+            has the proportions of the image.
         size: Height and width of the image.
 
     Raises:
         ValueError: It is none of these.
     """
     output: torch.Tensor | Any = outputs[-1] if outputs else None
-    shape = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
+    if type(output) is tuple:  # PiT: the map and the tokens of classes
+        maps_of = [each for each in output if getattr(each, 'ndim', 0) == 4]
+        output = maps_of[0] if maps_of else output
+    shape: tuple[int, ...] = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
     if len(shape) == 4:
-        maps: torch.Tensor = output.permute(0, 3, 1, 2) if getattr(model, 'output_fmt', '') == 'NHWC' else output
+        last = getattr(model, 'output_fmt', '') == 'NHWC' or (
+            _has_proportions(shape[1:3], size) and not _has_proportions(shape[2:], size))
+        maps: torch.Tensor = output.permute(0, 3, 1, 2) if last else output
         return maps
-    if len(shape) == 3:
+    if len(shape) == 3 and not hasattr(model, 'reroll'):  # Hiera's tokens are in the order of its windows
         for prefix in (getattr(model, 'num_prefix_tokens', 0), 0):
             height = round(((shape[1] - prefix) * size[0] / size[1]) ** 0.5)
             width = (shape[1] - prefix) // max(height, 1)
@@ -68,3 +76,8 @@ def as_map(model: Any, name: str, outputs: Sequence[Any], size: tuple[int, int])
                 return maps
     raise ValueError(f'{type(model).__name__}: feature {name!r} is {shape or type(output).__name__}, expected a map '
                      f'(N, d, h, w) or tokens (N, L, d) of a grid')
+
+
+def _has_proportions(grid: tuple[int, ...], size: tuple[int, int]) -> bool:
+    """Return whether a grid has the proportions of the image, up to what rounding at each stage may do."""
+    return abs(grid[0] * size[1] - grid[1] * size[0]) <= 2 * max(size)

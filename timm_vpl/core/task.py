@@ -115,14 +115,16 @@ class PairTask(TrainingTask):
             with autocast():
                 *said, features = self._run(side, pair.images(side, input))
                 outputs = [x for x in said if x is not None]
-                if 'affine' in self._ddp and side == pair.affine_side:
-                    outputs.append(self._ddp['affine'](outputs[1].detach()))
+                if pair.affine is not None and side == pair.affine_side:
+                    said[1] = self._run('affine', said[1].detach())
+                    outputs.append(said[1])
             wanted = [x.float().sum() for x in outputs if x.requires_grad]
             if wanted:
                 sum(wanted).backward()
-            output = output._replace(**{
-                f'logits_{side}': said[0].detach(), f'embed_{side}': said[1].detach(),
-                f'features_{side}': {name: feature.detach() for name, feature in (features or {}).items()}})
+            fields: dict[str, Any] = {f'features_{side}': {name: x.detach() for name, x in (features or {}).items()}}
+            for name, x in zip(('logits', 'embed', 'dist_logits'), said, strict=True):
+                fields[f'{name}_{side}'] = None if x is None else x.detach()
+            output = output._replace(**fields)
         if self.teacher is not None:
             output = output._replace(**self.teacher(input))
         if parts:

@@ -306,7 +306,9 @@ def parse_term(text: str) -> Asked:
 def _value(annotation: Any, spelled: str) -> Any:
     kind, nargs = values_of(annotation)
     if nargs:
-        return tuple(map(kind, filter(None, spelled.split('+'))))
+        if not all(spelled.split('+')):
+            raise ValueError('expected at least one, joined by +')
+        return tuple(map(kind, spelled.split('+')))
     if kind is not bool:
         return kind(spelled)
     if spelled.lower() not in ('true', 'false'):
@@ -337,10 +339,12 @@ TermText = Annotated[str, term_text]
 def complete(asked: Sequence[Asked], sides: Sequence[str]) -> list[Asked]:
     """Return the labels' loss of each branch, then the terms as they are built: each with its leader."""
     labels = {side: TermOptions(side) for side in sides}
+    for term in asked:
+        if term.name == 'ce':
+            labels.update((side, replace(term.own, learner=side)) for side in term.learners)
     others: list[Asked] = []
     for name, own in asked:
         if name == 'ce':
-            labels.update((side, replace(own, learner=side)) for side in Asked(name, own).learners)
             continue
         alpha = own.alpha if isinstance(own, SharedOptions) else None
         if alpha is not None:

@@ -131,7 +131,9 @@ class ContrastiveLoss(nn.Module):
         if self.uses_embeddings:
             return [self._embed(output, side) for side in SIDES]
         embed = feature_of(output, self.learner, EMBED)
-        return embed if self.projection is None else self.projection(embed), output.embed_teacher
+        if output.embed_teacher is None:
+            raise ValueError('embed_teacher is None, the contrastive term follows it')
+        return embed if self.projection is None else self.projection(embed), output.embed_teacher.detach()
 
     def _embed(self, output: PairOutput, side: str) -> torch.Tensor:
         """Return a side's embedding with the gradient that it may have."""
@@ -209,8 +211,14 @@ class LogitLoss:
         self.standardize = standardize
         self.confidence = confidence
 
-    def __call__(self, output: PairOutput, target: torch.Tensor) -> torch.Tensor:
-        logits = self._logits(output, self.learner)
+    def __call__(
+            self,
+            output: PairOutput,
+            target: torch.Tensor,
+            logits: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the term; `logits` (N, C), where given, follow in the place of the learner's."""
+        logits = self._logits(output, self.learner) if logits is None else self._standardized(logits)
         if self.leader == 'average':
             log_p = torch.stack([(self._logits(output, side) / self.temperature).log_softmax(dim=-1) for side in SIDES])
             reference = self.temperature * (log_p.logsumexp(dim=0) - math.log(len(SIDES)))
@@ -232,6 +240,9 @@ class LogitLoss:
         logits: torch.Tensor | None = getattr(output, f'logits_{side}')
         if logits is None:
             raise ValueError(f'logits_{side} is None, a term follows them')
+        return self._standardized(logits)
+
+    def _standardized(self, logits: torch.Tensor) -> torch.Tensor:
         return distillation.standardized(logits) if self.standardize else logits
 
 
@@ -280,7 +291,7 @@ class StageLogitLoss(FeatureLoss):
         learner: Who learns from it, 'a' or 'b'.
         names: The stages.
         heads: The module that classifies each, from a map (N, d, h, w).
-        term: The term of the logits, whose learner's logits are replaced by those of each head.
+        term: The term of the logits, which those of each head follow too.
     """
 
     def __init__(self, learner: str, names: Sequence[str], heads: Sequence[nn.Module], term: LogitLoss):
@@ -290,8 +301,7 @@ class StageLogitLoss(FeatureLoss):
     def forward(self, output: PairOutput, target: torch.Tensor) -> torch.Tensor:
         total = self.term(output, target)
         for (name, _), head in zip(self.names, self.projections, strict=True):
-            logits = head(feature_of(output, self.learner, name))
-            total = total + self.term(output._replace(**{f'logits_{self.learner}': logits}), target)
+            total = total + self.term(output, target, head(feature_of(output, self.learner, name)))
         return total
 
 
@@ -335,9 +345,12 @@ def _token_loss(
         target: torch.Tensor,
 ) -> torch.Tensor:
     token: torch.Tensor | None = getattr(output, f'dist_logits_{student}')
-    reference: torch.Tensor = getattr(output, f'logits_{leader}').detach()
+    reference: torch.Tensor | None = getattr(output, f'logits_{leader}')
     if token is None:
         raise ValueError(f'dist_logits_{student} is None: model_{student}.set_distilled_training(True) is missing')
+    if reference is None:
+        raise ValueError(f'logits_{leader} is None, the token follows them')
+    reference = reference.detach()
     if token.shape != reference.shape:
         raise ValueError(f'the token has logits {tuple(token.shape)}, its teacher {tuple(reference.shape)}')
     if temperature is None:
