@@ -29,17 +29,13 @@ def agreement(processes: Processes):
 
 def from_first(processes: Processes, value: Any) -> Any:
     """Return the first process's value in all of them."""
-    values = [value]
-    if processes.distributed:
-        torch.distributed.broadcast_object_list(values, 0)
-    return values[0]
+    return from_all(processes, value if processes.rank == 0 else None)[0]
 
 
 def from_all(processes: Processes, value: Any) -> list:
     """Return the values of all processes, in each of them."""
-    values = [value]
+    values = [value] * processes.world_size
     if processes.distributed:
-        values = [None] * processes.world_size
         torch.distributed.all_gather_object(values, value)
     return values
 
