@@ -139,35 +139,12 @@ def outputs_of(sides: Sequence[str]) -> list[str]:
     return [*sides, 'ens'] if len(sides) > 1 else list(sides)
 
 
-def evaluate_pair(
-        model: Any,
-        loader,
-        sides: Sequence[str],
-        device: torch.device,
-        autocast: Callable = nullcontext,
-        distributed: bool = False,
-        after_batch: Callable[[], None] | None = None,
-) -> dict[str, float]:
-    """Return loss, top1 and top5 (percent) of each branch and of two branches' averaged probabilities ('ens').
-
-    Args:
-        model: A pair, or the EMA of one.
-        loader: timm's validation loader.
-        sides: The branches of the pair.
-        device: Where the model is.
-        autocast: Context of the forward passes.
-        distributed: Sum the counts of all processes; samples that pad a process's share are left out.
-        after_batch: Called after each batch.
-    """
-    def forward(input):
-        output = model(input, project=False)
-        logits = {side: getattr(output, f'logits_{side}').float() for side in sides}
-        if len(sides) > 1:
-            # Logarithms of the averaged probabilities: as logits they give these probabilities again.
-            log_p = torch.stack([logits[side].log_softmax(dim=-1) for side in sides])
-            logits['ens'] = log_p.logsumexp(dim=0) - math.log(len(sides))
-        return logits
-
-    model.eval()
-    results = evaluate(forward, outputs_of(sides), loader, device, autocast, distributed, after_batch=after_batch)
-    return {f'{metric}_{name}': results[name][metric] for name in results for metric in ('loss', 'top1', 'top5')}
+def pair_logits(model: Any, sides: Sequence[str], input: Any) -> dict[Hashable, torch.Tensor]:
+    """Return the logits [N, classes] of each branch of a pair, and of two branches' averaged probabilities ('ens')."""
+    output = model(input, project=False)
+    logits: dict[Hashable, torch.Tensor] = {side: getattr(output, f'logits_{side}').float() for side in sides}
+    if len(sides) > 1:
+        # Logarithms of the averaged probabilities: as logits they give these probabilities again.
+        log_p = torch.stack([logits[side].log_softmax(dim=-1) for side in sides])
+        logits['ens'] = log_p.logsumexp(dim=0) - math.log(len(sides))
+    return logits

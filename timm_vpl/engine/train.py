@@ -21,7 +21,7 @@ from ..errors import RunError, UsageError
 from ..files import replacing
 from ..options.train import Options, recipe_values
 from . import models
-from .boundary import as_line
+from .boundary import as_line, refusing
 from .checkpoint import Saver
 from .control import Control, Stopped
 from .device import LOST, agreement, from_all, from_first, init_device, is_lost
@@ -154,7 +154,7 @@ def _create_output_dir(run, data_config, recipe) -> str:
         *(safe_model_name(options.branches[side].model) for side in options.sides),
         str(data_config['input_size'][-1]),
     ])
-    try:
+    with refusing(f'--output {output_of(options)}', AssertionError, OSError):
         # A run of the same name is continued with --resume, never written over.
         output_dir = get_outdir(output_of(options), name, inc=not (start.path or start.auto))
         if start.path and not options.run.experiment:
@@ -167,8 +167,6 @@ def _create_output_dir(run, data_config, recipe) -> str:
         for name, content in (('args', recipe), ('data', data), ('environment', environments)):
             with replacing(os.path.join(output_dir, f'{name}.yaml')) as f:
                 yaml.safe_dump(content, f, default_flow_style=False, sort_keys=name != 'data')
-    except (AssertionError, OSError) as e:
-        raise UsageError(f'--output {output_of(options)}: {e}') from e
     return output_dir
 
 

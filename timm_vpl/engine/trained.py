@@ -15,6 +15,7 @@ from ..core.names import SIDES, partner_of
 from ..core.teacher import Teacher
 from ..errors import RunError, UsageError
 from ..options.train import Options
+from .boundary import refusing
 from .checkpoint import read_checkpoint
 from .models import create_named, first_difference, try_images
 
@@ -218,10 +219,8 @@ def create_teacher(
             raise UsageError(f'{name} knows {known} {what}, the data has {there}')
     if difference := first_difference(trained.class_names, class_names):
         raise UsageError(f'{name} knows other classes, {difference}')
-    try:
+    with refusing(f'{name} can not teach', ValueError):
         teacher = Teacher(trained.model, side, trained.data_config, data_config)
-    except ValueError as e:
-        raise UsageError(f'{name} can not teach: {e}') from e
     try_images(teacher, data_config['input_size'], name)
     _logger.info(f'Teacher: {trained.label} of {trained.source}')
     return teacher
