@@ -82,7 +82,7 @@ def need_nodes() -> None:
 @pytest.mark.parametrize('case', [
     'lost',
     *(pytest.param(case, marks=pytest.mark.faults) for case in (
-        'stopped', 'stopped_together', 'second_signal', 'hanging', 'restarted')),
+        'stopped', 'stopped_together', 'second_signal', 'hanging')),
 ])
 def test_signal(case, tmp_path):
     run(tmp_path, 'signals.py', case, str(tmp_path / 'runs'))

@@ -52,7 +52,7 @@ def param_groups(options: Options, pair: PairWrapper, lrs: dict[str, float]) -> 
     for side in pair.sides:
         model, branch = pair.branch(side), options.branches[side]
         kwargs = {
-            'weight_decay': options.branches[side].weight_decay,
+            'weight_decay': branch.weight_decay,
             'no_weight_decay_list': getattr(model, 'no_weight_decay', set)(),
             **fallback,
         }

@@ -208,43 +208,45 @@ def _check_data(run, checkpoint: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _own_tensors(run) -> list[torch.Tensor]:
+    """Return what a process has of its own: running statistics, and the sums of the epoch."""
+    sums, kept = run.progress.sums, run.progress.kept
+    return [*run.statistics, *([] if sums is None else [sums, kept])]
+
+
 def restore_ranks(run, checkpoint: dict[str, Any]) -> None:
     """Give each process what it had of its own; where their number has changed, the mean of all."""
     rows = checkpoint.get('ranks')
     if rows is None:
         return
     if len(rows) == run.processes.world_size:
-        own = rows[run.processes.rank]
+        row = rows[run.processes.rank]
     else:
-        own = rows.mean(dim=0)
-        own[-1] = rows[:, -1].sum() if run.processes.rank == 0 else 0
-    terms = checkpoint['progress']['terms']
-    *statistics, sums, skipped = own.split([
-        *(buffer.numel() for buffer in run.statistics), len(terms) + bool(terms), 1])
-    for buffer, values in zip(run.statistics, statistics, strict=True):
-        buffer.copy_(values.view_as(buffer))
-    if terms:
-        sums = sums.to(run.device)
-        run.progress.terms, run.progress.sums, run.progress.kept = terms, sums[:-1], sums[-1]
-    run.progress.skipped = int(skipped)
+        row = rows.mean(dim=0)
+        row[-1] = rows[:, -1].sum() if run.processes.rank == 0 else 0
+    progress = run.progress
+    progress.terms = checkpoint['progress']['terms']
+    if progress.terms:
+        progress.sums = torch.zeros(len(progress.terms), device=run.device)
+        progress.kept = torch.zeros((), device=run.device)
+    tensors = _own_tensors(run)
+    *parts, skipped = row.split([*(tensor.numel() for tensor in tensors), 1])
+    for tensor, values in zip(tensors, parts, strict=True):
+        tensor.copy_(values.view_as(tensor))
+    progress.skipped = int(skipped)
 
 
 def run_state(run) -> dict[str, Any]:
     """Return what a checkpoint needs, beside weights and optimizer, to go on exactly; all processes call it."""
-    processes, progress = run.processes, run.progress
-    own = torch.cat([
-        *(buffer.flatten().to(run.device) for buffer in run.statistics),
-        *([] if progress.sums is None else [progress.sums, progress.kept[None]]),
+    progress = run.progress
+    row = torch.cat([
+        *(tensor.flatten().to(run.device) for tensor in _own_tensors(run)),
         torch.tensor([progress.skipped], device=run.device),
-    ]).float()
-    rows: list[torch.Tensor] | None = [own]
-    if processes.distributed:
-        rows = [torch.empty_like(own) for _ in range(processes.world_size)] if processes.rank == 0 else None
-        torch.distributed.gather(own, rows)
+    ]).float().cpu()
     return {
         'progress': {key: getattr(progress, key) for key in ('batch', 'seconds', 'lrs', 'terms')},
-        'ranks': torch.stack(rows).cpu() if rows else None,
-        'run': {'processes': processes.world_size, **_lengths(run)},
+        'ranks': torch.stack(from_all(run.processes, row)),
+        'run': {'processes': run.processes.world_size, **_lengths(run)},
         'data': run.data,
         'summary': run.rows,
     }
