@@ -28,7 +28,7 @@ def refusing(where: str, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as e:
-        raise UsageError(f'{where}: {str(e) or type(e).__name__}') from e
+        raise UsageError(f'{where}: {first_line(e, 300)}') from e
 
 
 def as_line(
