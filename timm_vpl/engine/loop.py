@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 from ..errors import RunError
 from ..options.train import resume_command
 from .control import GIVE_UP, GO_ON, SAVE, STOP, Stopped
-from .device import agreement, from_all, from_first
+from .device import agreement, from_all
 from .evaluate import evaluate, outputs_of, pair_logits
 from .log import Clock, epoch_costs, epoch_terms, log_batch, log_result, save_images, write_summary
 from .optim import branch_lrs
@@ -140,7 +140,7 @@ def save_recovery(run: Run) -> bool:
     state = run_state(run)
     saved = run.saver is not None and run.saver.save_recovery(run.progress.epoch, run.progress.batch, state)
     run.control.saved()
-    return from_first(run.processes, saved)
+    return from_all(run.processes, saved)[0]
 
 
 @torch.no_grad()

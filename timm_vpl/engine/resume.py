@@ -2,6 +2,7 @@
 import logging
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ..errors import RunError, UsageError, first_line
 from ..options.checks import is_auto
 from ..options.train import Options, changed_options, recipe_values
 from .checkpoint import newest_checkpoint, read_checkpoint
-from .device import agreement, from_all, from_first
+from .device import by_first, from_all
 from .step import Progress
 
 _logger = logging.getLogger('train')
@@ -35,11 +36,7 @@ def find_start(options: Options, processes: Processes) -> Start:
     """
     # torchrun counts only the restarts for which a process of the same machine has failed.
     restarted = any(from_all(processes, os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'))
-    start = None
-    with agreement(processes):
-        if processes.rank == 0:
-            start = _find_start(options, restarted)
-    return from_first(processes, start)
+    return by_first(processes, partial(_find_start, options, restarted))
 
 
 def _find_start(options, restarted):
@@ -209,9 +206,15 @@ def _check_data(run, checkpoint: dict[str, Any]) -> list[str]:
 
 
 def _own_tensors(run) -> list[torch.Tensor]:
-    """Return what a process has of its own: running statistics, and the sums of the epoch."""
+    """Return what a process has of its own: BatchNorm's statistics, of the EMA too, and the sums of the epoch."""
+    ema = run.task.get_trainable_module(ema=True)
+    modules = [run.pair, *([] if ema is None else [ema.module])]
     sums, kept = run.progress.sums, run.progress.kept
-    return [*run.statistics, *([] if sums is None else [sums, kept])]
+    return [
+        *(buffer for module in modules for name, buffer in module.named_buffers()
+          if 'running_mean' in name or 'running_var' in name),
+        *([] if sums is None else [sums, kept]),
+    ]
 
 
 def restore_ranks(run, checkpoint: dict[str, Any]) -> None:

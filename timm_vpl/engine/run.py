@@ -128,14 +128,6 @@ class Run:
         process = f'process {self.processes.rank}, ' if self.processes.distributed else ''
         return f'{process}epoch {self.progress.epoch}, batch {self.progress.batch}'
 
-    @property
-    def statistics(self) -> list[torch.Tensor]:
-        """Running statistics of BatchNorm, of the pair and its EMA: what processes do not have in common."""
-        ema = self.task.get_trainable_module(ema=True)
-        return [
-            buffer for module in (self.pair, *([] if ema is None else [ema.module]))
-            for name, buffer in module.named_buffers() if 'running_mean' in name or 'running_var' in name]
-
     def tell(self, event: str, *values: Any) -> None:
         """Tell the observers that know this event of it."""
         for observer in self.observers if self.saver is not None else ():

@@ -24,7 +24,7 @@ from . import models
 from .boundary import as_line, refusing
 from .checkpoint import Saver
 from .control import Control, Stopped
-from .device import LOST, agreement, from_all, from_first, init_device, is_lost
+from .device import LOST, agreement, by_first, from_all, init_device, is_lost
 from .environment import environment
 from .evaluate import evaluate
 from .log import SUMMARY, log_plan
@@ -66,13 +66,11 @@ def train(options: Options, observers: Iterable[Any] = ()) -> None:
             if checkpoint:
                 resume(run, checkpoint)
         check_data(run)
-        if from_first(processes, start.auto and checkpoint is not None and processes.rank == 0 and is_finished(run)):
+        if by_first(processes, lambda: start.auto and checkpoint is not None and is_finished(run)):
             _logger.info(f'--resume auto: nothing to train or to export, the run in {os.path.dirname(start.path)} is '
                          f'finished; no file is changed')
             return
-        with agreement(processes):
-            if processes.rank == 0:
-                open_folder(run, checkpoint)
+        by_first(processes, lambda: open_folder(run, checkpoint))
         begin(run, checkpoint)
         checkpoint = None  # it may be large
         with run.control:
