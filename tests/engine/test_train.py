@@ -63,13 +63,10 @@ def test_workers_do_not_change_a_run(digits_folder, tmp_path):
     assert_equal_weights(last(main)['state_dict'], last(workers)['state_dict'])
 
 
-def test_stopped_run_is_validated(digits_folder, tmp_path):
-    folder = run(digits_folder, tmp_path, '--stop-epoch', '1', '--val-interval', '2', '--sched', 'none')
+def test_a_stopped_run_without_a_schedule(digits_folder, tmp_path):
+    options = ['--stop-epoch', '1', '--val-interval', '2', '--sched', 'none', '--layer-decay', '0.5']
+    folder = run(digits_folder, tmp_path, *options)
     assert len(rows(folder)) == 1 and float(rows(folder)[0]['eval_top1']) > 0 and (folder / 'best_b.pth.tar').exists()
-
-
-def test_layer_decay_without_a_schedule(digits_folder, tmp_path):
-    folder = run(digits_folder, tmp_path, '--epochs', '1', '--sched', 'none', '--layer-decay', '0.5')
     groups = last(folder)['optimizer']['param_groups']
     assert {group['lr'] / group['lr_scale'] for group in groups if 'lr_scale' in group} == {0.001}
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from disk import isolate  # noqa: E402
 from kill import check_equal  # noqa: E402
-from signals import alone, until  # noqa: E402
+from signals import alone  # noqa: E402
 
 SCRIPT = Path(__file__).resolve().parents[2] / 'train_vpl.py'
 ADDRESSES = ['10.99.0.1', '10.99.0.2']
@@ -59,6 +59,11 @@ class Nodes:
                 stdout=log, stderr=log,
                 env={**os.environ, 'PYTHONPATH': str(SCRIPT.parent), 'GLOO_SOCKET_IFNAME': 'cable', **environ})
 
+    def start_both(self, *options, **environ) -> None:
+        """Start torchrun on both machines."""
+        for node in range(2):
+            self.start(node, *options, **environ)
+
     def check(self, condition, what: str) -> None:
         """End this script with the logs, unless the condition holds."""
         if not condition:
@@ -67,8 +72,8 @@ class Nodes:
 
     def until(self, pattern: str) -> None:
         """Wait until the log of the first machine has this pattern."""
-        deadline, found = time.monotonic() + LIMIT, until(self.logs[0], pattern)
-        while not found():
+        deadline = time.monotonic() + LIMIT
+        while not (self.logs[0].exists() and re.search(pattern, self.text(0))):
             self.check(time.monotonic() < deadline, f'no {pattern} within {LIMIT} s')
             self.check(None in [process and process.poll() for process in self.torchrun], f'ended before {pattern}')
             time.sleep(0.005)
@@ -95,8 +100,7 @@ class Nodes:
 
     def finish(self) -> None:
         """Start both machines and check that the run ends as the one on a single machine."""
-        for node in range(2):
-            self.start(node)
+        self.start_both()
         self.check([self.wait(0), self.wait(1)] == [0, 0], 'the run should end well')
         check_equal(self.scenario.folder / 'alone', self.scenario.folder / 'run')
 
@@ -129,8 +133,7 @@ def late(folder):
 def killed(folder):
     """One machine dies: the other says so and ends; started again, the run goes on exactly."""
     nodes = Nodes(alone(folder, 'vpl', 2))
-    for node in range(2):
-        nodes.start(node)
+    nodes.start_both()
     nodes.until(r'Train: 1 \[ *2/')
     for pid in nodes.pids(1):
         os.kill(pid, signal.SIGKILL)
@@ -146,8 +149,7 @@ def killed(folder):
 def cut_off(folder):
     """The cable is pulled, which nobody notices but the watchdog; started again, the run goes on exactly."""
     nodes = Nodes(alone(folder, 'vpl', 2))
-    for node in range(2):
-        nodes.start(node, '--hang-timeout', '8')
+    nodes.start_both('--hang-timeout', '8')
     nodes.until(r'Train: 1 \[ *2/')
     ip('-n', 'node1', 'link', 'set', 'cable', 'down')
     begin = time.monotonic()
@@ -177,8 +179,7 @@ def uneven(folder):
 def stopped(folder):
     """One torchrun gets SIGTERM: the run stops on both machines at one place, saved, and goes on exactly."""
     nodes = Nodes(alone(folder, 'vpl', 2))
-    for node in range(2):
-        nodes.start(node)
+    nodes.start_both()
     nodes.until(r'Train: 1 \[ *2/')
     begin = time.monotonic()
     nodes.torchrun[1].send_signal(signal.SIGTERM)
@@ -196,8 +197,7 @@ def restarted(folder):
     scenario = alone(folder, 'vpl', 2)
     scenario.options = ['--resume', '']  # not auto
     nodes = Nodes(scenario, [*C10D, '--max-restarts', '1'])
-    for node in range(2):
-        nodes.start(node, TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
+    nodes.start_both(TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
     nodes.until(r'Train: 1 \[ *2/')
     begin = time.monotonic()
     # The first machine is in the midst of something: torchrun starts it again before it notices.

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='kills processes
 FOLDER = Path(__file__).resolve().parent
 
 
-def run(folder: Path, script: str, *args: str, seconds: float = 300) -> None:
+def run(folder: Path, script: str, *args: str, seconds: float = 600) -> None:
     """Run a script of this folder and check that it ends well."""
     log = folder / 'output.txt'
     with open(log, 'wb') as stream:
@@ -55,6 +55,8 @@ def _started_by(session: int) -> list[int]:
 @functools.cache
 def missing(*commands: str) -> str:
     """Return why commands can't be run in namespaces of their own, '' if they can."""
+    if not commands:
+        return ''
     if shutil.which('unshare') is None:
         return 'no command unshare'
     if os.geteuid() != 0:
@@ -65,42 +67,26 @@ def missing(*commands: str) -> str:
     return done.stderr.strip()
 
 
-def need_disk() -> None:
-    """Skip a test where no disk can be mounted."""
-    if reason := missing('mount -t tmpfs tmpfs /mnt'):
-        pytest.skip(f'no mounts: {reason}')
+NEEDS = {
+    'disk': ['mount -t tmpfs tmpfs /mnt'],
+    'nodes': [
+        'mkdir -p /run/netns', 'mount -t tmpfs tmpfs /run/netns', 'ip netns add one', 'ip netns add two',
+        'ip link add cable netns one type veth peer name cable netns two'],
+}
+CASES = {
+    'signals': ['stopped', 'stopped_together', 'second_signal', 'hanging'],
+    'disk': ['full', 'full_later', 'full_for_a_while', 'stopped_while_full', 'removed', 'read_only', 'truncated'],
+    'nodes': ['late', 'killed', 'cut_off', 'uneven', 'stopped', 'restarted'],
+}
 
 
-def need_nodes() -> None:
-    """Skip a test where there are no network namespaces."""
-    if reason := missing(
-            'mkdir -p /run/netns', 'mount -t tmpfs tmpfs /run/netns', 'ip netns add one', 'ip netns add two',
-            'ip link add cable netns one type veth peer name cable netns two'):
-        pytest.skip(f'no network namespaces: {reason}')
-
-
-@pytest.mark.parametrize('case', [
-    'lost',
-    *(pytest.param(case, marks=pytest.mark.faults) for case in (
-        'stopped', 'stopped_together', 'second_signal', 'hanging', 'restarted')),
-])
-def test_signal(case, tmp_path):
-    run(tmp_path, 'signals.py', case, str(tmp_path / 'runs'))
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize('case', [
-    'full', 'full_later', 'full_for_a_while', 'stopped_while_full', 'removed', 'read_only', 'truncated'])
-def test_disk(case, tmp_path):
-    need_disk()
-    run(tmp_path, 'disk.py', case, str(tmp_path / 'runs'))
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize('case', ['late', 'killed', 'cut_off', 'uneven', 'stopped', 'restarted'])
-def test_nodes(case, tmp_path):
-    need_nodes()
-    run(tmp_path, 'nodes.py', case, str(tmp_path / 'runs'), seconds=600)
+@pytest.mark.parametrize('script, case', [
+    ('signals', 'lost'),
+    *(pytest.param(script, case, marks=pytest.mark.faults) for script, cases in CASES.items() for case in cases)])
+def test_case(script, case, tmp_path):
+    if reason := missing(*NEEDS.get(script, [])):
+        pytest.skip(f'{script}.py can not run here: {reason}')
+    run(tmp_path, f'{script}.py', case, str(tmp_path / 'runs'))
 
 
 @pytest.mark.parametrize('args', [

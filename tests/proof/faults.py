@@ -176,7 +176,7 @@ FAULTS = [
     # engine: building, optimizer, loop, step, evaluation, checkpoints, going on
     Fault(
         'engine', "branch b has the weight decay of branch a",
-        "'weight_decay': options.branches[side].weight_decay",
+        "'weight_decay': branch.weight_decay",
         "'weight_decay': options.branches['a'].weight_decay",
         ('test_pair.py::test_named_groups_of_the_script_are_each_branchs_own',)),
     Fault(
@@ -196,8 +196,8 @@ FAULTS = [
         ('test_finite.py::test_skip_leaves_the_update_out[]',)),
     Fault(
         'engine', 'the figures of the moving average are those of the raw weights',
-        'run.task.get_eval_model(ema=ema),\n            run.loader_eval',
-        'run.task.get_eval_model(),\n            run.loader_eval',
+        'model: Any = run.task.get_eval_model(ema=ema)',
+        'model: Any = run.task.get_eval_model()',
         ('test_validate.py::test_figures_of_a_run_are_those_of_its_summary',)),
     Fault(
         'engine', 'a resumed run has its raw weights as their average',

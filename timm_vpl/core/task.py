@@ -108,9 +108,9 @@ class PairTask(TrainingTask):
         """
         pair = self.trainable_module
         buffers = [(buffer, buffer.clone()) for buffer in [*pair.buffers(), *self.criterion.buffers()]]
-        parts = [term for term in self.criterion.all_terms if term.name in self.criterion.parts]
+        terms = [term for term in self.criterion.all_terms if term.name in self.criterion.parts]
         output = PairOutput(None, None)
-        self._tap(features_of(parts))
+        self._tap(features_of(terms))
         for side in pair.sides:
             with autocast():
                 *said, features = self._run(side, pair.images(side, input))
@@ -125,19 +125,22 @@ class PairTask(TrainingTask):
             for name, x in zip(('logits', 'embed', 'dist_logits'), said, strict=True):
                 fields[f'{name}_{side}'] = None if x is None else x.detach()
             output = output._replace(**fields)
-        if self.teacher is not None:
-            output = output._replace(**self.teacher(input))
-        if parts:
+        if terms:
+            if self.teacher is not None:
+                output = output._replace(**self.teacher(input))
             target = torch.zeros(len(said[0]), dtype=torch.int64, device=said[0].device)
-            sum(self.criterion.compute(parts, output, target, self._ddp).values()).backward()
-        for name, part in self.criterion.parts.items():
-            for which, parameter in part.named_parameters():
-                if parameter.requires_grad and parameter.grad is None:
-                    raise ValueError(f'{name}: {which} gets no gradient from the term that it belongs to')
+            sum(self.criterion.compute(terms, output, target, self._ddp).values()).backward()
+            self._check_gradients()
         self.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
+
+    def _check_gradients(self) -> None:
+        for name, part in self.criterion.parts.items():
+            for which, parameter in part.named_parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    raise ValueError(f'{name}: {which} gets no gradient from the term that it belongs to')
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -1,9 +1,11 @@
-"""The one place where an error that nothing expected becomes a line: what, where in the run, what to try."""
+"""The one place where errors of others become a line: what, where in the run, what to try."""
+import contextlib
 import re
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 
 from ..errors import RunError, UsageError, first_line
 
@@ -18,6 +20,15 @@ ADVICE = (
     (r'does not have a deterministic implementation|use_deterministic_algorithms', 'leave out --deterministic'),
     (r'No space left on device', 'make room on the disk'),
 )
+
+
+@contextlib.contextmanager
+def refusing(where: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn errors of these kinds into a user's mistake, whose line begins with `where`."""
+    try:
+        yield
+    except errors as e:
+        raise UsageError(f'{where}: {first_line(e, 300)}') from e
 
 
 def as_line(
@@ -44,20 +55,22 @@ def as_line(
     if show:
         traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, (RunError, UsageError)):
-        if 'Traceback' not in str(error):
-            return error
-        # Of a loader's worker: its traceback, with the message as the last line.
-        return type(error)(str(error).strip().splitlines()[-1].removeprefix(f'{RunError.__module__}.RunError: '))
+        return error if 'Traceback' not in str(error) else type(error)(
+            _said(error).removeprefix(f'{RunError.__module__}.RunError: '))
     # While a batch is awaited, torch says what killed a worker only as the cause.
     causes = [each for each in (error.__cause__, error) if each is not None]
     cause, advice = next(
         ((each, advice) for each in causes for pattern, advice in ADVICE if re.search(pattern, str(each))),
         (error, None))
-    said = f'{type(cause).__name__}: {first_line(cause, 300)}'
-    if 'Traceback' in str(cause):  # of a loader's worker
-        said = str(cause).strip().splitlines()[-1]
+    said = _said(cause)
     details = [said if what else None, place, None if what else advice, f'traceback: {_write(error, folder)}']
     return RunError(f'{what or said} ({"; ".join(filter(None, details))})')
+
+
+def _said(error: BaseException) -> str:
+    if 'Traceback' in str(error):  # that of a loader's worker, with the message as the last line
+        return str(error).strip().splitlines()[-1]
+    return f'{type(error).__name__}: {first_line(error, 300)}'
 
 
 def _write(error: BaseException, folder: str | None) -> str:

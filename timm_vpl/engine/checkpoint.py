@@ -9,7 +9,7 @@ import pickle
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,28 +44,20 @@ class Ranks:
             max_history: Numbered ones to keep.
             decreasing: A lower metric is better, for 'model_best' and the numbered ones.
         """
-        sign = -1 if decreasing else 1
+        def rank(entry):
+            name, metric = entry
+            number = -int(name.rpartition('-')[2]) if metric is None else metric if decreasing else -metric
+            return metric is None, number
+
         files = {**self.files, f'checkpoint-{epoch}': metrics.get('model_best')}
-        ranked = sorted(files.items(), key=lambda entry: (
-            (0, -sign * entry[1]) if entry[1] is not None else (1, -int(entry[0].rpartition('-')[2]))))
-        new = {
-            name: (value, epoch) for name, value in metrics.items()
-            if name not in self.bests or (value - self.bests[name][0]) * (sign if name == 'model_best' else 1) > 0}
-        return Ranks(dict(ranked[:max_history]), {**self.bests, **new})
+        bests = dict(self.bests)
+        for name, value in metrics.items():
+            lower = decreasing and name == 'model_best'
+            if name not in bests or (value < bests[name][0] if lower else value > bests[name][0]):
+                bests[name] = (value, epoch)
+        return Ranks(dict(sorted(files.items(), key=rank)[:max_history]), bests)
 
-    def names(self, epoch: int) -> list[str]:
-        """Return the names that the checkpoint of an epoch has, beside `last`."""
-        return [name for name in self.files if name == f'checkpoint-{epoch}'] + [
-            name for name, (_, best) in self.bests.items() if best == epoch]
-
-    def there(self, folder: str) -> 'Ranks':
-        """Return the bookkeeping of the files that are there."""
-        def there(part: dict[str, Any]) -> dict[str, Any]:
-            return {name: part[name] for name in part if os.path.exists(os.path.join(folder, name + EXTENSION))}
-
-        return Ranks(there(self.files), there(self.bests))
-
-    def state_dict(self, epoch: int | None = None, metric: float | None = None) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds of it, in timm's words."""
         bests = dict(self.bests)
         best_metric, best_epoch = bests.pop('model_best', (None, None))
@@ -74,7 +66,6 @@ class Ranks:
             'best_metric': best_metric,
             'best_epoch': best_epoch,
             'best_branches': {name.removeprefix('best_'): best for name, best in bests.items()},
-            'pending': (epoch, metric),
         }
 
     @classmethod
@@ -132,9 +123,10 @@ class Saver:
         self._recovered: tuple[int, int] | None = None  # (epoch, batch) of the last recovery checkpoint of this process
         recipe = Path(self.folder, RECIPE)
         self._recipe = recipe.read_bytes() if recipe.exists() else None
-        found, _ = _by_saves([self._path('last'), *recovery_files(self.folder)])
+        last = self._path('last')
+        found = _by_saves([last, *recovery_files(self.folder)])
         self._saves = found[-1][0] if found else 0  # of the folder, whatever checkpoint the run goes on from
-        self._recoveries = [path for *_, path in found if path != self._path('last')]
+        self._recoveries = [path for *_, path in found if path != last]
         for path in Path(self.folder).glob('*tmp*'):  # of an earlier attempt that was killed
             if re.fullmatch(r'tmp\.pth\.tar|.*\.pth\.tar\.tmp|.*\.\d+\.tmp', path.name):
                 path.unlink()
@@ -148,36 +140,33 @@ class Saver:
             metrics: What 'model_best' and the numbered checkpoints are ranked by, and 'best_a' and 'best_b'; one that
                 is not finite is none.
         """
-        metrics = {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
-        metric = metrics.get('model_best')
-
-        def save():
-            ranks = self.ranks.add(epoch, metrics, self.max_history, self.decreasing)
-            written = self._write({
-                'epoch': epoch, 'saver': ranks.state_dict(epoch, metric), **state,
-                **({} if metric is None else {'metric': metric})})
+        finite = {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
+        metric = {'metric': finite['model_best']} if 'model_best' in finite else {}
+        self.failed = True
+        with self._attempt():
+            ranks = self.ranks.add(epoch, finite, self.max_history, self.decreasing)
+            written = self._write({'epoch': epoch, 'saver': ranks.state_dict(), **state, **metric})
             for name in self._names(ranks, epoch):
                 self._link(written, name)
             for name in self.ranks.files.keys() - ranks.files.keys():
                 Path(self._path(name)).unlink(missing_ok=True)
             replace(written, self._path('last'))
-            self.ranks = ranks
-        self.failed = not self._attempt(save)
+            self.ranks, self.failed = ranks, False
 
     def save_recovery(self, epoch: int, batch: int, state: dict[str, Any]) -> bool:
         """Save within an epoch, after `batch` of its batches; return whether that went well."""
         path = self._path(f'recovery-{epoch}-{max(batch - 1, 0)}')
         if self._recovered == (epoch, batch) and os.path.exists(path):
             return True  # nothing has changed since
-
-        def save():
+        saved = False
+        with self._attempt():
             # The epoch is the last one completed.
             replace(self._write({'epoch': epoch - 1, 'saver': self.ranks.state_dict(), **state}), path)
-            self._recovered = (epoch, batch)
+            self._recovered, saved = (epoch, batch), True
             self._recoveries = [*(other for other in self._recoveries if other != path), path]
             for other in self._recoveries[:-2]:
                 Path(other).unlink(missing_ok=True)
-        return self._attempt(save)
+        return saved
 
     def resume(self, state: dict[str, Any], source: str, epoch: int | None) -> None:
         """Take up the bookkeeping of a checkpoint, and give it the names that an interruption kept it from having.
@@ -188,44 +177,43 @@ class Saver:
             epoch: Its epoch, if it has one.
         """
         self.ranks = Ranks.from_state(state, self.branches)
-
-        def link():
-            for name in [*self._names(self.ranks, epoch), 'last']:
-                if not os.path.exists(self._path(name)):
-                    self._link(source, name)
-
         if epoch is not None and not os.path.basename(source).startswith('recovery-'):
-            self._attempt(link)
-        self.ranks = self.ranks.there(self.folder)
+            with self._attempt():
+                for name in [*self._names(self.ranks, epoch), 'last']:
+                    if not os.path.exists(self._path(name)):
+                        self._link(source, name)
+        self._forget_missing()
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, name + EXTENSION)
 
     def _names(self, ranks: Ranks, epoch: int) -> list[str]:
-        return ranks.names(epoch) + [f'milestone-{epoch + 1}'] * (epoch + 1 in self.milestones)
+        """Return the names that the checkpoint of an epoch has, beside `last`."""
+        numbered = [name for name in ranks.files if name == f'checkpoint-{epoch}']
+        bests = [name for name, (_, best) in ranks.bests.items() if best == epoch]
+        return numbered + bests + [f'milestone-{epoch + 1}'] * (epoch + 1 in self.milestones)
 
-    def _attempt(self, save: Callable[[], Any]) -> bool:
+    def _forget_missing(self):
+        def there(part: dict[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in part.items() if os.path.exists(self._path(name))}
+
+        self.ranks = Ranks(there(self.ranks.files), there(self.ranks.bests))
+
+    @contextlib.contextmanager
+    def _attempt(self) -> Iterator[None]:
+        """Make the folder again if it was removed; where the saving fails, say so."""
+        recipe = os.path.join(self.folder, RECIPE)
         try:
-            self._make_again()
-            save()
-            return True
+            if self._recipe is not None and not os.path.exists(recipe):
+                with replacing(recipe, 'wb') as file:
+                    file.write(self._recipe)
+                _logger.error(f'{self.folder}: was removed, made again; it will hold what is saved from now on')
+                self._forget_missing()
+            yield
         except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into a RuntimeError
             with contextlib.suppress(OSError):
                 os.unlink(self._path('tmp'))
             _logger.error(f'Not saved: {self.folder}: {_cause(e)}; the run goes on, older checkpoints are kept')
-            return False
-
-    def _make_again(self):
-        """Make the folder again if it was removed, and forget what is not in it any more."""
-        recipe = os.path.join(self.folder, RECIPE)
-        if os.path.isdir(self.folder) and (self._recipe is None or os.path.exists(recipe)):
-            return
-        os.makedirs(self.folder, exist_ok=True)
-        if self._recipe is not None:
-            with replacing(recipe, 'wb') as file:
-                file.write(self._recipe)
-        _logger.error(f'{self.folder}: was removed, made again; it will hold what is saved from now on')
-        self.ranks = self.ranks.there(self.folder)
 
     def _write(self, state: dict[str, Any]) -> str:
         """Write a checkpoint to a temporary file and return its path."""
@@ -271,18 +259,13 @@ def _cause(error: BaseException) -> str:
 
 
 def recovery_files(folder: str) -> list[str]:
-    """Return the recovery checkpoints of a folder in the order of their places in the run."""
+    """Return the recovery checkpoints of a folder."""
+    return sorted(map(str, Path(folder).glob('recovery-[0-9]*-[0-9]*.pth.tar')))
+
+
+def _by_saves(paths: list[str], log: Callable[[str], None] = _logger.debug) -> list[tuple[int, float, str]]:
+    """Return (saves of its folder, time, path) of checkpoints, in this order; log which can't be read and why."""
     found = []
-    for path in Path(folder).glob('recovery-*.pth.tar'):
-        place = re.fullmatch(r'recovery-(\d+)-(\d+)\.pth\.tar', path.name)
-        if place:
-            found.append((int(place[1]), int(place[2]), str(path)))
-    return [path for *_, path in sorted(found)]
-
-
-def _by_saves(paths: list[str]) -> tuple[list[tuple[int, float, str]], list[RunError]]:
-    """Return (saves of its folder, time, path) of checkpoints that can be read, in this order; why others can't."""
-    found, errors = [], []
     for path in filter(os.path.exists, paths):
         try:
             checkpoint = read_checkpoint(path, mmap=True)
@@ -291,8 +274,8 @@ def _by_saves(paths: list[str]) -> tuple[list[tuple[int, float, str]], list[RunE
                 raise RunError(f"{path}: not a training checkpoint, its 'saves' or 'time' is no number")
             found.append((*place, path))
         except RunError as e:
-            errors.append(e)
-    return sorted(found), errors
+            log(f'Passed over: {e}')
+    return sorted(found)
 
 
 def newest_checkpoint(folder: str) -> str | None:
@@ -303,17 +286,14 @@ def newest_checkpoint(folder: str) -> str | None:
     Raises:
         RunError: There are checkpoints, and none can be read: not now, or not any more.
     """
-    older = sorted(map(str, Path(folder).glob('checkpoint-*.pth.tar')))
-    for paths in ([os.path.join(folder, 'last.pth.tar'), *recovery_files(folder)], older):
-        found, errors = _by_saves(paths)
-        for error in errors:
-            _logger.warning(f'Passed over: {error}')
-        if found:
-            _, saved, newest = found[-1]
-            newer = [os.path.basename(path) for _, clock, path in found if clock > saved]
-            if newer:
-                _logger.warning(f'Passed over: {", ".join(newer)}: newer by the clock, but saved before {newest}')
-            return newest
+    found = _by_saves([os.path.join(folder, 'last.pth.tar'), *recovery_files(folder)], _logger.warning)
+    found = found or _by_saves(sorted(map(str, Path(folder).glob('checkpoint-*.pth.tar'))), _logger.warning)
+    if found:
+        _, saved, newest = found[-1]
+        newer = [os.path.basename(path) for _, clock, path in found if clock > saved]
+        if newer:
+            _logger.warning(f'Passed over: {", ".join(newer)}: newer by the clock, but saved before {newest}')
+        return newest
     left = [path.name for path in sorted(Path(folder).glob('*.pth.tar')) if 'tmp' not in path.name]
     if left:
         raise RunError(f'--resume auto: of the checkpoints in {folder} none can be read ({", ".join(left[:4])}); '
@@ -354,13 +334,3 @@ def read_checkpoint(path: str, mmap: bool = False) -> dict[str, Any]:
 def _is_state(value) -> bool:
     return isinstance(value, dict) and all(
         isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in value.items())
-
-
-def checkpoint_bytes(task, optimizer) -> int:
-    """Estimate the size of a checkpoint: weights, EMA and the optimizer's two moments."""
-    weights = [
-        *task.get_checkpoint_state()['state_dict'].values(),
-        *task.get_checkpoint_state(ema=True).get('state_dict_ema', {}).values(),
-    ]
-    trained = [parameter for group in optimizer.param_groups for parameter in group['params']]
-    return sum(tensor.nbytes for tensor in weights) + 2 * sum(parameter.nbytes for parameter in trained)

@@ -125,9 +125,3 @@ class Control:
         if self.hang_timeout and sys.__stderr__ is not None and now - self._watched > min(1, self.hang_timeout / 4):
             faulthandler.dump_traceback_later(self.hang_timeout, exit=True, file=sys.__stderr__)
             self._watched = now
-
-
-def stop_line(decision: int, where: str) -> Stopped:
-    """Return the exception for a decision to stop."""
-    number = decision - STOP
-    return Stopped(f'stopped by {signal.Signals(number).name} {where}', number)

@@ -1,6 +1,7 @@
 """The device of a process, and what the processes of a command agree on."""
 import contextlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,19 +28,19 @@ def agreement(processes: Processes):
         raise first
 
 
-def from_first(processes: Processes, value: Any) -> Any:
-    """Return the first process's value in all of them."""
-    values = [value]
-    if processes.distributed:
-        torch.distributed.broadcast_object_list(values, 0)
-    return values[0]
+def by_first(processes: Processes, function: Callable[[], Any]) -> Any:
+    """Let the first process do something, and return in all what it returned; its error ends all."""
+    value = None
+    with agreement(processes):
+        if processes.rank == 0:
+            value = function()
+    return from_all(processes, value)[0]
 
 
 def from_all(processes: Processes, value: Any) -> list:
     """Return the values of all processes, in each of them."""
-    values = [value]
+    values = [value] * processes.world_size
     if processes.distributed:
-        values = [None] * processes.world_size
         torch.distributed.all_gather_object(values, value)
     return values
 

@@ -1,6 +1,5 @@
 """Evaluation: one pass over the data for all models, or branches, that share their images."""
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -47,7 +46,7 @@ class Tally:
         """Count a batch of logits (N, classes) and class indices (N,)."""
         before = self.plain.num_samples
         self.plain.update(output, target)
-        if self.real:
+        if self.real is not None:
             self.real.update(output, real_labels)
         if self.classes is not None:
             target = target[:self.plain.num_samples - before]
@@ -56,25 +55,20 @@ class Tally:
 
     def compute(self, distributed: bool) -> dict[str, Any]:
         """Return the figures, of all processes together."""
-        figures: dict[str, Any] = _figures(self.plain, distributed)
-        if self.classes is not None:
-            if distributed:
-                torch.distributed.all_reduce(self.classes)
-            figures['classes'] = self.classes.cpu()
-        if self.real:
-            real = _figures(self.real, distributed)
-            figures.update((f'real_{metric}', real[metric]) for metric in ('images', 'top1', 'top5'))
+        if distributed:
+            counted = [self.plain.loss_sum, self.plain.counts, self.real and self.real.counts, self.classes]
+            for tensor in counted:
+                if tensor is not None:
+                    torch.distributed.all_reduce(tensor)
+        figures: dict[str, Any] = {'images': int(self.plain.counts[0]), **self.plain.summary()}
+        if self.real is not None:
+            real = self.real.summary()
+            figures.update(real_images=int(self.real.counts[0]), real_top1=real['top1'], real_top5=real['top5'])
         if not math.isfinite(figures['loss']):
             figures.update((metric, math.nan) for metric in tuple(figures) if 'top' in metric)
-            figures.pop('classes', None)
+        elif self.classes is not None:
+            figures['classes'] = self.classes.cpu()
         return figures
-
-
-def _figures(evaluator, distributed) -> 'OrderedDict[str, float]':
-    images = evaluator.counts[0].clone()
-    if distributed:
-        torch.distributed.all_reduce(images)
-    return OrderedDict(images=images.item(), **evaluator.compute(distributed=distributed))
 
 
 @torch.inference_mode()
@@ -94,7 +88,7 @@ def evaluate(
     Args:
         forward: Returns the logits [N, classes] of each name for a batch of the loader, images [N, C, H, W].
         names: The names.
-        loader: timm's validation loader.
+        loader: timm's validation loader, of batches on the device.
         device: Where the models are.
         autocast: Context of the forward passes.
         distributed: Sum the counts of all processes; samples that pad a process's share are left out.
@@ -115,11 +109,6 @@ def evaluate(
     tallies = {name: Tally(device, limit, real_labels is not None, per_class) for name in names}
     seen = 0
     for input, target in loader:
-        target = target.to(device)
-        if isinstance(input, dict):
-            input = {side: images.to(device) for side, images in input.items()}
-        else:
-            input = input.to(device)
         with autocast():
             logits = forward(input)
         labels = None if real_labels is None else real_labels[seen:seen + len(target)]
@@ -146,25 +135,20 @@ def _check_count(images: int, loader) -> None:
             f"or with as many workers in all as divide the shards and the images evenly")
 
 
-def _averaged(logits: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return logarithms of the averaged probabilities: as logits they give these probabilities again."""
-    log_p = torch.stack([each.log_softmax(dim=-1) for each in logits.values()])
-    return log_p.logsumexp(dim=0) - math.log(len(logits))
+def outputs_of(sides: Sequence[str]) -> list[str]:
+    """Return the names of a pair's outputs: its branches, and of two their 'ens'."""
+    return [*sides, 'ens'] if len(sides) > 1 else list(sides)
 
 
 def gate_accuracies(task: PairTask, loader, device, autocast: Callable, distributed: bool) -> dict[str, float]:
     """Return the top-1 (percent) of all that the gates of a task's terms compare; the arguments are as above."""
     pair, teacher = task.trainable_module, task.teacher
-    beside = teacher is not None and teacher.side == 'teacher'
 
     def forward(input):
-        output = pair(input, project=False)
-        logits = {side: getattr(output, f'logits_{side}').float() for side in pair.sides}
-        if len(logits) > 1:
-            logits['average'] = _averaged(logits)
-        if teacher is not None:
-            logits['teacher' if beside else teacher.side] = teacher(input)[f'logits_{teacher.side}'].float()
-        return logits
+        logits = pair_logits(pair, pair.sides, input)
+        if 'ens' in logits:
+            logits['average'] = logits.pop('ens')
+        return logits if teacher is None else {**logits, teacher.side: teacher(input)[f'logits_{teacher.side}'].float()}
 
     pair.eval()
     names = sorted(task.criterion.gates)
@@ -172,35 +156,12 @@ def gate_accuracies(task: PairTask, loader, device, autocast: Callable, distribu
     return {name: results[name]['top1'] for name in names}
 
 
-def evaluate_pair(
-        model: Any,
-        loader,
-        sides: Sequence[str],
-        device: torch.device,
-        autocast: Callable = nullcontext,
-        distributed: bool = False,
-        after_batch: Callable[[], None] | None = None,
-) -> 'OrderedDict[str, float]':
-    """Return loss, top1 and top5 (percent) of each branch and of two branches' averaged probabilities ('ens').
-
-    Args:
-        model: A pair, or the EMA of one.
-        loader: timm's validation loader.
-        sides: The branches of the pair.
-        device: Where the model is.
-        autocast: Context of the forward passes.
-        distributed: Sum the counts of all processes; samples that pad a process's share are left out.
-        after_batch: Called after each batch.
-    """
-    def forward(input):
-        output = model(input, project=False)
-        logits = {side: getattr(output, f'logits_{side}').float() for side in sides}
-        if len(sides) > 1:
-            logits['ens'] = _averaged(logits)
-        return logits
-
-    names = [*sides, 'ens'] if len(sides) > 1 else list(sides)
-    model.eval()
-    results = evaluate(forward, names, loader, device, autocast, distributed, after_batch=after_batch)
-    return OrderedDict(
-        (f'{metric}_{name}', results[name][metric]) for name in names for metric in ('loss', 'top1', 'top5'))
+def pair_logits(model: Any, sides: Sequence[str], input: Any) -> dict[Hashable, torch.Tensor]:
+    """Return the logits [N, classes] of each branch of a pair, and of two branches' averaged probabilities ('ens')."""
+    output = model(input, project=False)
+    logits: dict[Hashable, torch.Tensor] = {side: getattr(output, f'logits_{side}').float() for side in sides}
+    if len(sides) > 1:
+        # Logarithms of the averaged probabilities: as logits they give these probabilities again.
+        log_p = torch.stack([logits[side].log_softmax(dim=-1) for side in sides])
+        logits['ens'] = log_p.logsumexp(dim=0) - math.log(len(sides))
+    return logits

@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 import torchvision
-from timm.utils import AverageMeter
 
 from ..errors import first_line
 from ..files import replacing
-from .checkpoint import checkpoint_bytes
 from .optim import branch_lrs, learning_rates
 from .step import Progress
 
@@ -23,26 +21,28 @@ SUMMARY = 'summary.csv'
 
 
 class Clock:
-    """Times of an epoch: of a batch, of waiting for it, and of all since the epoch began, before a stop too."""
+    """Times of an epoch: of all since it began, before a stop too, of its batches, and of waiting for them."""
 
     def __init__(self, progress: Progress):
-        self.batch_time, self.data_time = AverageMeter(), AverageMeter()
-        self._progress = progress
-        self._end = time.time()
-        self._started = self._end - progress.seconds
+        self._progress, self._before = progress, progress.seconds
+        self._begun = self._end = time.time()
+        self._batches, self._waited = 0, 0.
 
     def watch(self, batches: Iterable) -> Iterator:
         """Yield batches, and note how long each was waited for."""
         for batch in batches:
-            self.data_time.update(time.time() - self._end)
+            self._waited += time.time() - self._end
             yield batch
 
     def tick(self) -> None:
         """Note the end of a batch."""
-        now = time.time()
-        self.batch_time.update(now - self._end)
-        self._end = now
-        self._progress.seconds = now - self._started
+        self._end = time.time()
+        self._batches += 1
+        self._progress.seconds = self._before + self._end - self._begun
+
+    def averages(self) -> tuple[float, float]:
+        """Return the seconds that a batch took, and those that it was waited for."""
+        return (self._end - self._begun) / self._batches, self._waited / self._batches
 
 
 def log_plan(run) -> None:
@@ -67,10 +67,11 @@ def log_plan(run) -> None:
         _logger.info(
             f'Gradient accumulation: the contrastive term sees the {negatives} images of a micro-batch, not the '
             f'{negatives * options.optimizer.grad_accum_steps} of an update')
-    each = checkpoint_bytes(run.task, run.optimizer)
+    # Weights, their average, the optimizer's two moments.
+    each = sum(tensor.nbytes for tensor in run.pair.state_dict().values()) * (1 + run.task.has_ema())
+    each += 2 * sum(parameter.nbytes for parameter in run.pair.parameters() if parameter.requires_grad)
     # History, last, a best for each branch, one being written; recovery checkpoints; milestones.
-    files = options.run.checkpoint_hist + 2 + len(run.pair.sides)
-    files += len(options.run.save_epochs or ())
+    files = options.run.checkpoint_hist + 2 + len(run.pair.sides) + len(options.run.save_epochs or ())
     files += 2 * bool(options.run.recovery_interval or options.run.recovery_minutes)
     free = shutil.disk_usage(run.output_dir).free
     _logger.info(
@@ -84,12 +85,13 @@ def log_batch(run, clock: Clock, losses: dict[str, float]) -> None:
     """Log the mean losses of an update."""
     batch, batches = run.progress.batch - 1, len(run.loader_train)
     terms = '  '.join(f'{name.removesuffix("_loss")} {value:#.4g}' for name, value in losses.items())
-    rate = run.options.loader.batch_size * run.processes.world_size / clock.batch_time.avg
+    seconds, waited = clock.averages()
+    rate = run.options.loader.batch_size * run.processes.world_size / seconds
     _logger.info(
         f'Train: {run.progress.epoch} [{batch:>4d}/{batches} ({100 * (batch + 1) / batches:>3.0f}%)]  '
-        f'{terms}  Time: {clock.batch_time.avg:.3f}s, {rate:>7.2f}/s  '
+        f'{terms}  Time: {seconds:.3f}s, {rate:>7.2f}/s  '
         f'LR: {" ".join(f"{side} {lr:.3e}" for side, lr in branch_lrs(run.optimizer).items())}  '
-        f'Data: {clock.data_time.avg:.3f}s')
+        f'Data: {waited:.3f}s')
 
 
 def save_images(run, input: torch.Tensor) -> None:
@@ -160,9 +162,8 @@ def log_result(run, seconds: float) -> None:
         if f'best_{side}' not in bests:
             continue
         best, epoch = bests[f'best_{side}']
-        last = ', '.join(
-            f'{name} {metrics[column]:.2f} %'
-            for name, column in (('top-1', f'eval_top1_{side}'), ('EMA', f'eval_ema_top1_{side}')) if column in metrics)
+        columns = {'top-1': f'eval_top1_{side}', 'EMA': f'eval_ema_top1_{side}'}
+        last = ', '.join(f'{name} {metrics[column]:.2f} %' for name, column in columns.items() if column in metrics)
         _logger.info(
             f'Branch {side} ({run.options.branches[side].model}): {last}; best {best:.2f} % at epoch {epoch}: '
             f'{os.path.join(run.output_dir, f"best_{side}.pth.tar")}')

@@ -1,7 +1,9 @@
 """The loop: train and validate epoch by epoch, and save."""
 import logging
 import math
+import signal
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +12,9 @@ from torch.utils.data import IterableDataset
 
 from ..errors import RunError
 from ..options.train import resume_command
-from .control import GIVE_UP, GO_ON, SAVE, STOP, stop_line
-from .device import agreement, from_all, from_first
-from .evaluate import evaluate_pair, gate_accuracies
+from .control import GIVE_UP, GO_ON, SAVE, STOP, Stopped
+from .device import agreement, from_all
+from .evaluate import evaluate, gate_accuracies, outputs_of, pair_logits
 from .log import Clock, epoch_costs, epoch_terms, log_batch, log_result, save_images, write_summary
 from .optim import branch_lrs
 from .resume import run_state
@@ -126,8 +128,10 @@ def heed(run: Run, decision: int) -> None:
         if saved and run.output_dir:  # of the process that speaks
             torchrun = ' (under torchrun, as before)' if run.processes.distributed else ''
             end = f'to go on{torchrun}: {resume_command(run.options, run.output_dir)}'
-        raise stop_line(
-            decision, f'after epoch {progress.epoch}, batch {progress.batch} of {len(run.loader_train)}; {end}')
+        number = decision - STOP
+        raise Stopped(
+            f'stopped by {signal.Signals(number).name} after epoch {progress.epoch}, batch {progress.batch} of '
+            f'{len(run.loader_train)}; {end}', number)
 
 
 def save_recovery(run: Run) -> bool:
@@ -136,7 +140,7 @@ def save_recovery(run: Run) -> bool:
     state = run_state(run)
     saved = run.saver is not None and run.saver.save_recovery(run.progress.epoch, run.progress.batch, state)
     run.control.saved()
-    return from_first(run.processes, saved)
+    return from_all(run.processes, saved)[0]
 
 
 @torch.no_grad()
@@ -205,16 +209,19 @@ def validate(run: Run) -> dict[str, Any]:
     stream = isinstance(run.loader_eval.dataset, IterableDataset)
     metrics: dict[str, Any] = {}
     for ema in (False, True)[:1 + run.evaluates_ema]:
-        found = evaluate_pair(
-            run.task.get_eval_model(ema=ema),
+        model: Any = run.task.get_eval_model(ema=ema)
+        found = evaluate(
+            partial(pair_logits, model.eval(), run.pair.sides),
+            outputs_of(run.pair.sides),
             run.loader_eval,
-            run.pair.sides,
             run.device,
             run.autocast,
             run.processes.distributed,
             after_batch=run.control.watch if stream else lambda: heed(run, run.control.decide()),
         )
-        metrics.update((f'ema_{name}' if ema else name, value) for name, value in found.items())
+        for output, figures in found.items():
+            prefix = 'ema_' if ema else ''
+            metrics.update((f'{prefix}{metric}_{output}', figures[metric]) for metric in ('loss', 'top1', 'top5'))
     bad = [name for name, value in metrics.items() if 'loss' in name and not math.isfinite(value)]
     if bad:
         _logger.warning(f'Epoch {run.progress.epoch}: not finite: {", ".join(bad)}; it is no best epoch for them')

@@ -33,6 +33,7 @@ from ..errors import UsageError, first_line
 from ..options.checks import no_token
 from ..options.sections import INTERPOLATIONS
 from ..options.train import Options
+from .boundary import refusing
 
 _logger = logging.getLogger(__name__)
 _INPUT = ('img_size', 'crop_pct', 'mean', 'std', 'interpolation')  # how a branch's images are prepared
@@ -109,15 +110,12 @@ def _is_number(value):
 
 
 _VALID = {
-    'architecture': lambda value: isinstance(value, str),
     'input_size': lambda value: len(value) == 3 and all(isinstance(size, int) and 0 < size <= 4096 for size in value),
     'mean': lambda value: len(value) > 0 and all(map(_is_number, value)),
     'std': lambda value: len(value) > 0 and all(_is_number(std) and std > 0 for std in value),
     'crop_pct': lambda value: _is_number(value) and value > 0,
     'crop_mode': lambda value: value in ('center', 'squash', 'border'),
     'interpolation': lambda value: value in ('random', *INTERPOLATIONS),
-    'num_classes': lambda value: isinstance(value, int) and value >= 0,
-    'label_names': lambda value: not isinstance(value, str) and all(isinstance(name, str) for name in value),
 }
 
 
@@ -159,41 +157,36 @@ def create_branch(options: Options, side: str, data_config: dict[str, Any], num_
     Raises:
         UsageError: timm can't build the model with these options.
     """
-    def option(name):
-        return getattr(options.branches[side], name)
-
-    name = option('model')
+    asked = options.branches[side]
+    name = asked.model or ''
+    where = f'--model-{side} {name}'
     kwargs = {
-        'pretrained': option('pretrained') or bool(option('pretrained_path')),
+        'pretrained': asked.pretrained or bool(asked.pretrained_path),
         'in_chans': data_config['input_size'][0],
         'num_classes': num_classes,
-        'drop_rate': option('drop'),
-        'drop_path_rate': option('drop_path') if option('drop_path') is not None else option('drop_connect'),
-        'drop_block_rate': option('drop_block'),
-        'global_pool': option('gp'),
-        'bn_momentum': option('bn_momentum'),
-        'bn_eps': option('bn_eps'),
-        'checkpoint_path': option('initial_checkpoint') or None,
+        'drop_rate': asked.drop,
+        'drop_path_rate': asked.drop_path if asked.drop_path is not None else asked.drop_connect,
+        'drop_block_rate': asked.drop_block,
+        'global_pool': asked.gp,
+        'bn_momentum': asked.bn_momentum,
+        'bn_eps': asked.bn_eps,
+        'checkpoint_path': asked.initial_checkpoint or None,
     }
-    if option('pretrained_path'):
+    if asked.pretrained_path:
         # As in timm's script: a file's weights, whatever its number of classes.
-        kwargs['pretrained_cfg_overlay'] = {'file': option('pretrained_path'), 'num_classes': -1}
+        kwargs['pretrained_cfg_overlay'] = {'file': asked.pretrained_path, 'num_classes': -1}
     kwargs.update(size_kwargs(pretrained_cfg_of(name, f'--model-{side}'), data_config['input_size']))
-    kwargs.update(option('model_kwargs') or {})
+    kwargs.update(asked.model_kwargs or {})
     uniform = METHODS[options.method].uniform_drop_path
     rate = (kwargs.pop('drop_path_rate') or 0.) if uniform else 0.
     seed_all(options.run.seed, 'init', side)
-    model = create_named(name, f'--model-{side} {name}', **kwargs)
-    try:
-        _initialize_head(model, option('head_init_scale'), option('head_init_bias'))
-    except ValueError as e:  # no classifier, as where a config.json asks for features
-        raise UsageError(f'--model-{side} {name}: {e}') from e
+    model = create_named(name, where, **kwargs)
+    with refusing(where, ValueError):  # no classifier, as where a config.json asks for features
+        _initialize_head(model, asked.head_init_scale, asked.head_init_bias)
     if uniform:
-        try:
+        with refusing(f'{where}: --method {options.method} can not train it', ValueError):
             set_uniform_drop_path(model, rate, skip=options.own.drop_path_skip)
-        except ValueError as e:
-            raise UsageError(f'--model-{side} {name}: --method {options.method} can not train it: {e}') from e
-    if option('grad_checkpointing'):
+    if asked.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
     return model
 
@@ -302,10 +295,8 @@ def _freeze(options, pair, side):
     if depth:
         if not options.branches[side].starts_trained:
             _logger.warning(f'--freeze-depth-{side} {depth}: freezes layers that were never trained (no --pretrained)')
-        try:
+        with refusing(f'--freeze-depth-{side}', ValueError):
             pair.freeze(side, depth)
-        except ValueError as e:
-            raise UsageError(f'--freeze-depth-{side}: {e}') from e
 
 
 def student_of(options: Options, models: dict[str, Any]) -> str | None:
@@ -330,10 +321,9 @@ def try_images(forward: Callable, input_size: tuple[int, ...], what: str) -> Non
     Raises:
         UsageError: It can't; the message begins with `what`.
     """
-    try:
+    refused = f'{what}: can not take images of size {tuple(input_size)}'
+    with refusing(refused, AssertionError, IndexError, RuntimeError, ValueError):
         forward(torch.zeros(1, *input_size))
-    except (AssertionError, IndexError, RuntimeError, ValueError) as e:
-        raise UsageError(f'{what}: can not take images of size {tuple(input_size)}: {first_line(e)}') from e
 
 
 def _has_attention(model) -> bool:

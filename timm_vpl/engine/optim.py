@@ -9,7 +9,6 @@ import torch
 from timm.loss import create_classification_loss
 from timm.optim import (
     create_optimizer_v2,
-    get_optimizer_class,
     optimizer_kwargs,
     param_groups_layer_decay,
     param_groups_weight_decay,
@@ -23,6 +22,7 @@ from ..core.pair import PairWrapper
 from ..core.seeding import seed_all
 from ..errors import UsageError
 from ..options.train import Options
+from .boundary import refusing
 
 _logger = logging.getLogger(__name__)
 
@@ -41,11 +41,6 @@ def learning_rates(options: Options, world_size: int) -> dict[str, float]:
     }
 
 
-def _config(options: Options) -> Namespace:
-    """Return what timm reads of the optimizer and the schedule; learning rates and weight decay are the groups'."""
-    return Namespace(**vars(options.optimizer), **vars(options.schedule), lr=None, weight_decay=0., patience_epochs=0)
-
-
 def param_groups(
         options: Options,
         pair: PairWrapper,
@@ -54,36 +49,34 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Return the optimizer's groups, each with its 'side', each branch's as timm makes them for the model alone.
 
-    The affine layer has the learning rate and weight decay of branch b, or of the only one; the layers of a term those
-    of its learner.
+    The affine layer has the learning rate and weight decay of branch b, or of the only one.
     """
     opt_kwargs = options.optimizer.opt_kwargs
     names = 'fallback_list', 'fallback_no_weight_decay'
     fallback: dict[str, Any] = {key: opt_kwargs[key] for key in names if key in opt_kwargs}
     groups = []
     for side in pair.sides:
-        model = pair.branch(side)
+        model, branch = pair.branch(side), options.branches[side]
         kwargs = {
-            'weight_decay': options.branches[side].weight_decay,
+            'weight_decay': branch.weight_decay,
             'no_weight_decay_list': getattr(model, 'no_weight_decay', set)(),
             **fallback,
         }
-        layer_decay = options.branches[side].layer_decay
-        if layer_decay is None:
+        if branch.layer_decay is None:
             branch_groups = param_groups_weight_decay(model, **kwargs)
         else:
             branch_groups = param_groups_layer_decay(
                 model,
-                layer_decay=layer_decay,
-                min_scale=options.branches[side].layer_decay_min_scale or 0.,
-                no_opt_scale=options.branches[side].layer_decay_no_opt_scale,
+                layer_decay=branch.layer_decay,
+                min_scale=branch.layer_decay_min_scale or 0.,
+                no_opt_scale=branch.layer_decay_no_opt_scale,
                 **kwargs,
             )
         if side == pair.sides[-1] and pair.affine is not None:
-            branch_groups += param_groups_weight_decay(pair.affine, weight_decay=kwargs['weight_decay'])
+            branch_groups += param_groups_weight_decay(pair.affine, weight_decay=branch.weight_decay)
         for learner, part in criterion.parts_of(pair.sides) if criterion else ():
             if learner == side:
-                branch_groups += param_groups_weight_decay(part, weight_decay=kwargs['weight_decay'])
+                branch_groups += param_groups_weight_decay(part, weight_decay=branch.weight_decay)
         groups += [{**group, 'lr': lrs[side], 'side': side} for group in branch_groups]
     return groups
 
@@ -100,17 +93,14 @@ def create_optimizer(
         UsageError: An optimizer that timm does not know, or options that it does not take.
     """
     asked = options.optimizer
-    kwargs = optimizer_kwargs(_config(options))
-    for key in ('lr', 'weight_decay', 'layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale'):
-        kwargs.pop(key, None)
-    if _has_fused(asked.opt) and not {'foreach', 'capturable', 'differentiable'} & set(asked.opt_kwargs):
+    kwargs = optimizer_kwargs(Namespace(**vars(asked), lr=None, weight_decay=0.))  # the groups have theirs
+    del kwargs['lr']
+    is_adam = asked.opt.removeprefix('lookahead_').lower() in ('adam', 'adamw')
+    if is_adam and not {'foreach', 'capturable', 'differentiable'} & set(asked.opt_kwargs):
         kwargs['fused'] = True  # one kernel for all parameters, on a CPU too
-    kwargs.update({
-        key: value for key, value in (asked.opt_kwargs).items() if not key.startswith('fallback_')})
-    try:
+    kwargs.update((key, value) for key, value in asked.opt_kwargs.items() if not key.startswith('fallback_'))
+    with refusing(f'--opt {asked.opt}', AssertionError, TypeError, ValueError):
         optimizer = create_optimizer_v2(param_groups(options, pair, lrs, criterion), lr=max(lrs.values()), **kwargs)
-    except (AssertionError, TypeError, ValueError) as e:
-        raise UsageError(f'--opt {asked.opt}: {e}') from e
     if getattr(optimizer, 'is_second_order', False):
         raise UsageError(f'--opt {asked.opt}: not available, fused attention and the gather have no second derivative')
     clips = [key for key in ('max_grad_norm', 'grad_clip_norm') if optimizer.defaults.get(key)]
@@ -142,26 +132,15 @@ def branch_lrs(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return lrs
 
 
-def _has_fused(name: str) -> bool:
-    """Return whether an optimizer is one of torch's that has a fused implementation on every device."""
-    try:
-        optimizer_class = get_optimizer_class(name.removeprefix('lookahead_'), bind_defaults=False)
-    except ValueError:
-        return False
-    return optimizer_class in (torch.optim.Adam, torch.optim.AdamW)
-
-
 def create_scheduler(options: Options, optimizer: torch.optim.Optimizer, updates_per_epoch: int):
     """Create the learning rate scheduler and return it (None for --sched none) with the epochs that it runs.
 
     Raises:
         UsageError: Options that timm's scheduler does not take.
     """
-    try:
+    with refusing(f'--sched {options.schedule.sched}', AssertionError, ValueError):
         scheduler, num_epochs = create_scheduler_v2(
-            optimizer, **scheduler_kwargs(_config(options)), updates_per_epoch=updates_per_epoch)
-    except (AssertionError, ValueError) as e:
-        raise UsageError(f'--sched {options.schedule.sched}: {e}') from e
+            optimizer, **scheduler_kwargs(options.schedule), updates_per_epoch=updates_per_epoch)
     if scheduler is None:
         for group in optimizer.param_groups:  # timm leaves the scale of a layer to the scheduler
             group['lr'] *= group.get('lr_scale', 1.)
@@ -186,34 +165,24 @@ def create_criterion(
     """Create the criterion of --method, on timm's classification loss.
 
     Args:
-        options: Options.
         epochs: Number of epochs that the learning rate scheduler runs.
         device: Where the loss is computed.
-        student: The branch that has a distillation token.
-        num_classes: Number of classes.
-        width: width(side, feature) -> its channels.
-
-    Raises:
-        UsageError: A network does not have what a term asks for.
     """
-    base_loss = None
-    if options.augmentation.bce_loss or METHODS[options.method].bce:
+    asked, base_loss = options.augmentation, None
+    if asked.bce_loss or METHODS[options.method].bce:
         base_loss = create_classification_loss(
             'bce',
-            smoothing=options.augmentation.smoothing,
-            soft_targets=options.augmentation.mixes,
-            bce_target_thresh=options.augmentation.bce_target_thresh,
-            bce_sum=options.augmentation.bce_sum,
-            pos_weight=options.augmentation.bce_pos_weight,
+            smoothing=asked.smoothing,
+            soft_targets=asked.mixes,
+            bce_target_thresh=asked.bce_target_thresh,
+            bce_sum=asked.bce_sum,
+            pos_weight=asked.bce_pos_weight,
         )
-    elif options.augmentation.smoothing and not options.augmentation.mixes:
-        base_loss = create_classification_loss('ce', smoothing=options.augmentation.smoothing)
+    elif asked.smoothing and not asked.mixes:
+        base_loss = create_classification_loss('ce', smoothing=asked.smoothing)
     if base_loss is not None:
         base_loss.to(device)  # its class weights
-    setting = Setting(
-        options.sides, epochs, base_loss, student, options.augmentation.bce_sum, num_classes, width)
+    setting = Setting(options.sides, epochs, base_loss, student, asked.bce_sum, num_classes, width)
     seed_all(options.run.seed, 'init', 'terms')
-    try:
+    with refusing(f'--method {options.method}', ValueError):
         return METHODS[options.method].criterion(options.own, setting)
-    except ValueError as e:
-        raise UsageError(f'--method {options.method}: {e}') from e

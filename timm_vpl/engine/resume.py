@@ -2,16 +2,18 @@
 import logging
 import os
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import partial
 from typing import Any
 
 import torch
 
+from ..core.processes import Processes
 from ..data.identity import data_changes
 from ..errors import RunError, UsageError, first_line
 from ..options.checks import is_auto
 from ..options.train import Options, changed_options, recipe_values
 from .checkpoint import newest_checkpoint, read_checkpoint
+from .device import by_first, from_all
 from .step import Progress
 
 _logger = logging.getLogger('train')
@@ -26,16 +28,18 @@ class Start:
     optimizer: bool = True  # go on with that of the checkpoint
 
 
-def find_start(options: Options, restarted: bool = False) -> Start:
-    """Return where to begin; called by one process.
+def find_start(options: Options, processes: Processes) -> Start:
+    """Return where all processes begin.
 
     The checkpoint is that of --resume; with --resume auto or a folder, and where torchrun has restarted the processes,
     the newest one of the run's folder.
-
-    Args:
-        options: Options.
-        restarted: Whether torchrun has restarted a process of the run.
     """
+    # torchrun counts only the restarts for which a process of the same machine has failed.
+    restarted = any(from_all(processes, os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'))
+    return by_first(processes, partial(_find_start, options, restarted))
+
+
+def _find_start(options, restarted):
     if restarted and not options.run.experiment:
         _logger.warning(
             'Restarted by torchrun, from the beginning: only a run with --experiment NAME goes on by itself')
@@ -130,45 +134,19 @@ def _load_optimizer(run, checkpoint):
     keys = ['fused', 'foreach', *(['lr'] if run.scheduler is None else [])]
     if run.start.epoch is not None:
         keys += ['lr', 'initial_lr', 'lr_scale', 'weight_decay', 'betas', 'eps', 'momentum']
-    own = [dict(group) for group in run.optimizer.param_groups]
-    uniform = type(run.optimizer).__module__.startswith('torch.optim.')
-    run.optimizer.load_state_dict(_adapted(checkpoint['optimizer'], own, keys, uniform))
+    saved = checkpoint['optimizer']
+    parameters = {}
+    for group, own in zip(saved['param_groups'], run.optimizer.param_groups, strict=True):
+        group.update((key, own[key]) for key in keys if key in own)
+        parameters.update(zip(group['params'], own['params'], strict=True))
+    for i, state in saved['state'].items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameters[i].shape:
+                # In the memory layout of the parameter, which fused kernels go by.
+                state[key] = torch.empty_like(parameters[i], dtype=value.dtype, device=value.device).copy_(value)
+    run.optimizer.load_state_dict(saved)
     if run.update.scaler is not None and 'amp_scaler' in checkpoint:
         run.update.scaler.load_state_dict(checkpoint['amp_scaler'])
-
-
-def _adapted(saved: dict[str, Any], own: list[dict], keys: list[str], uniform: bool) -> dict[str, Any]:
-    """Return an optimizer's saved state for groups that keep some settings of their own.
-
-    The state of a parameter gets its memory layout, which fused kernels go by.
-
-    Args:
-        saved: The saved state_dict.
-        own: The optimizer's groups.
-        keys: Settings that they keep.
-        uniform: Whether each parameter must have state of the same kinds, as for torch's optimizers.
-
-    Raises:
-        ValueError: The state does not fit the groups.
-    """
-    groups = [
-        {**group, **{key: given[key] for key in keys if key in given}}
-        for group, given in zip(saved['param_groups'], own, strict=True)]
-    parameters = dict(zip(
-        chain.from_iterable(group['params'] for group in groups),
-        chain.from_iterable(group['params'] for group in own),
-        strict=True))
-    state = {
-        i: {key: torch.empty_like(parameters[i], dtype=value.dtype, device=value.device).copy_(value)
-            if isinstance(value, torch.Tensor) and value.shape == parameters[i].shape else value
-            for key, value in values.items()}
-        for i, values in saved['state'].items()}
-    kinds = {
-        tuple((key, isinstance(value, torch.Tensor)) for key, value in sorted(values.items()))
-        for values in state.values() if values}
-    if uniform and len(kinds) > 1:
-        raise ValueError('its optimizer has not the same state for each parameter')
-    return {**saved, 'param_groups': groups, 'state': state}
 
 
 def _check_same_run(run, checkpoint):
@@ -188,7 +166,7 @@ def _check_same_run(run, checkpoint):
     others = _check_data(run, checkpoint)
     accepted = options.run.accept_data_change and not (checkpoint.get('progress') or {}).get('batch')
     (warned if accepted else refused).extend(others)
-    for name, value in (('batches an epoch', len(run.loader_train)), ('epochs in all', run.num_epochs)):
+    for name, value in _lengths(run).items():
         if then.get(name, value) != value and not (refused or others):  # else that is why
             refused.append(f'{then[name]} {name} before, now {value}')
     if refused == others and others and start.epoch is None:
@@ -200,6 +178,10 @@ def _check_same_run(run, checkpoint):
             f'(--start-epoch {checkpoint.get("epoch", -1) + 1} restarts by hand with other options)')
     for line in refused + warned:
         _logger.warning(f'--resume: changed: {line}')
+
+
+def _lengths(run) -> dict[str, int]:
+    return {'batches an epoch': len(run.loader_train), 'epochs in all': run.num_epochs}
 
 
 def _check_data(run, checkpoint: dict[str, Any]) -> list[str]:
@@ -223,50 +205,51 @@ def _check_data(run, checkpoint: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _own_tensors(run) -> list[torch.Tensor]:
+    """Return what a process has of its own: BatchNorm's statistics, of the EMA too, and the sums of the epoch."""
+    ema = run.task.get_trainable_module(ema=True)
+    modules = [run.pair, *([] if ema is None else [ema.module])]
+    sums, kept = run.progress.sums, run.progress.kept
+    return [
+        *(buffer for module in modules for name, buffer in module.named_buffers()
+          if 'running_mean' in name or 'running_var' in name),
+        *([] if sums is None else [sums, kept]),
+    ]
+
+
 def restore_ranks(run, checkpoint: dict[str, Any]) -> None:
     """Give each process what it had of its own; where their number has changed, the mean of all."""
     rows = checkpoint.get('ranks')
     if rows is None:
         return
     if len(rows) == run.processes.world_size:
-        own = rows[run.processes.rank]
+        row = rows[run.processes.rank]
     else:
-        own = rows.mean(dim=0)
-        own[-1] = rows[:, -1].sum() if run.processes.rank == 0 else 0
-    terms = checkpoint['progress']['terms']
-    *statistics, sums, skipped = own.split([
-        *(buffer.numel() for buffer in run.statistics), len(terms) + bool(terms), 1])
-    for buffer, values in zip(run.statistics, statistics, strict=True):
-        buffer.copy_(values.view_as(buffer))
-    if terms:
-        sums = sums.to(run.device)
-        run.progress.terms, run.progress.sums, run.progress.kept = terms, sums[:-1], sums[-1]
-    run.progress.skipped = int(skipped)
+        row = rows.mean(dim=0)
+        row[-1] = rows[:, -1].sum() if run.processes.rank == 0 else 0
+    progress = run.progress
+    progress.terms = checkpoint['progress']['terms']
+    if progress.terms:
+        progress.sums = torch.zeros(len(progress.terms), device=run.device)
+        progress.kept = torch.zeros((), device=run.device)
+    tensors = _own_tensors(run)
+    *parts, skipped = row.split([*(tensor.numel() for tensor in tensors), 1])
+    for tensor, values in zip(tensors, parts, strict=True):
+        tensor.copy_(values.view_as(tensor))
+    progress.skipped = int(skipped)
 
 
 def run_state(run) -> dict[str, Any]:
     """Return what a checkpoint needs, beside weights and optimizer, to go on exactly; all processes call it."""
-    processes, progress = run.processes, run.progress
-    own = torch.cat([
-        *(buffer.flatten().to(run.device) for buffer in run.statistics),
-        *([] if progress.sums is None else [progress.sums, progress.kept[None]]),
+    progress = run.progress
+    row = torch.cat([
+        *(tensor.flatten().to(run.device) for tensor in _own_tensors(run)),
         torch.tensor([progress.skipped], device=run.device),
-    ]).float()
-    rows: list[torch.Tensor] | None = [own]
-    if processes.distributed:
-        rows = [torch.empty_like(own) for _ in range(processes.world_size)] if processes.rank == 0 else None
-        torch.distributed.gather(own, rows)
+    ]).float().cpu()
     return {
-        'progress': {
-            'batch': progress.batch,
-            'seconds': progress.seconds,
-            'lrs': progress.lrs,
-            'terms': progress.terms,
-        },
-        'ranks': torch.stack(rows).cpu() if rows else None,
-        'run': {
-            'processes': processes.world_size, 'batches an epoch': len(run.loader_train),
-            'epochs in all': run.num_epochs},
+        'progress': {key: getattr(progress, key) for key in ('batch', 'seconds', 'lrs', 'terms')},
+        'ranks': torch.stack(from_all(run.processes, row)),
+        'run': {'processes': run.processes.world_size, **_lengths(run)},
         'data': run.data,
         'summary': run.rows,
     }

@@ -3,7 +3,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,13 +15,14 @@ from ..core.seeding import BranchStreams
 from ..core.task import PairTask
 from ..data.identity import data_identity
 from ..data.images import Split
-from ..data.loaders import TrainLoader, create_eval_loaders, create_train_loader
+from ..data.loaders import create_eval_loaders, create_train_loader
 from ..data.splits import create_split, resolve_classes, withhold
 from ..errors import UsageError
 from ..options.train import Options
 from . import models, optim
 from .checkpoint import Saver
 from .control import Control
+from .evaluate import outputs_of
 from .resume import Start
 from .step import Progress, Update
 from .trained import create_teacher
@@ -30,33 +30,76 @@ from .trained import create_teacher
 _logger = logging.getLogger('train')
 
 
-@dataclass
 class Run:
-    """The parts of a training run."""
-    options: Options
-    processes: Processes
-    start: Start
-    task: PairTask
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
-    num_epochs: int
-    autocast: Callable
-    update: Update
-    loader_train: TrainLoader
-    loader_eval: Any
-    loader_gate: Any  # images by which terms with a gate compare the branches, None for none
-    updates_per_epoch: int
-    columns: list[str]  # of the evaluation metrics
-    configs: dict[str, dict]  # data configuration of each branch
-    class_names: list[str] | None
-    data: dict[str, dict]  # identity of the training and the validation images
-    flops: int  # of training, for an image
-    progress: Progress
-    rows: list[dict[str, Any]] = field(default_factory=list)  # of summary.csv
-    control: Control = field(default_factory=Control)
-    observers: Iterable[Any] = ()
-    saver: Saver | None = None  # of the first process
-    output_dir: str | None = None  # likewise
+    """The parts of a training run, but for what the processes do together and what writes to disk.
+
+    Args:
+        options: Options.
+        processes: The processes of the run.
+        start: Where it begins.
+
+    Raises:
+        UsageError: The options can't be right.
+    """
+
+    def __init__(self, options: Options, processes: Processes, start: Start):
+        self.options, self.processes, self.start = options, processes, start
+        splits = {'train': options.data.train_split, 'validation': options.data.val_split}
+        train, held_out = (
+            create_split(
+                options.data, split, options.input.channels, options.loader.batch_size, options.run.seed,
+                role == 'train')
+            for role, split in splits.items())
+        num_classes, self.class_names = resolve_classes(options, train, held_out)
+        self.data = {  # identity of the images
+            role: {'split': splits[role], **data_identity(images, self.class_names)}
+            for role, images in (('train', train), ('validation', held_out))}
+        self.configs = models.resolve_data(options)  # data configuration of each branch
+        data_config = models.loader_config(self.configs)
+
+        teacher = create_teacher(options, data_config, num_classes, self.class_names)
+        pair = models.create_pair(options, self.configs, num_classes, processes, teacher)
+        models.check_pretrained_classes(options, pair, self.class_names)
+        train, gate = _gate_images(options, train)
+        self.loader_train = create_train_loader(options, train, data_config, num_classes, processes)
+        self.loader_eval = create_eval_loaders(options.loader, held_out, self.configs, processes)
+        self.updates_per_epoch = math.ceil(len(self.loader_train) / options.optimizer.grad_accum_steps)
+        criterion = optim.create_criterion(
+            options, optim.schedule_epochs(options, self.updates_per_epoch), processes.device,
+            models.student_of(options, {side: pair.branch(side) for side in pair.sides}), num_classes,
+            models.feature_width(pair, teacher, self.configs))
+        # Images by which terms with a gate compare the branches.
+        self.loader_gate = create_eval_loaders(
+            options.loader, gate, self.configs, processes) if gate and criterion.gates else None
+        lrs = optim.learning_rates(options, processes.world_size)
+        self.optimizer = optim.create_optimizer(options, pair, lrs, criterion)
+        self.scheduler, self.num_epochs = optim.create_scheduler(options, self.optimizer, self.updates_per_epoch)
+        self.task = _create_task(options, pair, teacher, criterion, processes)
+        amp_dtype = torch.float16 if options.device.amp_dtype == 'float16' else torch.bfloat16
+        self.autocast: Callable = contextlib.nullcontext if not options.device.amp else partial(
+            torch.autocast, processes.device.type, dtype=amp_dtype)
+        scaled = options.device.amp and amp_dtype == torch.float16
+        self.update = Update(
+            self.task,
+            self.optimizer,
+            len(self.loader_train),
+            options.optimizer.grad_accum_steps,
+            self.autocast,
+            torch.amp.GradScaler(processes.device.type) if scaled else None,
+            {side: options.branches[side].clip_grad for side in pair.sides},
+            options.optimizer.clip_mode,
+            skip=options.run.on_nonfinite == 'skip',
+            limit=options.run.nonfinite_limit,
+        )
+        self.flops = models.training_flops(self.task, self.configs)  # for an image
+        self.progress = Progress(start.epoch or 0)
+        self.rows: list[dict[str, Any]] = []  # of summary.csv
+        self.control = Control()
+        self.observers: Iterable[Any] = ()
+        self.saver: Saver | None = None  # of the first process
+        self.output_dir: str | None = None  # likewise
+        if options.run.eval_metric not in self.columns:
+            raise UsageError(f'--eval-metric {options.run.eval_metric}: expected one of {", ".join(self.columns)}')
 
     @property
     def device(self) -> torch.device:
@@ -80,6 +123,12 @@ class Run:
         return self.progress.epoch * self.updates_per_epoch + in_epoch
 
     @property
+    def columns(self) -> list[str]:
+        """Names of the evaluation metrics, as columns and for --eval-metric."""
+        names = [f'{metric}_{name}' for name in outputs_of(self.pair.sides) for metric in ('loss', 'top1', 'top5')]
+        return ['top1', *names, *(f'ema_{name}' for name in names if self.evaluates_ema)]
+
+    @property
     def evaluates_ema(self) -> bool:
         """Whether the EMA is validated."""
         return self.task.has_ema() and not self.options.ema.model_ema_force_cpu
@@ -90,14 +139,6 @@ class Run:
         process = f'process {self.processes.rank}, ' if self.processes.distributed else ''
         return f'{process}epoch {self.progress.epoch}, batch {self.progress.batch}'
 
-    @property
-    def statistics(self) -> list[torch.Tensor]:
-        """Running statistics of BatchNorm, of the pair and its EMA: what processes do not have in common."""
-        ema = self.task.get_trainable_module(ema=True)
-        return [
-            buffer for module in (self.pair, *([] if ema is None else [ema.module]))
-            for name, buffer in module.named_buffers() if 'running_mean' in name or 'running_var' in name]
-
     def tell(self, event: str, *values: Any) -> None:
         """Tell the observers that know this event of it."""
         for observer in self.observers if self.saver is not None else ():
@@ -106,78 +147,8 @@ class Run:
 
 
 def create_run(options: Options, processes: Processes, start: Start | None = None) -> Run:
-    """Build everything that a run needs, but for what the processes do together and what writes to disk.
-
-    Args:
-        options: Options.
-        processes: The processes of the run.
-        start: Where it begins; None at the beginning.
-    """
-    start = start or Start()
-    splits = {'train': options.data.train_split, 'validation': options.data.val_split}
-    train, held_out = (
-        create_split(
-            options.data, split, options.input.channels, options.loader.batch_size, options.run.seed, role == 'train')
-        for role, split in splits.items())
-    num_classes, class_names = resolve_classes(options, train, held_out)
-    data = {
-        role: {'split': splits[role], **data_identity(images, class_names)}
-        for role, images in (('train', train), ('validation', held_out))}
-    configs = models.resolve_data(options)
-    data_config = models.loader_config(configs)
-
-    teacher = create_teacher(options, data_config, num_classes, class_names)
-    pair = models.create_pair(options, configs, num_classes, processes, teacher)
-    models.check_pretrained_classes(options, pair, class_names)
-    train, gate = _gate_images(options, train)
-    loader_train = create_train_loader(options, train, data_config, num_classes, processes)
-    loader_eval = create_eval_loaders(options.loader, held_out, configs, processes)
-    updates_per_epoch = math.ceil(len(loader_train) / options.optimizer.grad_accum_steps)
-    criterion = optim.create_criterion(
-        options, optim.schedule_epochs(options, updates_per_epoch), processes.device,
-        models.student_of(options, {side: pair.branch(side) for side in pair.sides}), num_classes,
-        models.feature_width(pair, teacher, configs))
-    optimizer = optim.create_optimizer(options, pair, optim.learning_rates(options, processes.world_size), criterion)
-    scheduler, num_epochs = optim.create_scheduler(options, optimizer, updates_per_epoch)
-    task = _create_task(options, pair, teacher, criterion, processes)
-    amp_dtype = torch.float16 if options.device.amp_dtype == 'float16' else torch.bfloat16
-    autocast = contextlib.nullcontext if not options.device.amp else partial(
-        torch.autocast, processes.device.type, dtype=amp_dtype)
-    run = Run(
-        options=options,
-        processes=processes,
-        start=start,
-        task=task,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        num_epochs=num_epochs,
-        autocast=autocast,
-        update=Update(
-            task,
-            optimizer,
-            len(loader_train),
-            options.optimizer.grad_accum_steps,
-            autocast,
-            torch.amp.GradScaler(processes.device.type) if options.device.amp and amp_dtype == torch.float16 else None,
-            {side: options.branches[side].clip_grad for side in pair.sides},
-            options.optimizer.clip_mode,
-            skip=options.run.on_nonfinite == 'skip',
-            limit=options.run.nonfinite_limit,
-        ),
-        loader_train=loader_train,
-        loader_eval=loader_eval,
-        loader_gate=create_eval_loaders(options.loader, gate, configs, processes) if gate and criterion.gates else None,
-        updates_per_epoch=updates_per_epoch,
-        columns=_eval_columns(pair.sides, ema=options.ema.model_ema and not options.ema.model_ema_force_cpu),
-        configs=configs,
-        class_names=class_names,
-        data=data,
-        flops=models.training_flops(task, configs),
-        progress=Progress(start.epoch or 0),
-    )
-    if options.run.eval_metric not in run.columns:
-        raise UsageError(f'--eval-metric {options.run.eval_metric}: expected one of {", ".join(run.columns)}')
-    return run
+    """Build a run from its options, from the beginning unless `start` says otherwise."""
+    return Run(options, processes, start or Start())
 
 
 def _gate_images(options: Options, train: Split) -> tuple[Split, Split | None]:
@@ -221,10 +192,3 @@ def _create_task(options, pair, teacher, criterion, processes) -> PairTask:
         task.compile(backend=options.input.torchcompile, mode=options.input.torchcompile_mode)
         task.compile_ema(backend=options.input.torchcompile, mode=options.input.torchcompile_mode)
     return task
-
-
-def _eval_columns(sides, ema: bool) -> list[str]:
-    """Return the names of the evaluation metrics, as columns and for --eval-metric."""
-    names = [*sides, 'ens'] if len(sides) > 1 else list(sides)
-    columns = [f'{metric}_{name}' for name in names for metric in ('loss', 'top1', 'top5')]
-    return ['top1', *columns, *(f'ema_{column}' for column in columns if ema)]

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ import yaml
 from timm.models import safe_model_name
 from timm.utils import get_outdir, setup_default_logging
 
-from ..core.processes import Processes
 from ..core.teacher import Teacher
 from ..data.loaders import create_eval_loader
 from ..data.splits import split_card
@@ -21,15 +21,15 @@ from ..errors import RunError, UsageError
 from ..files import replacing
 from ..options.train import Options, recipe_values
 from . import models
-from .boundary import as_line
+from .boundary import as_line, refusing
 from .checkpoint import Saver
 from .control import Control, Stopped
-from .device import LOST, agreement, from_all, from_first, init_device, is_lost
+from .device import LOST, agreement, by_first, from_all, init_device, is_lost
 from .environment import environment
 from .evaluate import evaluate
 from .log import SUMMARY, log_plan
 from .loop import fit, save_recovery
-from .resume import Start, find_start, load_checkpoint, output_of, restore_ranks, resume
+from .resume import find_start, load_checkpoint, output_of, restore_ranks, resume
 from .run import Run, create_run
 
 _logger = logging.getLogger('train')
@@ -58,7 +58,7 @@ def train(options: Options, observers: Iterable[Any] = ()) -> None:
         logging.getLogger().setLevel(logging.ERROR)
     run = None
     try:
-        start = _find_start(options, processes)
+        start = find_start(options, processes)
         with agreement(processes):
             checkpoint = load_checkpoint(start) if start.path else None
             run = create_run(options, processes, start)
@@ -66,13 +66,11 @@ def train(options: Options, observers: Iterable[Any] = ()) -> None:
             if checkpoint:
                 resume(run, checkpoint)
         check_data(run)
-        if from_first(processes, start.auto and checkpoint is not None and processes.rank == 0 and is_finished(run)):
+        if by_first(processes, lambda: start.auto and checkpoint is not None and is_finished(run)):
             _logger.info(f'--resume auto: nothing to train or to export, the run in {os.path.dirname(start.path)} is '
                          f'finished; no file is changed')
             return
-        with agreement(processes):
-            if processes.rank == 0:
-                open_folder(run, checkpoint)
+        by_first(processes, lambda: open_folder(run, checkpoint))
         begin(run, checkpoint)
         checkpoint = None  # it may be large
         with run.control:
@@ -89,32 +87,20 @@ def train(options: Options, observers: Iterable[Any] = ()) -> None:
                 torch.distributed.destroy_process_group()
 
 
-def _find_start(options: Options, processes: Processes) -> Start:
-    """Return where all processes begin."""
-    # torchrun counts only the restarts for which a process of the same machine has failed.
-    restarted = any(from_all(processes, os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'))
-    start = None
-    with agreement(processes):
-        if processes.rank == 0:
-            start = find_start(options, restarted)
-    return from_first(processes, start)
-
-
 def check_data(run: Run) -> None:
     """Raise UsageError in all processes if they do not see the same data."""
-    facts = from_all(run.processes, {
-        **{f'{role} {name}': value for role, identity in run.data.items() for name, value in identity.items()},
-        'number of training batches': len(run.loader_train),
-        'number of validation batches': len(run.loader_eval),
-    })
-    for rank, other in enumerate(facts):
-        for name, value in other.items():
-            if value != facts[0][name]:
-                if run.processes.rank:
-                    raise SystemExit(UsageError.exit_status)
-                shown = f' ({facts[0][name]} and {value})' if isinstance(value, int) else ''
-                raise UsageError(f'data: processes 0 and {rank} do not see the same {name}{shown}; each machine needs '
-                                 f'the same files')
+    facts: dict[str, Any] = {
+        f'{role} {name}': value for role, identity in run.data.items() for name, value in identity.items()}
+    facts['number of training batches'] = len(run.loader_train)
+    facts['number of validation batches'] = len(run.loader_eval)
+    everywhere = from_all(run.processes, facts)
+    with agreement(run.processes):
+        for rank, other in enumerate(everywhere):
+            for name, value in everywhere[0].items():
+                if value != other[name]:
+                    shown = f' ({value} and {other[name]})' if isinstance(value, int) else ''
+                    raise UsageError(f'data: processes 0 and {rank} do not see the same {name}{shown}; each machine '
+                                     f'needs the same files')
 
 
 def is_finished(run: Run) -> bool:
@@ -166,29 +152,26 @@ def _create_output_dir(run, data_config, recipe) -> str:
         *(safe_model_name(options.branches[side].model) for side in options.sides),
         str(data_config['input_size'][-1]),
     ])
-    try:
+    with refusing(f'--output {output_of(options)}', AssertionError, OSError):
         # A run of the same name is continued with --resume, never written over.
         output_dir = get_outdir(output_of(options), name, inc=not (start.path or start.auto))
         if start.path and not options.run.experiment:
             _logger.info(f'New folder {output_dir}: --output and --experiment continue in the old one')
+        contents = {'train': split_card(run.loader_train.images), 'validation': split_card(run.loader_eval.dataset)}
+        data = {**run.data, 'contents': contents}
         environments = _environments(output_dir) if start.path else []
         now = environment(run.device)
         environments += [now] if now not in environments[-1:] else []
-        contents = {'train': split_card(run.loader_train.images), 'validation': split_card(run.loader_eval.dataset)}
-        data = {**run.data, 'contents': contents}
         for name, content in (('args', recipe), ('data', data), ('environment', environments)):
             with replacing(os.path.join(output_dir, f'{name}.yaml')) as f:
                 yaml.safe_dump(content, f, default_flow_style=False, sort_keys=name != 'data')
-    except (AssertionError, OSError) as e:
-        raise UsageError(f'--output {output_of(options)}: {e}') from e
     return output_dir
 
 
 def _environments(output_dir: str) -> list[dict[str, Any]]:
     """Return the environments in which a run has been trained so far."""
     try:
-        with open(os.path.join(output_dir, 'environment.yaml')) as f:
-            found = yaml.safe_load(f)
+        found = yaml.safe_load(Path(output_dir, 'environment.yaml').read_text())
     except (OSError, ValueError, yaml.YAMLError):
         found = None
     return found if isinstance(found, list) else []
@@ -205,13 +188,12 @@ def begin(run: Run, checkpoint: dict[str, Any] | None) -> None:
     if processes.distributed or task.criterion.parts:
         task.train()
         size = models.loader_config(run.configs)['input_size']
-        try:
+        with refusing(f'--method {options.method}', ValueError):
             task.settle(torch.zeros(options.loader.batch_size, *size, device=run.device), run.autocast)
-        except ValueError as e:
-            raise UsageError(f'--method {options.method}: {e}') from e
     if checkpoint and run.start.epoch is None:
         restore_ranks(run, checkpoint)
-    if task.teacher is not None and (run.progress.epoch, run.progress.batch) == (0, 0):
+    if task.teacher is not None and (run.progress.epoch, run.progress.batch) == (0, 0) \
+            and task.teacher.branch.model.num_classes == run.pair.num_classes:
         validate_teacher(run, task.teacher)
     minutes = options.run.recovery_minutes if processes.rank == 0 else 0
     run.control = Control(processes.distributed, options.run.hang_timeout, minutes)

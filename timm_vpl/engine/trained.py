@@ -15,6 +15,7 @@ from ..core.names import SIDES, partner_of
 from ..core.teacher import Teacher
 from ..errors import RunError, UsageError
 from ..options.train import Options
+from .boundary import refusing
 from .checkpoint import read_checkpoint
 from .models import create_named, first_difference, try_images
 
@@ -40,11 +41,7 @@ class TrainedModel(NamedTuple):
         return f'{self.architecture} ({self.side}{"" if self.ema is None else ", EMA" if self.ema else ", raw"})'
 
 
-def load_branches(
-        source: str,
-        sides: str | None = None,
-        ema: bool | None = None,
-) -> list[TrainedModel]:
+def load_branches(source: str, sides: str | None = None, ema: bool | None = None) -> list[TrainedModel]:
     """Load branches of a pair from a checkpoint, or from a run's folder each from its own best epoch.
 
     Args:
@@ -98,8 +95,8 @@ def _load_branch(path, checkpoint, branches, side, ema):
     averaged = 'state_dict_ema' in checkpoint
     if ema and not averaged:
         raise UsageError(f'--ema: {path} has no averaged weights')
-    metrics = checkpoint.get('metrics')
-    only_raw = isinstance(metrics, dict) and f'top1_{side}' in metrics and f'ema_top1_{side}' not in metrics
+    metrics = checkpoint['metrics'] if isinstance(checkpoint.get('metrics'), dict) else {}
+    only_raw = f'top1_{side}' in metrics and f'ema_top1_{side}' not in metrics
     use_ema = averaged and not only_raw if ema is None else ema
     config = branches[side]
     prefix = f'model_{side}.'
@@ -112,10 +109,11 @@ def _load_branch(path, checkpoint, branches, side, ema):
         found = f'{len(state)} weights under {prefix}*' if state else f'no weights under {prefix}*'
         raise RunError(f'{path}: {found}, which do not fit {config["architecture"]} '
                        f'({" ".join(str(e).split())[:160]})') from e
-    known = {key: value for key in ('args', 'metrics') if isinstance(value := checkpoint.get(key), dict)}
-    if not _is_plain(known) or not isinstance(known.get('args', {}).get('method', ''), str):
+    args = checkpoint['args'] if isinstance(checkpoint.get('args'), dict) else {}  # not of timm's own script
+    if not isinstance(args.get('method', ''), str):
         raise RunError(f"{path}: its 'args' are not those of a run")
-    if not all(isinstance(value, (int, float)) for value in known.get('metrics', {}).values()):
+    _as_json(args, path, 'args')
+    if not all(isinstance(value, (int, float)) for value in metrics.values()):
         raise RunError(f"{path}: its 'metrics' are not those of a run")
     return TrainedModel(
         model.eval(),
@@ -126,30 +124,33 @@ def _load_branch(path, checkpoint, branches, side, ema):
         side=side,
         ema=use_ema if averaged else None,
         checkpoint={
-            **known,
+            'args': args,
+            'metrics': metrics,
             **({'epoch': checkpoint['epoch']} if isinstance(checkpoint.get('epoch'), int) else {}),
             'version': checkpoint.get('timm_vpl_version'),
-            'architectures': {other: branches[other].get('architecture') for other in branches},
+            'architectures': {other: config.get('architecture') for other, config in branches.items()},
         },
     )
 
 
-def _is_plain(value) -> bool:
-    """Return whether a value is one that YAML can hold."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) for key in value) and all(map(_is_plain, value.values()))
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+def _as_json(value: Any, path: str, key: str) -> str:
+    """Return an entry of a checkpoint as JSON, which holds nothing but plain types.
+
+    Raises:
+        RunError: It can't be.
+    """
+    try:
+        return json.dumps(value, sort_keys=True)
+    except (TypeError, ValueError) as e:
+        raise RunError(f"{path}: its '{key}' are not those of a run") from e
 
 
-def _build(config, where) -> nn.Module:
+def _build(config, path) -> nn.Module:
     """Build a model from timm's config, without weights."""
-    if not _is_plain(config):
-        raise RunError(f"{where}: its 'branches' are not those of a run")
+    text = _as_json(config, path, 'branches')
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / 'config.json').write_text(json.dumps(config))
-        return create_named(f'local-dir:{folder}', where)
+        (Path(folder) / 'config.json').write_text(text)
+        return create_named(f'local-dir:{folder}', path)
 
 
 def load_trained(source: str, ema: bool | None = None, side: str | None = None) -> list[TrainedModel]:
@@ -185,7 +186,7 @@ def create_teacher(
         num_classes: int,
         class_names: list[str] | None,
 ) -> Teacher | None:
-    """Create the frozen teacher of a method that has one, in the place of the branch that the pair has not.
+    """Create the frozen teacher of a method that has one: in the place of a branch, or beside two.
 
     Args:
         options: Options.
@@ -196,7 +197,8 @@ def create_teacher(
     Raises:
         UsageError: The teacher can't be read, is several, or knows other classes.
     """
-    if not METHODS[options.method].has_teacher(options.own, options.sides):
+    method = METHODS[options.method]
+    if not method.has_teacher(options.own, options.sides):
         return None
     side = partner_of(options.sides[0]) if len(options.sides) == 1 else 'teacher'
     try:
@@ -216,13 +218,11 @@ def create_teacher(
         raise UsageError(f'{name} takes {channels} channels, the data has {data_config["input_size"][0]}')
     difference = f'{known} of them, the data has {num_classes}' if known != num_classes else first_difference(
         trained.class_names, class_names)
-    if difference and METHODS[options.method].follows_teacher(options.own, options.sides):
+    if difference and method.follows_teacher(options.own, options.sides):
         raise UsageError(f'{name} knows other classes, {difference}; --method solo --model-a {trained.architecture} '
                          f'trains one on these')
-    try:
+    with refusing(f'{name} can not teach', ValueError):
         teacher = Teacher(trained.model, side, trained.data_config, data_config)
-    except ValueError as e:
-        raise UsageError(f'--teacher {options.own.teacher}: {trained.label} can not teach: {e}') from e
-    try_images(teacher, data_config['input_size'], f'--teacher {options.own.teacher}: {trained.label}')
+    try_images(teacher, data_config['input_size'], name)
     _logger.info(f'Teacher: {trained.label} of {trained.source}')
     return teacher
