@@ -12,38 +12,31 @@ def log_softmax(row):
     return [z - log_z for z in exponents]
 
 
-def ce(logits, target):
-    """Eq. 1-2: cross-entropy, target as class indices (N,) or as soft targets (N, C)."""
+def soft_targets(target, num_classes, smoothing=0.):
+    """Targets as rows of probabilities: class indices smoothed as by timm, soft targets as they are."""
+    if target.ndim == 2:
+        return target.tolist()
+    return [[smoothing / num_classes + (1 - smoothing) * (c == label) for c in range(num_classes)]
+            for label in target.tolist()]
+
+
+def ce(logits, target, smoothing=0.):
+    """Eq. 1-2: cross-entropy."""
     total = 0.
-    for row, label in zip(logits.unbind(), target.unbind(), strict=True):
-        for c, log_p in enumerate(log_softmax(row)):
-            y = label[c] if target.ndim == 2 else float(label == c)
+    for row, label in zip(logits.unbind(), soft_targets(target, logits.shape[1], smoothing), strict=True):
+        for y, log_p in zip(label, log_softmax(row), strict=True):
             total = total - y * log_p
     return total / len(logits)
 
 
-def smoothed_ce(logits, target, smoothing):
-    """Cross-entropy with the label smoothing of timm's LabelSmoothingCrossEntropy."""
-    num_images, num_classes = logits.shape
-    soft = torch.full((num_images, num_classes), smoothing / num_classes, dtype=logits.dtype)
-    for i in range(num_images):
-        soft[i, target[i]] += 1 - smoothing
-    return ce(logits, soft)
-
-
-def binary_ce(logits, target, smoothing):
-    """Mean binary cross-entropy over images and classes, smoothed as in timm's BinaryCrossEntropy."""
-    num_images, num_classes = logits.shape
+def binary_ce(logits, target, smoothing=0.):
+    """Mean binary cross-entropy over images and classes."""
     total = 0.
-    for i in range(num_images):
-        for c in range(num_classes):
-            if target.ndim == 2:
-                y = target[i, c]
-            else:
-                y = smoothing / num_classes + (1 - smoothing) * float(target[i] == c)
-            p = 1 / (1 + torch.exp(-logits[i, c]))
+    for row, label in zip(logits.unbind(), soft_targets(target, logits.shape[1], smoothing), strict=True):
+        for y, z in zip(label, row.unbind(), strict=True):
+            p = 1 / (1 + torch.exp(-z))
             total = total - y * torch.log(p) - (1 - y) * torch.log(1 - p)
-    return total / (num_images * num_classes)
+    return total / logits.numel()
 
 
 def normalized(u):
@@ -157,7 +150,7 @@ def token_soft(dist_logits, teacher_logits, temperature):
 
 def submodel(logits, other_logits, sum_classes=False):
     """cosub: B(o, stop_gradient(sigmoid(o_other)))."""
-    loss = binary_ce(logits, 1 / (1 + torch.exp(-other_logits.detach())), 0.)
+    loss = binary_ce(logits, 1 / (1 + torch.exp(-other_logits.detach())))
     return loss * logits.shape[1] if sum_classes else loss
 
 

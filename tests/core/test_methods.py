@@ -239,7 +239,7 @@ def label_loss(case, smoothing, y, z):
     """The loss of the labels."""
     if 'cosub' in case.options:
         return reference.binary_ce(z, y, smoothing) * (z.shape[1] if '--bce-sum' in case.options else 1)
-    return reference.smoothed_ce(z, y, smoothing) if smoothing else reference.ce(z, y)
+    return reference.ce(z, y, smoothing)
 
 
 def plain_outputs(case, pair, teacher, x):

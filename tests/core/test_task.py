@@ -149,13 +149,17 @@ def test_stages_follow_optimizer_updates(num_batches, accum_steps):
         assert step['loss'] == pytest.approx(sum(step[name] for name in terms_of(step)), rel=1e-6)
 
 
-def test_stages_change_without_ema_and_with_calls_counted():
-    task = make_task()
-    for terms in STAGES:
+@pytest.mark.parametrize('count', ['calls', 'epochs'])
+def test_stages_of_a_loop_that_counts_otherwise(count):
+    # Calls of update_ema, without an average; or the epochs, which it then sets itself.
+    task = make_task(updates_per_epoch=2 if count == 'calls' else None)
+    for epoch, terms in enumerate(STAGES):
+        if count == 'epochs':
+            task.set_epoch(epoch)
         for _ in range(2):
             assert terms_of(task(*BATCH)) == terms
-            task.update_ema()
-    assert task.num_updates == 2 * EPOCHS
+            task.update_ema(step=None if count == 'calls' else 1000)
+    assert task.num_updates == (2 * EPOCHS if count == 'calls' else 1000)
 
 
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
@@ -186,14 +190,6 @@ def test_resume_within_an_epoch_is_in_its_stage(num_updates, terms):
     assert terms_of(task(*BATCH)) == terms
     with pytest.raises(RuntimeError):
         task.load_checkpoint_state(other.model_a.state_dict())
-
-
-def test_loop_that_counts_epochs_itself():
-    task = make_task(updates_per_epoch=None)
-    for epoch in (0, 1, 2, 3, 1):
-        task.set_epoch(epoch)
-        task.update_ema(step=1000)
-        assert terms_of(task(*BATCH)) == STAGES[epoch]
 
 
 def test_result_of_a_step():
