@@ -170,8 +170,9 @@ def test_pair_compiled():
 
 def test_copy_has_taps_of_its_own():
     pair, x = small_pair(), images((32, 32))
-    bare = hooks(pair)
+    bare, keys = hooks(pair), list(pair.state_dict())
     want = outputs(pair, x, TAPS)
+    assert list(pair.state_dict()) == keys
     twin = copy.deepcopy(pair)
     again = outputs(twin, x, TAPS)
     assert_same_output(again, want)
@@ -180,13 +181,6 @@ def test_copy_has_taps_of_its_own():
     assert_same_output(outputs(pair, x, TAPS), want)
     twin.tap({'b': ('stage2',)})
     assert list(outputs(twin, x, {'b': ('stage2',)}).features_b) == ['stage2']
-
-
-def test_state_dict_and_model_are_plain():
-    pair = small_pair()
-    keys = list(pair.state_dict())
-    pair.tap(TAPS)
-    assert list(pair.state_dict()) == keys
 
 
 def test_unknown_features():
@@ -204,24 +198,6 @@ def test_unknown_features():
             branch(images((64, 64)))
 
 
-def test_a_layer_that_does_not_run():
-    class Lazy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head, self.idle = nn.Linear(12, NUM_CLASSES), nn.Linear(1, 1)
-
-        def get_classifier(self):
-            return self.head
-
-        def forward(self, x):
-            return self.head(x.flatten(1))
-
-    branch = Branch(Lazy(), 'b')
-    branch.tap(['idle'])
-    with pytest.raises(ValueError, match="Lazy: feature 'idle' is NoneType, expected a map"):
-        branch(images((2, 2)))
-
-
 def test_layouts_of_outputs():
     model = nn.Identity()
     for size, grid in (((32, 32), (4, 4)), ((16, 64), (2, 8)), ((64, 16), (8, 2))):
@@ -234,3 +210,5 @@ def test_layouts_of_outputs():
     for owner, output in ((hiera, torch.zeros(1, 256, 96)), (model, torch.zeros(1, 7, 4)), (model, [tokens, tokens])):
         with pytest.raises(ValueError, match="feature 'x' is .*, expected a map"):
             as_map(owner, 'x', [output], (64, 64))
+    with pytest.raises(ValueError, match="feature 'x' is NoneType, expected a map"):
+        as_map(model, 'x', [], (64, 64))  # a layer that did not run

@@ -194,5 +194,6 @@ def map_distances(
     if norm == 'layer':
         maps, reference = (F.layer_norm(x.movedim(1, -1), x.shape[1:2]) for x in (maps, reference))
     elif norm == 'batch':
-        reference = F.batch_norm(reference, None, None, training=True)
+        channels = reference.transpose(0, 1)
+        reference = F.layer_norm(channels, channels.shape[1:]).transpose(0, 1)  # F.batch_norm refuses a single value
     return (maps - reference).square().mean(dim=(1, 2, 3))

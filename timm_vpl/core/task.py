@@ -130,17 +130,11 @@ class PairTask(TrainingTask):
                 output = output._replace(**self.teacher(input))
             target = torch.zeros(len(said[0]), dtype=torch.int64, device=said[0].device)
             sum(self.criterion.compute(terms, output, target, self._ddp).values()).backward()
-            self._check_gradients()
+            _check_trained(self.criterion.parts)
         self.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-
-    def _check_gradients(self) -> None:
-        for name, part in self.criterion.parts.items():
-            for which, parameter in part.named_parameters():
-                if parameter.requires_grad and parameter.grad is None:
-                    raise ValueError(f'{name}: {which} gets no gradient from the term that it belongs to')
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -324,6 +318,14 @@ class PairTask(TrainingTask):
         # The graph of a branch that learns later waits for its phase.
         self._output = output if phase is not None and phase + 1 < len(self.phases) else None
         return {**self.criterion.terms(output, target, phase, self._ddp), 'output': output}
+
+
+def _check_trained(parts: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError where a layer of a term got no gradient."""
+    for name, part in parts.items():
+        for which, parameter in part.named_parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                raise ValueError(f'{name}: {which} gets no gradient from the term that it belongs to')
 
 
 @contextlib.contextmanager
