@@ -29,6 +29,14 @@ def run(data, output, *options, name='run', models=PAIR):
     return Path(output) / name
 
 
+def status_of(command, argv):
+    """Return the exit status of a command in this process."""
+    try:
+        return command([str(arg) for arg in argv])
+    except SystemExit as end:  # options that are read wrong
+        return end.code
+
+
 def last(folder):
     return read_checkpoint(str(folder / 'last.pth.tar'))
 

@@ -4,7 +4,7 @@ import copy
 import pytest
 import timm
 import torch
-from tiny_model import TinyModel
+from small import TinyModel
 from torch import nn
 
 from timm_vpl import PairWrapper
@@ -184,13 +184,13 @@ def test_copy_has_taps_of_its_own():
 
 
 def test_unknown_features():
-    with pytest.raises(ValueError, match="ResNet has no feature 'stage5': expected one of stage1, stage2, stage3, "
-                                         "stage4, embed, or the name of a module"):
-        find_module(create('test_resnet', {}), 'stage5')
+    with pytest.raises(ValueError, match=r"model_a \(ResNet\) has no feature 'stage5': expected one of stage1, "
+                                         "stage2, stage3, stage4, embed, or the name of a module"):
+        find_module(create('test_resnet', {}), 'stage5', 'model_a')
     model = nn.Sequential(nn.Identity())
     model.feature_info = [{'module': 'blocks.0', 'reduction': 4}, {'module': '0', 'reduction': 8}]  # as MViT's, wrong
-    with pytest.raises(ValueError, match="Sequential has no feature 'stage1': expected one of stage2, embed, or the"):
-        find_module(model, 'stage1')
+    with pytest.raises(ValueError, match=r"x \(Sequential\) has no feature 'stage1': expected one of stage2, embed, or"):
+        find_module(model, 'stage1', 'x')
     branch = Branch(create('test_resnet', {}), 'a')
     for name, shape in (('global_pool', r'\(2, 96\)'), ('fc', r'\(2, 4\)')):
         branch.tap([name])

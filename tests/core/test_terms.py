@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from processes import load_results, run_ranks, run_script
+from small import TinyModel
 from timm.task import FeatureDistillationTask
-from tiny_model import TinyModel
 from torch import nn
 
 from timm_vpl import PairOutput, PairTask, PairWrapper, StagedLoss

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
-from runs import rows
+from runs import rows, status_of
 from safetensors.torch import load_file
 
 from timm_vpl.cli import main, train
@@ -44,7 +44,7 @@ torch.save(logits, sys.argv[1])
 def fails(argv, capsys, status, *words):
     """Check that a command ends with this status and one line that has these words."""
     capsys.readouterr()
-    assert main([str(arg) for arg in argv]) == status
+    assert status_of(main, argv) == status
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1 and 'Traceback' not in error, error
     for word in words:

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from runs import status_of
 from timm.data import ImageDataset, ImageNetInfo, create_loader, resolve_model_data_config
 from timm.models import save_for_hf
 
@@ -31,7 +32,7 @@ QUICK = ['--device', 'cpu', '--workers', '0']
 
 def validate(capsys, *argv, status=0):
     """Run the command and return the table that it prints, or the one line with which it ends."""
-    assert main(['validate', *QUICK, *map(str, argv)]) == status
+    assert status_of(main, ['validate', *QUICK, *argv]) == status
     out, err = capsys.readouterr()
     if status == 0:
         return [line.split() for line in out.splitlines()]

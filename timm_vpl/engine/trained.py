@@ -216,11 +216,13 @@ def create_teacher(
     channels, known = trained.data_config['input_size'][0], trained.model.num_classes
     if channels != data_config['input_size'][0]:
         raise UsageError(f'{name} takes {channels} channels, the data has {data_config["input_size"][0]}')
-    difference = f'{known} of them, the data has {num_classes}' if known != num_classes else first_difference(
-        trained.class_names, class_names)
-    if difference and method.follows_teacher(options.own, options.sides):
-        raise UsageError(f'{name} knows other classes, {difference}; --method solo --model-a {trained.architecture} '
-                         f'trains one on these')
+    what = None
+    if known != num_classes:
+        what = f'{known} classes, the data has {num_classes}'
+    elif difference := first_difference(trained.class_names, class_names):
+        what = f'other classes, {difference}'
+    if what and method.follows_teacher(options.own, options.sides):
+        raise UsageError(f'{name} knows {what}; --method solo --model-a {trained.architecture} trains one on these')
     with refusing(f'{name} can not teach', ValueError):
         teacher = Teacher(trained.model, side, trained.data_config, data_config)
     try_images(teacher, data_config['input_size'], name)

@@ -6,8 +6,8 @@ import pytest
 import timm
 import torch
 import yaml
-from runs import NOISE, PAIR, SMALL, differences, last, rows, run, torchrun
-from test_resume import stop_at
+from runs import NOISE, PAIR, SMALL, differences, last, rows, run, status_of, torchrun
+from test_resume import stopped
 
 from timm_vpl.cli import train
 
@@ -22,7 +22,7 @@ LONG = [
 
 def test_stopped_in_mid_epoch(digits_folder, tmp_path):
     whole = run(digits_folder, tmp_path / 'whole', *LONG)
-    assert stop_at(r'Train: 1 \[ *[12]/', digits_folder, tmp_path / 'part', *LONG, name='run') == 143
+    stopped(r"Train: 1 \[ *[12]/", run, digits_folder, tmp_path / "part", *LONG)
     assert not differences(whole, run(digits_folder, tmp_path / 'part', *LONG, '--resume', 'auto'))
     state = last(whole)['task_state']
     assert set(state['accuracies']) == {'a', 'average'}
@@ -77,9 +77,6 @@ def test_images_are_kept_back_for_a_gate(digits_folder, tmp_path, capsys):
     ('kl,learner=b,leader=teacher', 'its leader is teacher, which needs --teacher'),
 ])
 def test_mistakes(digits_folder, tmp_path, capsys, term, message):
-    command = [str(digits_folder), *PAIR, *SMALL, '--method', 'pair', '--term', term, '--output', str(tmp_path)]
-    try:
-        assert train(command) == 2
-    except SystemExit as e:
-        assert e.code == 2
+    command = [digits_folder, *PAIR, *SMALL, '--method', 'pair', '--term', term, '--output', tmp_path]
+    assert status_of(train, command) == 2
     assert message in capsys.readouterr().err
