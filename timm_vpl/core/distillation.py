@@ -147,7 +147,7 @@ def ofa(
         logits: z, of the learner, from its head or from a head at a stage.
         reference: r, of the leader.
         classes: Class of each image (N,).
-        exponent: eps, at least 1.
+        exponent: eps, 1 to 1.5 in the paper.
         temperature: T.
     """
     target = _one_hot(classes, logits).to(logits.dtype)

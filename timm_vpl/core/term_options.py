@@ -374,10 +374,17 @@ def check_terms(asked: Sequence[Asked], sides: Sequence[str], has_teacher: bool)
                 _check_leader(term, leader_of(term.own, sides), there)
         except ValueError as e:
             raise ValueError(f'{term.name},learner={term.own.learner}: {e}') from None
+    for side in sides:
+        if not any(side in term.learners and _is_always_on(term.own) for term in complete(asked, sides)):
+            raise ValueError(f'no term trains branch {side} in all epochs: ce,learner={side} has weight 0 or ends')
     names = column_names(asked, sides)
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f'two terms have the name {name}: a kind of term, a learner and a leader make one term')
+
+
+def _is_always_on(own: TermOptions) -> bool:
+    return bool(own.weight) and (own.start, own.end, getattr(own, 'when', 'always')) == (0, 100, 'always')
 
 
 def _check_learner(term: Asked, sides: Sequence[str]) -> None:
