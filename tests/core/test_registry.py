@@ -116,14 +116,14 @@ def check_values(case):
         bare.train(mode)
         pair.train(mode)
         want, drawn = seeded(bare, x)
-        (logits, embed, dist_logits), drawn_in_pair = seeded(pair.run, 'a', x)
+        (logits, embed, dist_logits, _), drawn_in_pair = seeded(pair.run, 'a', x)
         assert want.shape == (2, NUM_CLASSES) and torch.isfinite(want).all() and want.std() > 0
         assert torch.equal(logits, want) and dist_logits is None and torch.equal(drawn, drawn_in_pair)
         assert embed.shape == (2, branch.embed_dim) and embed.std() > 0
         with first_head_alone(bare) as changed, first_head_alone(branch.model):
             if changed:
                 want, _ = seeded(bare, x)
-                (logits, embed, dist_logits), _ = seeded(pair.run, 'a', x)
+                (logits, embed, dist_logits, _), _ = seeded(pair.run, 'a', x)
             if isinstance(want, tuple):
                 assert torch.equal(dist_logits, want[1])
                 want = want[0]
