@@ -183,6 +183,13 @@ def test_copy_has_taps_of_its_own():
     assert list(outputs(twin, x, {'b': ('stage2',)}).features_b) == ['stage2']
 
 
+def test_a_feature_that_the_next_layer_changes_is_refused():
+    branch = Branch(create('test_resnet', {}), 'a')
+    branch.tap(['bn1'])
+    with pytest.raises(ValueError, match="model_a: the layer after 'bn1' changes its output in place; name that layer"):
+        branch(torch.randn(2, 3, 32, 32))
+
+
 def test_unknown_features():
     with pytest.raises(ValueError, match=r"model_a \(ResNet\) has no feature 'stage5': expected one of stage1, "
                                          "stage2, stage3, stage4, embed, or the name of a module"):

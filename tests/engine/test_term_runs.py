@@ -65,7 +65,7 @@ def test_a_recipe_of_terms_and_an_export_without_their_layers(digits_folder, tmp
 def test_images_are_kept_back_for_a_gate(digits_folder, tmp_path, capsys):
     gated = ['--dataset', 'digits', *PAIR, *SMALL, '--method', 'pair', '--term', 'kl,learner=a,when=leader-ahead']
     assert train([str(digits_folder), *PAIR, *SMALL, '--gate-pct', '2', '--output', str(tmp_path)]) == 2
-    assert '--gate-pct 2: the training split has 40 images, 100 of them can not be kept back' in capsys.readouterr().err
+    assert '--gate-pct 2: 100 of 40 images, more than half, can not be kept back' in capsys.readouterr().err
     assert train([*gated, '--epochs', '1', '--output', str(tmp_path), '--experiment', 'x', '-b', '64']) == 0
     (row,) = rows(tmp_path / 'x')
     assert int(row['images']) == (1437 - 100) // 64 * 64
@@ -75,8 +75,27 @@ def test_images_are_kept_back_for_a_gate(digits_folder, tmp_path, capsys):
     ('tokens,learner=b,features=stage9', 'model_b (VisionTransformer) has no feature'),
     ('token,learner=b', 'has no distillation token'),
     ('kl,learner=b,leader=teacher', 'its leader is teacher, which needs --teacher'),
+    ('tokens,learner=b,projection=false', 'stage2 has 64 channels and stage2 of the leader 48: projection=true'),
+    ('dist,learner=b,start=40,end=45', 'none of 2 epochs lies from start=40 to end=45'),
 ])
 def test_mistakes(digits_folder, tmp_path, capsys, term, message):
     command = [digits_folder, *PAIR, *SMALL, '--method', 'pair', '--term', term, '--output', tmp_path]
     assert status_of(train, command) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_teacher_beside_a_pair_whose_images_differ(digits_folder, tmp_path):
+    """A gate compares the teacher too, each on images of its own; one without a classifier teaches by its features."""
+    teacher = run(digits_folder, tmp_path, '--method', 'solo', '--epochs', '1', name='teacher', models=PAIR[:2])
+    options = ['--method', 'pair', '--img-size-b', '48', '--model-kwargs-b', 'img_size=48', '--epochs', '2',
+               '--term', 'kl,learner=b,leader=teacher,when=leader-ahead', '--term', 'kl,learner=a', '--gate-split',
+               'validation', '--teacher', str(teacher)]
+    state = last(run(digits_folder, tmp_path, *options, name='pair'))['task_state']
+    assert set(state['accuracies']) == {'b', 'teacher'}
+    model = timm.create_model('test_vit', num_classes=0, img_size=32)
+    timm.models.save_for_hf(model, tmp_path / 'headless', model_args={'img_size': 32})
+    options = ['--method', 'pair', '--term', 'tokens,learner=a,leader=teacher', '--teacher', str(tmp_path / 'headless')]
+    folder = run(digits_folder, tmp_path, *options, name='headless-pair', models=PAIR[:2])
+    assert float(rows(folder)[1]['train_tokens_a_loss']) > 0
+    command = [digits_folder, *PAIR, *SMALL, '--output', tmp_path, *options, '--term', 'kl,learner=b,leader=teacher']
+    assert status_of(train, command) == 2

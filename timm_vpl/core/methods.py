@@ -61,8 +61,8 @@ class Method(NamedTuple):
         projects: Whether a term compares embeddings, which may need the affine layer, by the options.
         teacher: Whether a frozen network teaches: 'never', 'always', 'alone', when one model is named, or 'asked', when
             --teacher is given. It stands in the place of the other branch, or beside two.
-        distilled: Whether a branch trains a head of its own for what it is taught (DeiT's distillation token), by the
-            options.
+        distilled: Branches of which one trains a head of its own for what it is taught (DeiT's distillation token), by
+            the options; the last that has such a head.
         uniform_drop_path: Whether every block of a network has the rate --drop-path.
         bce: Whether the labels' loss is binary cross-entropy.
         key: Of its paper, in the package's citations; '' for none.
@@ -79,7 +79,7 @@ class Method(NamedTuple):
     updates: Callable[[Any], int] = lambda own: 1
     projects: Callable[[Any, Sequence[str]], bool] = lambda own, sides: True
     teacher: str = 'never'
-    distilled: Callable[[Any], bool] = lambda own: False
+    distilled: Callable[[Any], Sequence[str]] = lambda own: ()
     uniform_drop_path: bool = False
     bce: bool = False
     key: str = ''
@@ -168,6 +168,10 @@ def _cosub(own: CosubOptions, setting: Setting) -> 'StagedLoss':
 def _pair(own: PairOptions, setting: Setting) -> 'StagedLoss':
     from . import criterion, terms
     asked = complete(own.asked, setting.sides)
+    for name, term in asked:
+        if not Span(setting.epochs, term.start, term.end).length:
+            raise ValueError(f'{name},learner={term.learner}: none of {setting.epochs} epochs lies from start='
+                             f'{term.start:g} to end={term.end:g}')
     return criterion.StagedLoss([
         terms.Term(
             name,
@@ -213,7 +217,7 @@ METHODS: dict[str, Method] = {
         projects=lambda own, sides: any(
             term.kind.projects and (len(sides) == 1 or term.own.leader != 'teacher') for term in own.asked),
         teacher='asked',
-        distilled=lambda own: any(term.kind.distilled for term in own.asked),
+        distilled=lambda own: [term.own.learner for term in own.asked if term.kind.distilled],
         follows_teacher=lambda own, sides: any(
             leader_of(term.own, sides) == 'teacher' and (term.kind.reads_logits or term.own.when != 'always')
             for term in own.asked if term.name != 'ce'),
@@ -235,7 +239,7 @@ METHODS: dict[str, Method] = {
         options=DeiTOptions,
         projects=lambda own, sides: False,
         teacher='alone',
-        distilled=lambda own: True,
+        distilled=lambda own: SIDES,
         key='touvron2021deit',
     ),
     'cosub': Method(

@@ -47,6 +47,7 @@ class Tap:
     def __init__(self) -> None:
         self.on = False
         self.kept: list[Any] = []
+        self.version = 0  # of the last output, by which a change in place can be told
 
     def take(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """Keep the input of a layer, as its forward pre-hook."""
@@ -57,11 +58,19 @@ class Tap:
         """Keep the output of a layer, as its forward hook."""
         if self.on:
             self.kept.append(output)
+            self.version = _version(output)
 
     def release(self) -> list[Any]:
         """Return what was kept, and turn off."""
         kept, self.kept, self.on = self.kept, [], False
         return kept
+
+
+def _version(output: Any) -> int:
+    """Return how often a tensor was changed in place, 0 where that can't be told."""
+    if torch.compiler.is_compiling() or not isinstance(output, torch.Tensor) or output.is_inference():
+        return 0
+    return output._version
 
 
 class Branch(nn.Module):
@@ -122,7 +131,7 @@ class Branch(nn.Module):
     @property
     def classifies(self) -> bool:
         """Whether the model has a classifier, as timm's have it."""
-        return hasattr(self.model, 'get_classifier') and not isinstance(self.model.get_classifier(), nn.Identity)
+        return hasattr(self.model, 'get_classifier') and getattr(self.model, 'num_classes', None) != 0
 
     @property
     def classifier(self) -> nn.Module:
@@ -182,6 +191,10 @@ class Branch(nn.Module):
             embed = self._embedding(inputs)
         elif hasattr(self.model, 'get_classifier'):
             logits, embed = None, logits
+        for name, tap, kept in zip(self._features, taps[1:], outputs, strict=True):
+            if kept and _version(kept[-1]) != tap.version:
+                raise ValueError(
+                    f'model_{self.side}: the layer after {name!r} changes its output in place; name that layer instead')
         features: dict[str, Any] = {
             name: embed if name == EMBED else as_map(self.model, name, kept, (input.shape[-2], input.shape[-1]))
             for name, kept in zip(self._features, outputs, strict=True)}

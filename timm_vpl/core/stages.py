@@ -32,7 +32,8 @@ class Span:
             if not 0 <= value <= 100:
                 raise ValueError(f'{name} is {value}, expected a percentage from 0 to 100')
         # The decimals as written: 33.3 is 333/10, not the nearest binary fraction.
-        self.first, self.stop = (math.ceil(Fraction(str(value)) * int(epochs) / 100) for value in (start, end))
+        self.first, stop = (math.ceil(Fraction(str(value)) * int(epochs) / 100) for value in (start, end))
+        self.length = max(0, stop - self.first)
         self.epochs = int(epochs)
         self.over = over
 
@@ -40,10 +41,10 @@ class Span:
         """Return the factor at an epoch; epochs past the last count as the last."""
         if epoch < 0:
             raise ValueError(f'epoch is {epoch}, expected 0 or more')
-        done, length = min(epoch, self.epochs - 1) - self.first, self.stop - self.first
-        if not 0 <= done < length:
+        done = min(epoch, self.epochs - 1) - self.first
+        if not 0 <= done < self.length:
             return 0.
-        return {'constant': 1., 'fade': 1 - done / length, 'ramp': (done + 1) / length}[self.over]
+        return {'constant': 1., 'fade': 1 - done / self.length, 'ramp': (done + 1) / self.length}[self.over]
 
 
 class StageSchedule:

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 _STAGES = ('stage2', 'stage3', 'stage4')
 
 
+def _check_maps(names: Sequence[str]) -> None:
+    if 'embed' in names:
+        raise ValueError('features: embed is no feature map, the terms embed and contrastive compare it')
+
+
 @dataclass(frozen=True)
 class TermOptions:
     """Options of every term."""
@@ -26,6 +31,10 @@ class TermOptions:
     start: Percent = option(0., 'percent of the epochs before it starts')
     end: Percent = option(100., 'percent of the epochs at its end')
     over: str = option('constant', 'course of its weight from start to end', choices=('constant', 'fade', 'ramp'))
+
+    def __post_init__(self) -> None:
+        if self.start >= self.end:
+            raise ValueError(f'start={self.start:g} is not below end={self.end:g}')
 
 
 @dataclass(frozen=True)
@@ -38,11 +47,24 @@ class FollowOptions(TermOptions):
         'always', 'leader-ahead: only while the leader is more accurate on images that are not trained on',
         choices=('always', 'leader-ahead'))
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.weight:
+            raise ValueError('weight=0 leaves it untrained, leave the term out')
+        if self.when != 'always' and self.learner == 'both':
+            raise ValueError(f'when={self.when} needs one learner')
+
 
 @dataclass(frozen=True)
 class SharedOptions(FollowOptions):
     """Options of a term that may take a share of the weight of the labels' loss."""
     alpha: Inside01 | None = option(None, "factor of its weight, 1 - alpha that of the labels' loss", shown='none')
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha and (self.learner, self.start, self.end, self.over, self.when) != (
+                self.learner[:1], 0, 100, 'constant', 'always'):
+            raise ValueError('alpha needs one learner, all epochs and a constant weight')
 
 
 @dataclass(frozen=True)
@@ -68,6 +90,11 @@ class KLTerm(LogitTerm, SharedOptions):
     standardize: bool = option(False, 'standardise the logits over the classes')
     hard: bool = option(False, "cross-entropy with the leader's class instead")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hard and (self.learner == 'both' or self.temperature != 1 or self.standardize):
+            raise ValueError('hard=true needs one learner, and takes no temperature and no standardize')
+
 
 @dataclass(frozen=True)
 class DKDTerm(LogitTerm):
@@ -91,6 +118,10 @@ class OFATerm(LogitTerm):
     exponent: Positive = option(1., 'power of the raised probabilities')
     features: tuple[str, ...] = option((), 'stages that have a head of their own', shown='none')
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_maps(self.features)
+
 
 @dataclass(frozen=True)
 class TokensTerm(FollowOptions):
@@ -101,6 +132,12 @@ class TokensTerm(FollowOptions):
                        choices=('batch', 'layer', 'none'))
     grid: str = option('smaller', 'the grid on which they are compared', choices=('smaller', 'larger'))
     projection: bool = option(True, "a trained 1x1 convolution to the leader's width")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_maps((*self.features, *self.leader_features))
+        if len(self.leader_features) not in (0, len(self.features)):
+            raise ValueError('features and leader_features differ in number')
 
 
 @dataclass(frozen=True)
@@ -212,6 +249,9 @@ def _tokens(own: TokensTerm, setting: 'Setting') -> 'TermFunction':
     from .distillation import map_distances
     from .terms import FeatureLoss
     names = list(zip(own.features, own.leader_features or own.features, strict=True))
+    for name, led in names if not own.projection else ():
+        if (width := setting.width(own.learner, name)) != (other := setting.width(str(own.leader), led)):
+            raise ValueError(f'tokens: {name} has {width} channels and {led} of the leader {other}: projection=true')
     projections = [_projection('Conv2d', own, setting, *pair) for pair in names] if own.projection else None
     return FeatureLoss(
         own.learner, str(own.leader), names, projections, partial(map_distances, norm=own.norm, grid=own.grid))
@@ -374,13 +414,16 @@ def check_terms(asked: Sequence[Asked], sides: Sequence[str], has_teacher: bool)
                 _check_leader(term, leader_of(term.own, sides), there)
         except ValueError as e:
             raise ValueError(f'{term.name},learner={term.own.learner}: {e}') from None
-    for side in sides:
-        if not any(side in term.learners and _is_always_on(term.own) for term in complete(asked, sides)):
-            raise ValueError(f'no term trains branch {side} in all epochs: ce,learner={side} has weight 0 or ends')
+    trained = {side for term in complete(asked, sides) if _is_always_on(term.own) for side in term.learners}
+    if left := sorted({*sides} - trained):
+        raise ValueError(f'no term trains branch {left[0]} in all epochs: ce,learner={left[0]} has weight 0 or ends')
+    if has_teacher and not any(leader_of(term.own, sides) == 'teacher' for term in asked if term.name != 'ce'):
+        raise ValueError('--teacher: no term follows it (leader=teacher)')
+    if sum(term.kind.distilled for term in asked) > 1:
+        raise ValueError('token: one branch learns by its token')
     names = column_names(asked, sides)
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f'two terms have the name {name}: a kind of term, a learner and a leader make one term')
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f'two terms have the name {twice}: a kind of term, a learner and a leader make one term')
 
 
 def _is_always_on(own: TermOptions) -> bool:
@@ -393,12 +436,6 @@ def _check_learner(term: Asked, sides: Sequence[str]) -> None:
         raise ValueError(f'expected a learner of {", ".join(kind.learners)}')
     if not set(term.learners) <= set(sides):
         raise ValueError(f'there is no --model-{partner_of(sides[0])}')
-    if own.start >= own.end:
-        raise ValueError(f'start={own.start:g} is not below end={own.end:g}')
-    if own.learner == 'both' and isinstance(own, SharedOptions) and own.alpha:
-        raise ValueError('alpha needs one learner')
-    if len(getattr(own, 'leader_features', ())) not in (0, len(getattr(own, 'features', ()))):
-        raise ValueError('features and leader_features differ in number')
 
 
 def _check_leader(term: Asked, leader: str, there: Sequence[str]) -> None:
@@ -408,8 +445,6 @@ def _check_leader(term: Asked, leader: str, there: Sequence[str]) -> None:
     if leader not in there:
         lacking = {'teacher': '--teacher', 'average': 'two models'}.get(leader, f'--model-{leader}')
         raise ValueError(f'its leader is {leader}, which needs {lacking}')
-    if own.when != 'always' and own.learner == 'both':
-        raise ValueError(f'when={own.when} needs one learner')
 
 
 def leader_of(own: Any, sides: Sequence[str]) -> str:

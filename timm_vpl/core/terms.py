@@ -218,7 +218,8 @@ class LogitLoss:
             logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the term; `logits` (N, C), where given, follow in the place of the learner's."""
-        logits = self._logits(output, self.learner) if logits is None else self._standardized(logits)
+        said = self._said(output, self.learner) if logits is None else logits
+        logits = self._standardized(said)
         if self.leader == 'average':
             log_p = torch.stack([(self._logits(output, side) / self.temperature).log_softmax(dim=-1) for side in SIDES])
             reference = self.temperature * (log_p.logsumexp(dim=0) - math.log(len(SIDES)))
@@ -233,14 +234,18 @@ class LogitLoss:
         classes = [distillation.classes_of(target)] if self.uses_classes else []
         distances = self.distances(logits, reference, *classes)
         if self.confidence:
-            distances = distances * distillation.confidence_weights(logits, reference)
+            distances = distances * distillation.confidence_weights(said, reference)
         return distances.mean()
 
     def _logits(self, output: PairOutput, side: str) -> torch.Tensor:
+        return self._standardized(self._said(output, side))
+
+    @staticmethod
+    def _said(output: PairOutput, side: str) -> torch.Tensor:
         logits: torch.Tensor | None = getattr(output, f'logits_{side}')
         if logits is None:
             raise ValueError(f'logits_{side} is None, a term follows them')
-        return self._standardized(logits)
+        return logits
 
     def _standardized(self, logits: torch.Tensor) -> torch.Tensor:
         return distillation.standardized(logits) if self.standardize else logits

@@ -188,10 +188,10 @@ def withhold(images: Split, percent: float) -> tuple[Images, Images]:
         UsageError: A stream, or too few images.
     """
     number = max(MIN_WITHHELD, round(len(images) * percent / 100))
-    if isinstance(images, StreamImages) or number >= len(images):
-        raise UsageError(f'--gate-pct {percent:g}: the training split has {len(images)} images, {number} of them can '
-                         f'not be kept back{" of a stream" if isinstance(images, StreamImages) else ""}; --gate-split '
-                         f'NAME takes others')
+    if isinstance(images, StreamImages) or 2 * number > len(images):
+        why = 'of a stream' if isinstance(images, StreamImages) else f'of {len(images)} images, more than half'
+        raise UsageError(
+            f'--gate-pct {percent:g}: {number} {why}, can not be kept back; --gate-split NAME takes others')
     order = np.random.default_rng(0).permutation(len(images))
     rest, kept = (
         Images(Part(images.reader, np.sort(part).tolist()), images.source, images.mode, num_classes=images.num_classes)

@@ -142,16 +142,18 @@ def outputs_of(sides: Sequence[str]) -> list[str]:
 
 def gate_accuracies(task: PairTask, loader, device, autocast: Callable, distributed: bool) -> dict[str, float]:
     """Return the top-1 (percent) of all that the gates of a task's terms compare; the arguments are as above."""
-    pair, teacher = task.trainable_module, task.teacher
+    pair, teacher, names = task.trainable_module, task.teacher, sorted(task.criterion.gates)
 
     def forward(input):
         logits = pair_logits(pair, pair.sides, input)
         if 'ens' in logits:
             logits['average'] = logits.pop('ens')
-        return logits if teacher is None else {**logits, teacher.side: teacher(input)[f'logits_{teacher.side}'].float()}
+        if teacher is not None and teacher.side in names:
+            images = input['teacher'] if isinstance(input, dict) else input
+            logits[teacher.side] = teacher(images)[f'logits_{teacher.side}'].float()
+        return logits
 
     pair.eval()
-    names = sorted(task.criterion.gates)
     results = evaluate(forward, names, loader, device, autocast, distributed)
     return {name: results[name]['top1'] for name in names}
 

@@ -149,7 +149,8 @@ def check_finite(run: Run) -> None:
     run.update.read(run.progress)
     error = run.update.error
     if error is None:
-        names, parameters = zip(*run.pair.named_parameters(), strict=True)
+        named = [*run.pair.named_parameters(), *run.task.criterion.named_parameters()]
+        names, parameters = zip(*named, strict=True)
         finite = torch.stack([parameter.isfinite().all() for parameter in parameters]).tolist()
         bad = [name for name, good in zip(names, finite, strict=True) if not good]
         if bad:  # by a finite gradient that was too large

@@ -232,13 +232,14 @@ def create_pair(
     if student is not None:
         models[student].set_distilled_training(True)
     seed_all(options.run.seed, 'init', 'affine')
+    projects = METHODS[options.method].projects(options.own, options.sides)
     try:
         pair = PairWrapper(
             models.get('a'),
             models.get('b'),
             affine_side=getattr(options.own, 'affine_side', 'b'),
-            partner_dim=None if teacher is None else teacher.embed_dim,
-            affine=METHODS[options.method].projects(options.own, options.sides),
+            partner_dim=teacher.embed_dim if teacher and projects else None,
+            affine=projects,
         )
     except ValueError as e:
         raise UsageError(str(e)) from e
@@ -305,9 +306,10 @@ def student_of(options: Options, models: dict[str, Any]) -> str | None:
     Raises:
         UsageError: No model has a token.
     """
-    if not METHODS[options.method].distilled(options.own):
+    wanted = METHODS[options.method].distilled(options.own)
+    if not wanted:
         return None
-    able = [side for side, model in models.items() if hasattr(model, 'set_distilled_training')]
+    able = [side for side, model in models.items() if side in wanted and hasattr(model, 'set_distilled_training')]
     if not able:
         names = ', '.join(f'--model-{side} {options.branches[side].model}' for side in models)
         raise UsageError(f'--method {options.method}: {names} {no_token()}')

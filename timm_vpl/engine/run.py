@@ -69,8 +69,11 @@ class Run:
             models.student_of(options, {side: pair.branch(side) for side in pair.sides}), num_classes,
             models.feature_width(pair, teacher, self.configs))
         # Images by which terms with a gate compare the branches.
+        gate_configs = {**self.configs, 'teacher': data_config} if teacher else self.configs
         self.loader_gate = create_eval_loaders(
-            options.loader, gate, self.configs, processes) if gate and criterion.gates else None
+            options.loader, gate, gate_configs, processes) if gate and criterion.gates else None
+        if gate and options.data.gate_split:
+            self.data['gate'] = {'split': options.data.gate_split, **data_identity(gate, self.class_names)}
         lrs = optim.learning_rates(options, processes.world_size)
         self.optimizer = optim.create_optimizer(options, pair, lrs, criterion)
         self.scheduler, self.num_epochs = optim.create_scheduler(options, self.optimizer, self.updates_per_epoch)

@@ -213,18 +213,23 @@ def create_teacher(
     if options.own.teacher_branch and trained.side is None:
         _logger.warning('--teacher-branch: no effect, the teacher is one model')
     name = f'--teacher {options.own.teacher}: {trained.label}'
-    channels, known = trained.data_config['input_size'][0], trained.model.num_classes
+    channels = trained.data_config['input_size'][0]
     if channels != data_config['input_size'][0]:
         raise UsageError(f'{name} takes {channels} channels, the data has {data_config["input_size"][0]}')
-    what = None
-    if known != num_classes:
-        what = f'{known} classes, the data has {num_classes}'
-    elif difference := first_difference(trained.class_names, class_names):
-        what = f'other classes, {difference}'
-    if what and method.follows_teacher(options.own, options.sides):
-        raise UsageError(f'{name} knows {what}; --method solo --model-a {trained.architecture} trains one on these')
+    if method.follows_teacher(options.own, options.sides):
+        _check_classes(name, trained, num_classes, class_names)
     with refusing(f'{name} can not teach', ValueError):
         teacher = Teacher(trained.model, side, trained.data_config, data_config)
     try_images(teacher, data_config['input_size'], name)
     _logger.info(f'Teacher: {trained.label} of {trained.source}')
     return teacher
+
+
+def _check_classes(name: str, trained: TrainedModel, num_classes: int, class_names: list[str] | None) -> None:
+    """Raise UsageError unless a teacher knows the classes of the data."""
+    known, difference = trained.model.num_classes, first_difference(trained.class_names, class_names)
+    if not known:
+        raise UsageError(f'{name} has no classifier, so that only the terms tokens, embed and contrastive follow it')
+    if difference or known != num_classes:
+        what = f'{known} classes, the data has {num_classes}' if known != num_classes else f'other classes, {difference}'
+        raise UsageError(f'{name} knows {what}; --method solo --model-a {trained.architecture} trains one on these')

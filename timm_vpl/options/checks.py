@@ -33,6 +33,8 @@ def check(options: 'Options', given: Mapping[str, Any]) -> None:
         raise UsageError(f'--train-split and --val-split are both {options.data.val_split}, which validates on '
                          f'training images')
     check_dataset(options.data, ('train_split', 'val_split'))
+    if options.data.gate_split == options.data.train_split:
+        raise UsageError(f'--gate-split {options.data.gate_split}: a gate needs images that are not trained on')
     _check_run(options)
     _check_images(options)
     try:
@@ -120,7 +122,8 @@ def _check_method(options: 'Options', given: Mapping[str, Any]) -> None:
     if teacher:
         check_trained('--teacher', teacher)
     if method.distilled(options.own) and not any(
-            _may_have_token(branch.model or '') for branch in options.branches.values()):
+            side in method.distilled(options.own) and _may_have_token(branch.model or '')
+            for side, branch in options.branches.items()):
         raise UsageError(f'--method {name}: {_models(options)} {no_token()}')
     for branch in options.branches.values() if method.uniform_drop_path else ():
         rate = branch.drop_path or branch.drop_connect or 0

@@ -118,7 +118,8 @@ def _spell(value: Any) -> str:
 def _joined(name: str, mapping: dict[str, Any]) -> str:
     """Return a mapping as the text of one value: what it has by `name`, then `key=value` of the others, by commas."""
     texts = {
-        key: '+'.join(map(str, value)) if isinstance(value, list) else str(value) for key, value in mapping.items()}
+        key: '+'.join(map(str, value)) if isinstance(value, list) else str(value)
+        for key, value in mapping.items() if value is not None}
     if name not in texts:
         raise UsageError(f'{mapping} has no {name}: expected {{{name}: NAME, option: value, ...}}')
     return ','.join([texts.pop(name), *(f'{key}={text}' for key, text in texts.items())])

@@ -14,7 +14,6 @@ from ..core.option import (
     Name,
     NonNegative,
     Number,
-    Percent,
     Positive,
     Probability,
     Repeats,
@@ -66,7 +65,7 @@ class Data(Source):
     gate_split: str = option(
         '', 'split on which terms with when=leader-ahead compare the branches', shown='a part of --train-split',
         metavar='NAME', resume='fixed', idle=(_NO_GATE,))
-    gate_pct: Percent | None = option(
+    gate_pct: Positive | None = option(
         None, 'percent of the training images that are kept for that and not trained on, at least 100 images',
         shown='2 where a term needs them, else 0', resume='fixed',
         idle=(Idle('--gate-split is given', lambda o: bool(o.gate_split)),))
