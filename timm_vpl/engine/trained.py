@@ -231,5 +231,6 @@ def _check_classes(name: str, trained: TrainedModel, num_classes: int, class_nam
     if not known:
         raise UsageError(f'{name} has no classifier, so that only the terms tokens, embed and contrastive follow it')
     if difference or known != num_classes:
-        what = f'{known} classes, the data has {num_classes}' if known != num_classes else f'other classes, {difference}'
+        what = f'other classes, {difference}' if known == num_classes else (
+            f'{known} classes, the data has {num_classes}')
         raise UsageError(f'{name} knows {what}; --method solo --model-a {trained.architecture} trains one on these')
