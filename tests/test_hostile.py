@@ -131,6 +131,7 @@ def model_folder(name, weights=None, **changes):
     {'pretrained_cfg': {'input_size': [3, 10**9, 10**9], 'fixed_input_size': False}},
     {'pretrained_cfg': {'mean': 'x'}}, {'pretrained_cfg': {'std': [0, 0, 0]}}, {'pretrained_cfg': {'unknown': 1}},
     {'pretrained_cfg': {'interpolation': ['x']}}, {'pretrained_cfg': {'crop_pct': float('nan')}},
+    {'label_names': 5}, {'label_names': '0123456789'}, {'label_names': [[1], [2]]},
 ], ids=str)
 def test_config_json_of_others(changes, capsys):
     model = timm.create_model('test_vit', num_classes=10, img_size=32)

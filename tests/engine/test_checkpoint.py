@@ -1,6 +1,7 @@
 """The saver: ranked as by timm's, whole whatever interrupts it, and what is read back of files that were damaged."""
 import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver
 
 import timm_vpl.files
-from timm_vpl.engine.checkpoint import Ranks, Saver, newest_checkpoint, read_checkpoint
+from timm_vpl.engine.checkpoint import Ranks, Saver, newest_checkpoint, read_checkpoint, recovery_files
 from timm_vpl.errors import RunError
 
 METRICS = [3., None, 5., 1., 5.]  # of epochs; None: not validated
@@ -153,3 +154,10 @@ def test_files_are_whole_or_as_they_were(tmp_path):
         f.write('new')
         raise OSError('full')
     assert path.read_text() == 'old' and [p.name for p in tmp_path.iterdir()] == ['file']
+
+
+def test_a_copy_of_a_recovery_checkpoint_is_the_users_own(tmp_path):
+    for name in ('recovery-0-3', 'recovery-0-3-keep', 'recovery-1-2 copy', 'recovery-10-4'):
+        (tmp_path / f'{name}.pth.tar').touch()
+    assert [Path(path).name for path in recovery_files(str(tmp_path))] == [
+        'recovery-0-3.pth.tar', 'recovery-10-4.pth.tar']

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import yaml
-from runs import NOISE, PAIR, SMALL, TIMES, assert_equal_weights, last, rows, run, torchrun
+from runs import NOISE, PAIR, SMALL, TIMES, assert_equal_weights, last, rows, run, status_of, torchrun
 
 from timm_vpl.cli import train
+from timm_vpl.engine.optim import create_scheduler
+from timm_vpl.options.train import parse_args
 
 
 def test_run_folder(digits_folder, tmp_path):
@@ -133,3 +135,29 @@ def test_two_processes_train_as_one(digits_folder, tmp_path):
     state, other = last(one)['state_dict'], last(two)['state_dict']
     for key in state:
         torch.testing.assert_close(state[key], other[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_noise_of_the_learning_rate_follows_the_seed():
+    def noise(seed):
+        options = parse_args([
+            '--dataset', 'digits', *PAIR, '--lr', '0.01', '--lr-noise', '0', '--epochs', '4', '--seed', seed])
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.01)
+        scheduler, _ = create_scheduler(options, optimizer, 5)
+        scheduler.step(2)
+        return optimizer.param_groups[0]['lr']
+    assert noise('1') == noise('1') != noise('2')
+
+
+@pytest.mark.parametrize('damage', [
+    lambda state: state[0].pop('exp_avg'),
+    lambda state: state[0].update(exp_avg=3),
+    lambda state: state[0].update(exp_avg=torch.zeros(3)),
+], ids=['missing', 'number', 'shape'])
+def test_state_of_an_optimizer_that_does_not_fit(digits_folder, tmp_path, capsys, damage):
+    folder = run(digits_folder, tmp_path, '--stop-epoch', '1')
+    checkpoint = last(folder)
+    damage(checkpoint['optimizer']['state'])
+    torch.save(checkpoint, tmp_path / 'damaged.pth.tar')
+    argv = [digits_folder, *PAIR, *SMALL, '--output', tmp_path, '--resume', tmp_path / 'damaged.pth.tar']
+    assert status_of(train, argv) == 1
+    assert 'its optimizer has not the same state for each parameter' in capsys.readouterr().err

@@ -243,12 +243,15 @@ class Saver:
         temporary = self._path(name) + '.tmp'
         Path(temporary).unlink(missing_ok=True)
         try:
-            os.link(source, temporary)
-        except (OSError, NotImplementedError):
-            shutil.copy2(source, temporary)
-            with open(temporary, 'rb') as file:
-                os.fsync(file.fileno())
-        replace(temporary, self._path(name))
+            try:
+                os.link(source, temporary)
+            except (OSError, NotImplementedError):
+                shutil.copy2(source, temporary)
+                with open(temporary, 'rb') as file:
+                    os.fsync(file.fileno())
+            replace(temporary, self._path(name))
+        finally:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def _cause(error: BaseException) -> str:
@@ -260,7 +263,9 @@ def _cause(error: BaseException) -> str:
 
 def recovery_files(folder: str) -> list[str]:
     """Return the recovery checkpoints of a folder."""
-    return sorted(map(str, Path(folder).glob('recovery-[0-9]*-[0-9]*.pth.tar')))
+    return sorted(
+        str(path) for path in Path(folder).glob('recovery-*')
+        if re.fullmatch(r'recovery-[0-9]+-[0-9]+\.pth\.tar', path.name))  # copies of a user's own have other names
 
 
 def _by_saves(paths: list[str], log: Callable[[str], None] = _logger.debug) -> list[tuple[int, float, str]]:

@@ -116,6 +116,8 @@ _VALID = {
     'crop_pct': lambda value: _is_number(value) and value > 0,
     'crop_mode': lambda value: value in ('center', 'squash', 'border'),
     'interpolation': lambda value: value in ('random', *INTERPOLATIONS),
+    'num_classes': lambda value: isinstance(value, int) and value >= 0,
+    'label_names': lambda value: not isinstance(value, str) and all(isinstance(name, str) for name in value),
 }
 
 

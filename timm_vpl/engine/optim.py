@@ -139,8 +139,8 @@ def create_scheduler(options: Options, optimizer: torch.optim.Optimizer, updates
         UsageError: Options that timm's scheduler does not take.
     """
     with refusing(f'--sched {options.schedule.sched}', AssertionError, ValueError):
-        scheduler, num_epochs = create_scheduler_v2(
-            optimizer, **scheduler_kwargs(options.schedule), updates_per_epoch=updates_per_epoch)
+        kwargs = {**scheduler_kwargs(options.schedule), 'noise_seed': options.run.seed}
+        scheduler, num_epochs = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates_per_epoch)
     if scheduler is None:
         for group in optimizer.param_groups:  # timm leaves the scale of a layer to the scheduler
             group['lr'] *= group.get('lr_scale', 1.)

@@ -139,7 +139,9 @@ def _load_optimizer(run, checkpoint):
     for group, own in zip(saved['param_groups'], run.optimizer.param_groups, strict=True):
         group.update((key, own[key]) for key in keys if key in own)
         parameters.update(zip(group['params'], own['params'], strict=True))
-    for i, state in saved['state'].items():
+    states = saved['state']
+    _check_states(run.optimizer, states, parameters)
+    for i, state in states.items():
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == parameters[i].shape:
                 # In the memory layout of the parameter, which fused kernels go by.
@@ -147,6 +149,20 @@ def _load_optimizer(run, checkpoint):
     run.optimizer.load_state_dict(saved)
     if run.update.scaler is not None and 'amp_scaler' in checkpoint:
         run.update.scaler.load_state_dict(checkpoint['amp_scaler'])
+
+
+def _check_states(optimizer, states: dict[int, dict[str, Any]], parameters: dict[int, torch.Tensor]) -> None:
+    """Raise ValueError where torch's kernels would read past a state, or miss one."""
+    if not type(optimizer).__module__.startswith('torch.optim.'):
+        return
+    kinds = {tuple(sorted(state)) for state in states.values() if state}
+    fits = all(
+        value.shape in ((), parameters[i].shape)
+        for i, state in states.items() for value in state.values() if isinstance(value, torch.Tensor))
+    tensors = {
+        (key, isinstance(value, torch.Tensor)) for state in states.values() for key, value in state.items()}
+    if len(kinds) > 1 or not fits or len(tensors) > len({key for key, _ in tensors}):
+        raise ValueError('its optimizer has not the same state for each parameter')
 
 
 def _check_same_run(run, checkpoint):

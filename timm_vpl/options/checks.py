@@ -223,7 +223,7 @@ def check_dataset(source: Source, splits: Sequence[str]) -> None:
         splits: Names of those that name a split.
     """
     kind, place = source.dataset.partition('/')[0].lower(), source.data_dir
-    named = {dest: name for dest in splits if (name := getattr(source, dest))}
+    named = {dest: name for dest in splits if (name := getattr(source, dest)) is not None}
     names = named.values()
     if place and (kind == 'wds' or '://' in place):
         check_shards('--data-dir', place)

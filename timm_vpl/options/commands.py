@@ -130,7 +130,7 @@ def parse_command(name: str, argv: Sequence[str], prog: str = '') -> Any:
 
 def _check_validate(options: Validate) -> None:
     check_trained('MODEL', options.model)
-    check_dataset(options, ('val_split', 'check_data'))
+    check_dataset(options, ('val_split', *(['check_data'] if options.check_data else [])))
     others = {'--class-map': options.class_map != '', '--real-labels': options.real_labels is not None}
     for flag in [flag for flag, given in others.items() if given and options.imagenet_v2]:
         raise UsageError(f'--imagenet-v2: says what the labels are, it can not go with {flag}')
