@@ -99,10 +99,16 @@ def make_groups(runs: Iterable[Run], names: Mapping[str, str] = MappingProxyType
     for group in groups:
         run = group.runs[0]
         alike = [other.runs[0].recipe for other in groups if other.place == group.place]
+        # What another option switches off is not told, where that one tells the groups apart.
+        told = {name for name in _differing(*alike)
+                if len({repr(recipe[name]) for recipe in alike if name in recipe}) > 1}
+        shown = [{name: recipe.get(name) for name in told} for recipe in alike]
+        if any(shown.count(each) > 1 for each in shown):
+            told = {*_differing(*alike)}
         values = {**run.recipe, 'teacher': run.options.get('teacher')}
         parts = ', '.join(
             f'{name}={show(values.get(name))}'
-            for name in sorted({*own_options(run), *_differing(*alike)}.difference(terms_off(run))))
+            for name in sorted({*own_options(run), *told}.difference(terms_off(run))))
         group.name = names.get(str(run.path)) or (f'{run.framework} ({parts})' if parts else run.framework)
     return groups
 
