@@ -1,11 +1,13 @@
 """The kinds of data sets, in one table: how each opens a split, as a reader of timm's, and what tells it from others.
 
-A further kind is a row of SOURCES. Beside timm's `reader[index]` (a file or an image, and its label), `len(reader)` and
-`reader.filename(index)` (None where images have no name), these attributes of a reader are used:
+A further kind is a row of SOURCES; its `open` raises UsageError, also for options that it does not take (--class-map,
+--input-key, --target-key), or what readers of files raise. Beside timm's `reader[index]` (a file or an image, and its
+label; --check-data needs files), `len(reader)` and `reader.filename(index)` (None where images have no name, which
+--file-list and --real-labels need), these attributes of a reader are used:
 
     class_to_idx: Index of each class, empty where the data does not name its classes.
-    root: Folder of the images, None or absent where only the data set's name says where they are.
-    targets: Labels of the images in order, absent where they are not known without reading.
+    root: Folder or file of the images, None or absent where only the data set's name says where they are.
+    targets: Labels of the images in order, whole numbers from 0, absent where they are not known without reading.
     not_read: Number of files that are not read, by reason; absent for none.
 """
 import io
@@ -255,7 +257,8 @@ def _stream_entries(reader) -> Iterator[str]:
 class Source(NamedTuple):
     """A kind of data set."""
     open: Callable[[Request], Any]  # returns a reader
-    entries: Callable[[Any], Iterator[str]] = _image_entries  # lines that tell a split from others
+    # Lines that tell a split from others, of the whole reader: the default knows images by name and label alone.
+    entries: Callable[[Any], Iterator[str]] = _image_entries
     is_stream: bool = False  # images come in an order of the reader's own
 
 

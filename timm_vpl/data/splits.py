@@ -3,6 +3,8 @@ import contextlib
 import hashlib
 import logging
 import tarfile
+import zipfile
+import zlib
 from collections import defaultdict
 from typing import Any
 
@@ -55,8 +57,8 @@ def create_split(
         reader = source.open(request)
     except ImportError as e:
         raise UsageError(f'--dataset {data.dataset}: needs a package that is not installed ({e})') from e
-    except (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError,
-            tarfile.TarError) as e:
+    except (AssertionError, AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError,
+            tarfile.TarError, zipfile.BadZipFile, zlib.error) as e:
         raise UsageError(f'{request.where}: split {split!r} could not be read: {first_line(e, 400)}') from e
     dataset = StreamImages(reader, source) if source.is_stream else Images(reader, source, mode)
     if data.dataset != 'digits':  # which are always the same
