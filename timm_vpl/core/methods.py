@@ -77,7 +77,7 @@ class Method(NamedTuple):
     passes: Callable[[Any, Sequence[str]], int] = lambda own, sides: 2
     options: type = NoOptions
     updates: Callable[[Any], int] = lambda own: 1
-    projects: Callable[[Any, Sequence[str]], bool] = lambda own, sides: True
+    projects: Callable[[Any, Sequence[str]], bool] = lambda own, sides: False
     teacher: str = 'never'
     distilled: Callable[[Any], Sequence[str]] = lambda own: ()
     uniform_drop_path: bool = False
@@ -190,6 +190,7 @@ METHODS: dict[str, Method] = {
         models=(2,),
         criterion=_vpl,
         options=VPLOptions,
+        projects=lambda own, sides: True,
         key='tong2022vpl',
     ),
     'solo': Method(
@@ -205,7 +206,6 @@ METHODS: dict[str, Method] = {
         passes=lambda own, sides: 2 if own.dml_joint else 3,
         options=DMLOptions,
         updates=lambda own: 1 if own.dml_joint else 2,
-        projects=lambda own, sides: False,
         key='zhang2018dml',
     ),
     'pair': Method(
@@ -237,7 +237,6 @@ METHODS: dict[str, Method] = {
         models=(1, 2),
         criterion=_deit,
         options=DeiTOptions,
-        projects=lambda own, sides: False,
         teacher='alone',
         distilled=lambda own: SIDES,
         key='touvron2021deit',
