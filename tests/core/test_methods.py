@@ -762,7 +762,7 @@ DISTILL, BOTH_MODELS = PAIR[2:], '--model-a test_resnet --model-b test_vit'
     ('vpl', [*PAIR, '--teacher', 'test_vit'], ['--teacher test_vit', '--method vpl has two models']),
     ('dml', [*PAIR, '--teacher', 'test_vit'], ['--teacher test_vit', '--method dml has two models']),
     ('deit', [*PAIR[:2], *STUDENT, '--teacher', 'x'], ['--teacher x', '--method deit has two models']),
-    ('solo', [*DISTILL, '--teacher', 'test_vit'], ['--teacher test_vit', '--method solo has no frozen teacher']),
+    ('solo', [*DISTILL, '--teacher', 'test_vit'], ['--teacher test_vit', '--method solo has no teacher']),
     ('cosub', DISTILL, ['--drop-path 0', '--method cosub', 'above 0']),
     ('cosub', [*DISTILL, '--drop-path', '0'], ['--drop-path 0', '--method cosub']),
     ('cosub', [*DISTILL, '--drop-path', '1'], ['--drop-path 1', 'below 1']),

@@ -28,8 +28,8 @@ class Row:
         repeats: Whether it may be given several times, each for further values.
         positional: Whether it is an argument without a flag.
         own_only: Whether each branch has it for itself alone: no form sets both.
-        resume: Whether a run that goes on may have another value: 'fixed', where it changes what is built, refuses; 'free'
-            allows; 'warned' warns, as '' does but for a `how`.
+        resume: Whether a run that goes on may have another value: 'fixed', where it changes what is built, refuses;
+            'free' allows; 'warned' warns, as '' does but for a `how`.
         how: Whether it says how or where a run is done, not what is trained: no row of a report tells it.
         recipe: Whether it is part of a run's recipe (`args.yaml`).
         card: Whether a public card may show it, not what names files of a machine; None: unless it is a `how`.

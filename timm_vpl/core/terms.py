@@ -164,8 +164,8 @@ def kl_loss(learner: str = 'a', rho: float = 1.0, leader: str | None = None) -> 
     Args:
         learner: Who learns from it: 'a', 'b', or 'both'.
         rho: Temperature.
-        leader: Whose prediction is followed, also 'teacher' or 'average'; by default the learner's partner, b where both
-            learn.
+        leader: Whose prediction is followed, also 'teacher' or 'average'; by default the learner's partner, b where
+            both learn.
 
     Raises:
         ValueError: An argument outside its range; logits of different shape.

@@ -117,7 +117,7 @@ def _check_method(options: 'Options', given: Mapping[str, Any]) -> None:
             f"--method {name}: needs --teacher (a run's folder, a checkpoint, an exported folder, hf-hub:ID or a timm "
             f'name){other}')
     if teacher and not method.has_teacher(options.own, options.sides):
-        why = 'has two models, the teacher is the partner' if method.teacher == 'alone' else 'has no frozen teacher'
+        why = 'has two models, the teacher is the partner' if 2 in method.models else 'has no teacher'
         raise UsageError(f'--teacher {teacher}: --method {name} {why}')
     if teacher:
         check_trained('--teacher', teacher)
