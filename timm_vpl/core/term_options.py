@@ -6,6 +6,7 @@ import argparse
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from .names import DEFAULT_TAU, SAME_CLASS, SIDES, SIMILARITIES, partner_of
@@ -13,7 +14,7 @@ from .option import Inside01, NonNegative, Percent, Positive, option, values_of
 
 if TYPE_CHECKING:
     from .methods import Setting
-    from .terms import TermFunction
+    from .terms import LogitLoss, TermFunction
 
 _STAGES = ('stage2', 'stage3', 'stage4')
 
@@ -191,43 +192,32 @@ def _contrastive(own: ContrastiveTerm, setting: 'Setting') -> 'TermFunction':
         own.learner, own.tau, own.similarity, own.same_class, own.gather, leader=own.leader, projection=projection)
 
 
-def _logit_term(own: Any, distances: Callable[..., Any], **kwargs: Any) -> Any:
+def _logit_term(own: Any, distances: Callable[..., Any], **kwargs: Any) -> 'LogitLoss':
     from .terms import LogitLoss
     return LogitLoss(
         own.learner, own.leader, distances, own.temperature, confidence=getattr(own, 'confidence', False), **kwargs)
 
 
 def _kl(own: KLTerm, setting: 'Setting') -> 'TermFunction':
-    from functools import partial
-
     from . import distillation
     distances = distillation.hard_divergences if own.hard else partial(
         distillation.kl_divergences, temperature=own.temperature, t_squared=own.t_squared)
-    function: TermFunction = _logit_term(own, distances, standardize=own.standardize)
-    return function
+    return _logit_term(own, distances, standardize=own.standardize)
 
 
 def _dkd(own: DKDTerm, setting: 'Setting') -> 'TermFunction':
-    from functools import partial
-
     from .distillation import dkd
     distances = partial(dkd, alpha=own.alpha, beta=own.beta, temperature=own.temperature)
-    function: TermFunction = _logit_term(own, distances, uses_classes=True)
-    return function
+    return _logit_term(own, distances, uses_classes=True)
 
 
 def _dist(own: DISTTerm, setting: 'Setting') -> 'TermFunction':
-    from functools import partial
-
     from .distillation import dist
-    function: TermFunction = _logit_term(
+    return _logit_term(
         own, partial(dist, beta=own.beta, gamma=own.gamma, temperature=own.temperature))
-    return function
 
 
 def _ofa(own: OFATerm, setting: 'Setting') -> 'TermFunction':
-    from functools import partial
-
     from torch import nn
 
     from .distillation import ofa
@@ -235,8 +225,7 @@ def _ofa(own: OFATerm, setting: 'Setting') -> 'TermFunction':
     term = _logit_term(
         own, partial(ofa, exponent=own.exponent, temperature=own.temperature), uses_classes=True)
     if not own.features:
-        function: TermFunction = term
-        return function
+        return term
     heads = [
         nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, setting.num_classes))
         for width in (setting.width(own.learner, name) for name in own.features)]
@@ -244,8 +233,6 @@ def _ofa(own: OFATerm, setting: 'Setting') -> 'TermFunction':
 
 
 def _tokens(own: TokensTerm, setting: 'Setting') -> 'TermFunction':
-    from functools import partial
-
     from .distillation import map_distances
     from .terms import FeatureLoss
     names = list(zip(own.features, own.leader_features or own.features, strict=True))
@@ -258,8 +245,6 @@ def _tokens(own: TokensTerm, setting: 'Setting') -> 'TermFunction':
 
 
 def _embed(own: EmbedTerm, setting: 'Setting') -> 'TermFunction':
-    from functools import partial
-
     from .distillation import embedding_distances
     from .terms import FeatureLoss
     projection = _projection('Linear', own, setting, 'embed', 'embed')
