@@ -45,8 +45,8 @@ FAULTS = [
         ('test_losses.py::test_default_directions',)),
     Fault(
         'core', 'the KL term moves the branch that is followed',
-        'followed if both_learn else followed.detach()',
-        'followed',
+        'reference = reference.detach()\n        classes',
+        'pass\n        classes',
         ('test_losses.py::test_default_directions',)),
     Fault(
         'core', 'copies of one image are negatives of each other',
@@ -55,8 +55,8 @@ FAULTS = [
         ('test_losses.py::test_many_images_of_few_classes_and_copies',)),
     Fault(
         'core', 'the KL term starts an epoch late',
-        '>= self.x * self.epochs',
-        '> self.x * self.epochs',
+        'if not 0 <= done < self.length',
+        'if not 0 < done < self.length',
         ('test_stages.py::test_paper_default',)),
     Fault(
         'core', 'gradients of gathered negatives stay with the process that used them',
