@@ -20,8 +20,9 @@ LONG = [
     '--epochs', '3', '--log-interval', '1', '--recovery-interval', '2', '--clip-grad', '1', '-vb', '4']
 
 
-def test_stopped_in_mid_epoch(digits_folder, tmp_path):
+def test_stopped_in_mid_epoch(digits_folder, tmp_path, caplog):
     whole = run(digits_folder, tmp_path / 'whole', *LONG)
+    assert '--gate-split validation is --val-split too' in caplog.text
     stopped(r"Train: 1 \[ *[12]/", run, digits_folder, tmp_path / "part", *LONG)
     assert not differences(whole, run(digits_folder, tmp_path / 'part', *LONG, '--resume', 'auto'))
     state = last(whole)['task_state']

@@ -273,8 +273,8 @@ TERMS: dict[str, TermKind] = {
     'ce': TermKind("the labels' loss", _ce, TermOptions, (*SIDES, 'both'), ()),
     'contrastive': TermKind(
         'contrast of embeddings (VPL)', _contrastive, ContrastiveTerm, (*SIDES, 'both'), projects=True),
-    'kl': TermKind('KL divergence of predictions (VPL, Hinton)', _kl, KLTerm, (*SIDES, 'both'), _LOGITS,
-        reads_logits=True),
+    'kl': TermKind(
+        'KL divergence of predictions (VPL, Hinton)', _kl, KLTerm, (*SIDES, 'both'), _LOGITS, reads_logits=True),
     'tokens': TermKind('distance of feature maps (locality guidance, Bootstrapping ViTs)', _tokens, TokensTerm),
     'embed': TermKind('distance of embeddings (FitNets)', _embed, EmbedTerm),
     'dkd': TermKind('decoupled distillation (DKD)', _dkd, DKDTerm, leaders=_LOGITS, reads_logits=True),

@@ -158,6 +158,9 @@ def _gate_images(options: Options, train: Split) -> tuple[Split, Split | None]:
     """Return the images to train on, and those by which terms with a gate compare the branches."""
     data, gated = options.data, METHODS[options.method].gated(options.own)
     if gated and data.gate_split:
+        if data.gate_split == data.val_split:
+            _logger.warning(f'--gate-split {data.gate_split} is --val-split too: its labels choose what is trained, so '
+                            f'that its top-1 is not that of unseen images')
         gate = create_split(data, data.gate_split, options.input.channels, flag='--gate-split')
         gate.num_classes = train.num_classes
         return train, gate
