@@ -27,6 +27,15 @@ def digits_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
+def timm_scripts(data_root):
+    """The folder of timm's own scripts, beside that of larger data."""
+    folder = data_root.parent / 'timm'
+    if not folder.is_dir():
+        pytest.skip(f"{folder} does not exist: no scripts of timm's")
+    return folder
+
+
+@pytest.fixture(scope='session')
 def data_root():
     """The folder of larger real data sets, named by TIMM_VPL_DATA."""
     root = os.environ.get('TIMM_VPL_DATA')

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 SAME: Any = object()  # the default is timm's, or that of branch a
+ABSENT: Any = object()  # timm has no such option
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Row:
         help: What it does; '' hides it.
         flags: Further spellings on the command line, such as '-b'.
         shown: How the default reads, if not as its value.
-        timm: timm's default, where ours differs.
+        timm: timm's default, where ours differs; ABSENT where its train script has no such option.
         why: Why it differs.
         default_b: Default of branch b, where it differs from that of branch a.
         choices: The values that are taken.

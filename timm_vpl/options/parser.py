@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..core.names import SIDES
-from ..core.option import SAME, Row, values_of
+from ..core.option import ABSENT, SAME, Row, values_of
 from ..errors import UsageError
 
 
@@ -177,7 +177,7 @@ class OptionParser(argparse.ArgumentParser):
             return argparse.SUPPRESS
         if row.positional:
             return row.help
-        timm = '' if row.timm is SAME else f'; timm: {show(row.timm)}'
+        timm = '' if row.timm in (SAME, ABSENT) else f'; timm: {show(row.timm)}'
         return f'{row.help} (default: {entry.shown}{timm})'.replace('%', '%%')
 
     def error(self, message):

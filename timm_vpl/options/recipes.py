@@ -2,7 +2,7 @@
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from ..core.names import SIDES
 from ..errors import UsageError
 from .parser import Entry, OptionParser, did_you_mean, flag_of, literal
-from .refused import check_not_refused
+from .refused import check_not_refused, is_inert, refusal_of
 
 # A recipe is a page of options: what is far larger is none, and could keep the reader busy for long.
 MAX_RECIPE_BYTES = 100_000
@@ -176,17 +176,42 @@ def recipe_path(name: str) -> Path:
     raise UsageError(f"--config {name} is {kind}; recipes: {', '.join(near) or 'none'}")
 
 
-def load_recipe(parser: OptionParser, path: Path) -> dict[str, Any]:
-    """Return the options that a recipe file gives, by dest."""
+# What timm's script says of the machine and the folders of its run, and of its model alone.
+_OF_ITS_RUN = (
+    'data', 'data_dir', 'device', 'experiment', 'local_rank', 'output', 'resume', 'start_epoch', 'wandb_resume_id')
+_OF_ITS_MODEL = (
+    'model', 'gp', 'head_init_bias', 'head_init_scale', 'initial_checkpoint', 'model_kwargs', 'pretrained_path')
+
+
+def _from_timm(path: Path, recipe: dict[str, Any], command_line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe as that of a pair, where it is one of timm's script: its `model` is the branch that is not named.
+
+    What it says of its run is left out, what belongs to its model becomes that branch's.
+    """
+    model = recipe.get('model')
+    if model is None:
+        return recipe
+    free = [side for side in SIDES if f'model_{side}' not in {**recipe, **command_line}]
+    if len(free) > 1:
+        raise UsageError(f'{path}: model: {model} is one model of two: --model-b NAME makes it branch a, the partner '
+                         f'of NAME, --model-a NAME makes it branch b')
+    recipe = {key: value for key, value in recipe.items() if key not in _OF_ITS_RUN}
+    own = {key: recipe.pop(key) for key in _OF_ITS_MODEL if key in recipe}
+    sides = free or [side for side in SIDES if command_line.get(f'model_{side}') == model]
+    return {**recipe, **{f'{key}_{side}': value for side in sides for key, value in own.items()}}
+
+
+def load_recipe(parser: OptionParser, path: Path, command_line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that a recipe file gives, by dest; it may be an `args.yaml` of timm's train script."""
     given: dict[str, Any] = {}
-    for key, value in read_recipe(path).items():
+    for key, value in _from_timm(path, read_recipe(path), command_line).items():
         dest = key.replace('-', '_')
         where = f'{path}: {key}'
         entry = parser.entries.get(dest)
         value = entry.row.null if value is None and entry else value
-        if value is None:
+        if value is None or (refusal_of(flag_of(dest)) and is_inert(dest, value)):
             continue
-        check_not_refused(flag_of(key), where)
+        check_not_refused(flag_of(dest), where)
         if dest == 'config':
             raise UsageError(f'{where}: a recipe can not name another recipe')
         if entry is None:

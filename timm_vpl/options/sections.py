@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from ..core.methods import METHODS
 from ..core.option import (
+    ABSENT,
     BelowOne,
     Count,
     Idle,
@@ -33,7 +34,7 @@ class MethodChoice:
     """Method parameters."""
     method: str = option(
         'vpl', 'how to train: ' + '; '.join(f'{name}, {row.description}' for name, row in METHODS.items()),
-        choices=METHODS, resume='fixed')
+        choices=METHODS, resume='fixed', timm=ABSENT)
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ class Data(Source):
     val_split: str = option('validation', 'split to validate on', metavar='NAME')
     gate_split: str = option(
         '', 'split on which terms with when=leader-ahead compare the branches', shown='a part of --train-split',
-        metavar='NAME', resume='fixed', idle=(_NO_GATE,))
+        metavar='NAME', resume='fixed', idle=(_NO_GATE,), timm=ABSENT)
     gate_pct: Positive | None = option(
         None, 'percent of the training images that are kept for that and not trained on, at least 100 images',
         shown='2 where a term needs them, else 0', resume='fixed',
-        idle=(Idle('--gate-split is given', lambda o: bool(o.gate_split)),))
+        idle=(Idle('--gate-split is given', lambda o: bool(o.gate_split)),), timm=ABSENT)
     train_num_samples: Count | None = option(None, 'training samples, where the data set does not tell')
     val_num_samples: Count | None = option(None, 'validation samples, where the data set does not tell')
 
@@ -90,7 +91,7 @@ class Branch:
         '', 'file to read the initial weights from, head as it is', metavar='PATH', resume='free', card=False)
     freeze_depth: Whole = option(
         0, 'layer groups, from the input, that keep their weights: the stem is the first, then stages or blocks',
-        resume='fixed')
+        resume='fixed', timm=ABSENT)
     gp: str | None = option(None, 'global pooling: fast, avg, max, avgmax, ...', shown="the model's", metavar='POOL')
     img_size: Count | None = option(None, 'height and width of the images', shown="the model's")
     crop_pct: Positive | None = option(None, 'centre crop of validation images', shown="the model's")
@@ -307,33 +308,35 @@ class Run:
         '--experiment, if it has one', metavar='PATH', how=True, recipe=False)
     no_resume_opt: bool = option(False, 'do not resume the state of the optimizer', how=True, recipe=False)
     accept_data_change: bool = option(
-        False, 'let a resumed run go on with other images of the same classes', how=True, recipe=False)
+        False, 'let a resumed run go on with other images of the same classes', how=True, recipe=False, timm=ABSENT)
     start_epoch: Whole | None = option(None, 'first epoch, for a restart by hand', how=True, recipe=False)
     stop_epoch: Count | None = option(None, 'end after so many completed epochs, on the schedule of --epochs', how=True)
     seed: Whole = option(42, 'random seed', how=True, resume='fixed', card=True)
     deterministic: bool = option(
-        False, 'let a GPU compute the same bits each time, at some cost', how=True, resume='warned')
+        False, 'let a GPU compute the same bits each time, at some cost', how=True, resume='warned', timm=ABSENT)
     log_interval: Count = option(50, 'updates between two log lines', how=True)
     val_interval: Count = option(1, 'epochs between two validations', how=True, resume='warned')
     recovery_interval: Whole = option(0, 'updates between two recovery checkpoints', shown='none', how=True)
-    recovery_minutes: NonNegative = option(0., 'minutes between two recovery checkpoints', shown='none', how=True)
+    recovery_minutes: NonNegative = option(
+        0., 'minutes between two recovery checkpoints', shown='none', how=True, timm=ABSENT)
     on_nonfinite: str = option(
         'stop', 'what to do when a loss or gradient is not finite: end the run, or leave the update out',
-        choices=('stop', 'skip'), how=True)
-    nonfinite_limit: Count = option(10, 'updates in a row that --on-nonfinite skip leaves out', how=True)
+        choices=('stop', 'skip'), how=True, timm=ABSENT)
+    nonfinite_limit: Count = option(10, 'updates in a row that --on-nonfinite skip leaves out', how=True, timm=ABSENT)
     hang_timeout: NonNegative = option(
-        1800., 'seconds without an update after which a process prints all its stacks and ends; 0 for never', how=True)
+        1800., 'seconds without an update after which a process prints all its stacks and ends; 0 for never', how=True,
+        timm=ABSENT)
     checkpoint_hist: Count = option(10, 'checkpoints to keep', how=True)
     save_epochs: tuple[Count, ...] | None = option(None, 'completed epochs after which to keep a checkpoint', how=True)
     save_images: bool = option(False, 'save the first images of each log interval', how=True)
-    traceback: bool = option(False, 'print the traceback of an error, which else goes to a file', how=True)
+    traceback: bool = option(False, 'print the traceback of an error, which else goes to a file', how=True, timm=ABSENT)
     output: str = option('', 'folder of all runs', shown='./output/train', metavar='PATH', how=True, recipe=False)
     experiment: str = option(
         '', "name of the run's folder", shown='from the time and the models', metavar='NAME', how=True)
     eval_metric: str = option(
         'top1', 'what the best checkpoint is best in: top1 (mean of the branches) or a column of the summary',
         metavar='METRIC', how=True, resume='fixed')
-    export: bool = option(True, 'export each branch, from its best epoch, at the end of the run', how=True)
+    export: bool = option(True, 'export each branch, from its best epoch, at the end of the run', how=True, timm=ABSENT)
     log_wandb: bool = option(False, 'log to Weights & Biases', how=True)
     wandb_project: str | None = option(None, 'name of the project there', metavar='NAME', how=True, idle=(_NO_WANDB,))
     wandb_tags: tuple[str, ...] = option((), 'tags of the run there', metavar='TAG', how=True, idle=(_NO_WANDB,))

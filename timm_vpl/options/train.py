@@ -158,7 +158,7 @@ def read_args(argv: Sequence[str], prog: str = 'train_vpl.py') -> tuple[Options,
     command_line = name_data_dir(parser.parse(argv))
     given_here = dict(command_line)
     config = command_line.get('config')
-    recipe = name_data_dir(load_recipe(parser, recipe_path(config))) if config else {}
+    recipe = name_data_dir(load_recipe(parser, recipe_path(config), command_line)) if config else {}
     for dest in command_line:
         for side in SIDES:  # the form for both wins over a branch's own value in the recipe, too
             recipe.pop(f'{dest}_{side}', None)
@@ -277,6 +277,8 @@ def warn_without_effect(options: Options, given: Mapping[str, Any]) -> None:
     """Log a line for each reason why options that were given, with another value than the default, have no effect."""
     entries = build_parser().entries
     for reason, dests in idle_options(options).items():
-        named = [dest for dest, value in given.items() if dest in dests and value != entries[dest].default]
+        named = [
+            dest for dest, value in given.items()
+            if dest in dests and value not in (entries[dest].default, entries[dest].row.timm)]
         if named:
             _logger.warning(f"{', '.join(map(flag_of, named))}: no effect, {reason}")

@@ -1,0 +1,184 @@
+"""What a user of timm has: commands of public recipes and the `args.yaml` of timm's script, with a pair put in."""
+import csv
+import importlib.util
+import math
+import shlex
+
+import pytest
+import yaml
+
+from timm_vpl.cli import train
+from timm_vpl.core.option import SAME
+from timm_vpl.options.recipes import read_recipe
+from timm_vpl.options.refused import REFUSED, is_inert, refusal_of
+from timm_vpl.options.train import build_parser, parse_args
+
+_EFFICIENT = (
+    '--sched step --epochs 450 --decay-epochs 2.4 --decay-rate .97 --opt rmsproptf --opt-eps .001 -j 8 '
+    '--warmup-lr 1e-6 --weight-decay 1e-5 --drop-path 0.2 --aa rand-m9-mstd0.5 --remode pixel --amp')
+_RSB = (
+    '--opt lamb --bce-loss --cutmix 1.0 --warmup-epochs 5 --amp -b 256 --min-lr 1e-6 --warmup-lr 1e-4 --model resnet50')
+# Those of timm's documentation; the published settings of the papers, written for timm's script.
+COMMANDS = {
+    'SE-ResNet34': '--model seresnet34 --sched cosine --epochs 150 --warmup-epochs 5 --lr 0.4 --reprob 0.5 '
+    '--remode pixel --batch-size 256 --amp -j 4',
+    'EfficientNet-B2': f'--model efficientnet_b2 -b 128 {_EFFICIENT} --drop 0.3 --reprob 0.2 --lr .016 '
+    '--model-ema --model-ema-decay 0.9999',
+    'SE-ResNeXt-26': '--model seresnext26t_32x4d --lr 0.1 --warmup-epochs 5 --epochs 160 --weight-decay 1e-4 '
+    '--sched cosine --reprob 0.4 --remode pixel -b 112',
+    'ResNet50 JSD': '-b 64 --model resnet50 --sched cosine --epochs 200 --lr 0.05 --amp --remode pixel --reprob 0.6 '
+    '--aug-splits 3 --aa rand-m9-mstd0.5-inc1 --resplit --split-bn --jsd --dist-bn reduce',
+    'MobileNetV3': f'--model mobilenetv3_large_100 -b 512 {_EFFICIENT} --drop 0.2 --reprob 0.2 --lr .064 '
+    '--lr-noise 0.42 0.9',
+    'ResNeXt-50': '--model resnext50_32x4d --lr 0.6 --warmup-epochs 5 --epochs 240 --weight-decay 1e-4 --sched cosine '
+    '--reprob 0.4 --recount 3 --remode pixel --aa rand-m7-mstd0.5-inc1 -b 192 -j 6 --amp --dist-bn reduce',
+    'RSB A1': f'{_RSB} --epochs 600 --lr 5e-3 --weight-decay 0.01 --mixup 0.2 --smoothing 0.1 --drop-path 0.05 '
+    '--aug-repeats 3 --aa rand-m7-mstd0.5-inc1 --crop-pct 0.95',
+    'RSB A2': f'{_RSB} --epochs 300 --lr 5e-3 --weight-decay 0.02 --mixup 0.1 --smoothing 0 --drop-path 0.05 '
+    '--aug-repeats 3 --aa rand-m7-mstd0.5-inc1 --crop-pct 0.95',
+    'RSB A3': f'{_RSB} --epochs 100 --lr 8e-3 --weight-decay 0.02 --mixup 0.1 --smoothing 0 --img-size 160 '
+    '--aa rand-m6-mstd0.5-inc1 --crop-pct 0.95',
+    'DeiT-B': '--model deit_base_patch16_224 --opt adamw --lr 1e-3 --weight-decay 0.05 --epochs 300 --warmup-epochs 5 '
+    '--warmup-lr 1e-6 --min-lr 1e-5 --smoothing 0.1 --color-jitter 0.3 --aa rand-m9-mstd0.5-inc1 --mixup 0.8 '
+    '--cutmix 1.0 --reprob 0.25 --drop-path 0.1 --aug-repeats 3 --model-ema --model-ema-decay 0.99996 -b 128',
+    'ConvNeXt-T': '--model convnext_tiny --opt adamw --lr 4e-3 --weight-decay 0.05 --epochs 300 --warmup-epochs 20 '
+    '--smoothing 0.1 --aa rand-m9-mstd0.5-inc1 --mixup 0.8 --cutmix 1.0 --reprob 0.25 --drop-path 0.1 '
+    '--grad-accum-steps 4 --model-ema --model-ema-decay 0.9999 -b 128',
+}
+# What has to be left out of a command.
+CHANGES = {'ResNet50 JSD': ['--aug-splits 3', '--split-bn', '--jsd']}
+QUICK = ('ResNet50 JSD', 'MobileNetV3', 'RSB A1', 'DeiT-B')
+
+
+def with_a_pair(name, side):
+    """Return a command's options, with a tiny model of its kind as one branch and another as the partner."""
+    text = COMMANDS[name]
+    for left_out in CHANGES.get(name, ()):
+        text = text.replace(f' {left_out} ', ' ')
+    argv = shlex.split(text)
+    at = argv.index('--model')
+    own, partner = ('test_vit', 'test_resnet') if side == 'b' else ('test_resnet', 'test_vit')
+    argv[at:at + 2] = [f'--model-{side}', own, f"--model-{'ab'['ba'.index(side)]}", partner]
+    return argv
+
+
+def refused(capsys, argv):
+    with pytest.raises(SystemExit):
+        parse_args([str(arg) for arg in argv])
+    return capsys.readouterr().err.removeprefix('train_vpl.py: error: ').rstrip('\n')
+
+
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in COMMANDS])
+def test_a_public_command_trains_a_pair(name, digits_folder, tmp_path):
+    argv = [
+        str(digits_folder), *with_a_pair(name, 'b' if name == 'DeiT-B' else 'a'), '--img-size', '32', '-b', '16',
+        '-j', '0', '--warmup-epochs', '0', '--stop-epoch', '1', '--device', 'cpu', '--output', str(tmp_path),
+        '--experiment', 'run', '--no-export', '--checkpoint-hist', '1']
+    assert train(argv) == 0
+    with open(tmp_path / 'run' / 'summary.csv', newline='') as file:
+        [row] = csv.DictReader(file)
+    assert math.isfinite(float(row['train_loss'])) and math.isfinite(float(row['eval_top1_b']))
+
+
+def test_what_a_public_command_must_leave_out_is_named(digits_folder, capsys):
+    argv = [digits_folder, *shlex.split(COMMANDS['ResNet50 JSD']), '--model-b', 'test_vit']
+    for left_out in ('--model resnet50', *CHANGES['ResNet50 JSD']):
+        line = refused(capsys, argv)
+        words = left_out.split()
+        assert line.startswith((f'{words[0]} is not available: ', 'unknown option --jsd, did you mean '))
+        at = argv.index(words[0])
+        argv[at:at + len(words)] = ['--model-a', 'test_resnet'] if words[0] == '--model' else []
+    parse_args([str(arg) for arg in argv])
+
+
+# timm's args.yaml
+
+
+@pytest.mark.parametrize('name, own', [('defaults', 'a'), ('a2', 'a'), ('deit', 'b')])
+def test_an_args_yaml_of_timm_is_a_recipe(name, own, timm_scripts, digits_folder, tmp_path, caplog):
+    path = timm_scripts / f'args_{name}.yaml'
+    timms = yaml.safe_load(path.read_text())
+    partner = f"--model-{'b' if own == 'a' else 'a'}"
+    argv = [
+        str(digits_folder), '-c', str(path), partner, 'test_convnext', '--num-classes', '4', '--device', 'cpu',
+        '--output', str(tmp_path), '--experiment', 'run', '--no-export']
+    options = parse_args(argv)
+    assert not caplog.records  # timm's defaults without effect are no mistake
+    assert options.branches[own].model == timms['model']
+    flat = options.flat()
+    named = ('model', 'output', 'experiment', 'data', 'num_classes', 'local_rank')
+    for dest, value in timms.items():
+        value = tuple(value) if isinstance(value, list) else value
+        for key in {dest, f'{dest}_a', f'{dest}_b'} & flat.keys() if value is not None and dest not in named else ():
+            assert flat[key] == value
+    assert train(argv) == 0
+
+
+def test_the_model_of_a_timm_recipe_is_the_other_branch(digits_folder, tmp_path, capsys):
+    path = tmp_path / 'args.yaml'
+    path.write_text(
+        'model: test_vit\nmodel_kwargs: {depth: 3}\ninitial_checkpoint: /no/where\noutput: /elsewhere\ndata: /data\n'
+        'experiment: ../there\nresume: /no/last.pth.tar\nkd_model_name: null\n')
+
+    def models(*argv):
+        options = parse_args([str(digits_folder), '-c', str(path), '--initial-checkpoint', '', *argv])
+        assert (options.run.output, options.run.experiment, options.run.resume) == ('', '', '')
+        return {side: (branch.model, branch.model_kwargs) for side, branch in options.branches.items()}
+
+    assert models('--model-a', 'test_resnet') == {'a': ('test_resnet', {}), 'b': ('test_vit', {'depth': 3})}
+    assert models('--model-b', 'test_vit2') == {'a': ('test_vit', {'depth': 3}), 'b': ('test_vit2', {})}
+    assert models('--method', 'solo', '--model-a', '') == {'b': ('test_vit', {'depth': 3})}
+    assert models('--model-a', 'test_resnet', '--model-b', 'test_vit') == {
+        'a': ('test_resnet', {}), 'b': ('test_vit', {'depth': 3})}
+    assert refused(capsys, [digits_folder, '-c', path]) == (
+        f'{path}: model: test_vit is one model of two: --model-b NAME makes it branch a, the partner of NAME, '
+        f'--model-a NAME makes it branch b')
+    assert refused(capsys, [digits_folder, '-c', path, '--model-a', 'test_resnet']) == (
+        '--initial-checkpoint-b /no/where: no such file')
+
+
+@pytest.mark.parametrize('text, passes', [
+    ('aug_splits: 0', True), ('aug_splits: 3', False), ('jsd_loss: false', True), ('jsd_loss: true', False),
+    ("fuser: ''", True), ('fuser: nvfuser', False), ('kd_temperature: 4.0', True), ('kd_temperature: 4', True),
+    ('kd_temperature: 2.0', False), ('naflex_train_seq_lens: [128, 256, 576, 784, 1024]', True),
+    ('naflex_train_seq_lens: [128]', False), ('worker_seeding: all', True), ('worker_seeding: part', False),
+    ('epoch_repeats: 0.0', True), ('tta: 2', False), ('patience_epochs: 10', True), ('no_prefetcher: false', True)])
+def test_refused_options_pass_where_they_do_nothing(text, passes, digits_folder, tmp_path, capsys):
+    path = tmp_path / 'recipe.yaml'
+    path.write_text(text)
+    argv = [digits_folder, '--model-a', 'test_resnet', '--model-b', 'test_vit', '-c', path]
+    if passes:
+        assert parse_args(list(map(str, argv)))
+    else:
+        assert refused(capsys, argv).startswith(f'{path}: {text.split(":")[0]} is not available: ')
+
+
+def test_a_mistyped_key_does_not_pass(digits_folder, tmp_path, capsys):
+    path = tmp_path / 'recipe.yaml'
+    path.write_text('kl_wieght: 0')
+    assert refused(capsys, [digits_folder, '-c', path]) == (
+        f'{path}: kl_wieght is not an option, did you mean kl_weight?')
+
+
+def test_the_rows_tell_of_timms_script(timm_scripts):
+    """Each option of timm's script is an option here with the default that its row tells, or refused."""
+    spec = importlib.util.spec_from_file_location('timm_train', timm_scripts / 'train.py')
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    entries, timms = build_parser().entries, {action.dest: action for action in script.parser._actions}
+    timms.pop('help')
+    refusals = {name for name in REFUSED if not name.endswith('*')}
+    for dest, action in timms.items():
+        value = tuple(action.default) if isinstance(action.default, list) else action.default
+        if dest in entries and dest != 'decay_epochs':  # None here: 90, but 0.2 for wsd and rsqrt
+            row = entries[dest].row
+            known = entries[dest].default if row.timm is SAME else row.timm
+            assert known == value or not (known or value)
+        elif dest not in entries:
+            assert refusal_of('--' + dest.replace('_', '-'))
+            refusals.discard('--' + dest.replace('_', '-'))
+    assert refusals <= {'--task', '--loss', '--train-steps-per-epoch'}  # of later releases of that script
+    written = read_recipe(timm_scripts / 'args_defaults.yaml')
+    assert all(is_inert(dest, value) for dest, value in written.items() if dest in timms and dest not in entries
+               and dest != 'model')
