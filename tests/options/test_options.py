@@ -209,7 +209,8 @@ def test_mistakes_get_one_line(argv, message, capsys, monkeypatch):
     assert error_line(capsys, argv) == message
 
 
-@pytest.mark.parametrize('flag', [*(set(REFUSED) - {'--model'}), '--naflex-loader', '--train-size-probs'])
+@pytest.mark.parametrize('flag', [
+    *(name for name in REFUSED if name != '--model'), '--naflex-loader', '--train-size-probs'])
 def test_refused_options(flag, capsys, recipe):
     assert error_line(capsys, [*DIGITS, flag, '1']).startswith(f'{flag} is not available: ')
     key = flag[2:].replace('-', '_')

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import tarfile
 from types import SimpleNamespace
 
@@ -338,6 +340,28 @@ def test_file_list_of_names_in_several_folders(capsys, digits_folder, tmp_path):
 
 
 # Runs, exported folders, what is written
+
+
+@pytest.mark.parametrize('larger', [False, True], ids=['export', 'larger in testing'])
+def test_figures_are_those_of_timms_script(larger, capsys, timm_scripts, digits_folder, run_dir, tmp_path):
+    """Its script on the same images, to all digits that it prints."""
+    source = tmp_path / 'model'
+    shutil.copytree(run_dir / 'export' / 'vpl-test_resnet', source)
+    if larger:
+        config = json.loads((source / 'config.json').read_text())
+        config['pretrained_cfg'].update(test_input_size=[3, 48, 48], test_crop_pct=1.0)
+        (source / 'config.json').write_text(json.dumps(config))
+    argv = [timm_scripts / 'validate.py', '--data-dir', digits_folder / 'validation', '--model', f'local-dir:{source}',
+            '--pretrained', '-j', '0', '-b', '8', '--device', 'cpu', '--results-file', tmp_path / 'timm.csv']
+    subprocess.run([sys.executable, *map(str, argv)], check=True, capture_output=True)
+    [timms] = results(tmp_path / 'timm.csv')
+    validate(capsys, source, digits_folder, '-b', 8, '--results-file', tmp_path / 'ours.csv')
+    [ours] = results(tmp_path / 'ours.csv')
+    for name in ('top1', 'top5'):
+        assert round(float(ours[name]), 4) == float(timms[name])
+    for name in ('img_size', 'crop_pct', 'interpolation'):
+        assert ours[name] == timms[name]
+    assert ours['img_size'] == ('48' if larger else '32')
 
 
 def test_figures_of_a_run_are_those_of_its_summary(capsys, digits_folder, run_dir):

@@ -42,14 +42,11 @@ _INPUT = ('img_size', 'crop_pct', 'mean', 'std', 'interpolation')  # how a branc
 def resolve_data(options: Options) -> dict[str, dict[str, Any]]:
     """Return timm's data configuration of each branch, by side: its input size, statistics, interpolation and crop.
 
-    They are those of the pretrained model, else ImageNet's, unless the options say otherwise: a branch does not depend
-    on its partner.
+    They are the model's, as timm has them, unless the options say otherwise: a branch does not depend on its partner.
     """
     configs = {}
     for side in options.sides:
         cfg = pretrained_cfg_of(options.branches[side].model or '', f'--model-{side}')
-        if not options.branches[side].starts_trained:
-            cfg = {key: cfg[key] for key in ('input_size',) if key in cfg}
         given = {key: getattr(options.branches[side], key) for key in _INPUT}
         config = resolve_data_config(
             {**given, 'in_chans': options.input.in_chans, 'input_size': options.input.input_size}, pretrained_cfg=cfg)

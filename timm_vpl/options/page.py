@@ -50,6 +50,11 @@ def options_markdown() -> str:
         'back A1 to A3, DeiT-B and ConvNeXt-T. That of a ResNet50 with the JSD loss must leave out `--aug-splits 3\n'
         '--split-bn --jsd`. Give `--lr-a` and `--lr-b` where the partner needs another rate, and see the changed\n'
         'defaults above.',
+        '## Images of each branch',
+        "A branch is validated as timm validates its model: with the model's size, crop, interpolation, mean and\n"
+        'deviation, also from scratch. Where those of the branches differ, validation reads each image twice; the log\n'
+        'says in what. Training reads an image once, for the branch with the larger images; for the other it is\n'
+        'resized and normalised anew on the device.',
         '## Options of each branch',
         'Each of these sets both branches; with `-a` or `-b` at its end it sets one (`--lr-a 0.005`), and wins.\n'
         'Given on the command line, the form for both also wins over what a recipe says of one branch.',

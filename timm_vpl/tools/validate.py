@@ -10,7 +10,13 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
-from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset, resolve_data_config
+from timm.data import (
+    ImageNetInfo,
+    RealLabelsImagenet,
+    infer_imagenet_subset,
+    resolve_data_config,
+    resolve_model_data_config,
+)
 from timm.data.loader import adapt_to_chs
 from timm.utils import setup_default_logging
 
@@ -234,8 +240,12 @@ def load_all(source: str) -> list[TrainedModel]:
 
 
 def _prepare(trained: TrainedModel, options: Validate) -> TrainedModel:
-    """Return a model with the data configuration that it has under the options, and resized for it if need be."""
-    model, own = trained.model, trained.data_config
+    """Return a model with the data configuration that it has under the options, and resized for it if need be.
+
+    Without options it is that of timm's validate script: a model's images in testing may be larger than in training.
+    """
+    model, built_for = trained.model, trained.data_config['input_size']
+    own = resolve_model_data_config(model, use_test_size=True)
     if model.num_classes < 1:
         raise UsageError(f'{trained.source}: {trained.architecture} has no classifier')
     height, width = (options.img_size,) * 2 if options.img_size else own['input_size'][-2:]
@@ -251,7 +261,7 @@ def _prepare(trained: TrainedModel, options: Validate) -> TrainedModel:
         config[name] = tuple(adapt_to_chs(config[name], size[0]))
 
     def forward(images):
-        if size[1:] != tuple(own['input_size'][-2:]) and hasattr(model, 'set_input_size'):
+        if size[1:] != tuple(built_for[-2:]) and hasattr(model, 'set_input_size'):
             model.set_input_size(img_size=size[1:])
         return model(images)
 
