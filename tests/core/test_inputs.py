@@ -27,29 +27,31 @@ from timm_vpl.engine.models import create_branch, loader_config, resolve_data
 from timm_vpl.engine.run import create_run
 from timm_vpl.options.train import parse_args
 
+HALF = {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}  # timm's small models
 IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
-HALF_B = ['--mean-b', '0.5', '--std-b', '0.5']
-HALF_A = ['--mean-a', '0.5', '--std-a', '0.5']
+OTHER_B = ['--mean-b', '0.4', '--std-b', '0.3']
+OTHER_A = ['--mean-a', '0.4', '--std-a', '0.3']
 SIZES = ['--img-size-a', '48', '--img-size-b', '64']
 SWAPPED = ['--img-size-a', '64', '--img-size-b', '48']
 SAME = ['--img-size', '64']
 QUICK = [
     '-b', '20', '--epochs', '1', '--warmup-epochs', '0', '--lr', '0.002', '--workers', '0', '--device', 'cpu',
-    '--x', '0', '--y', '0', '--model-ema-decay', '0.5', '--crop-pct', '1.0', '--seed', '5']  # 2 updates an epoch
+    '--x', '0', '--y', '0', '--model-ema-decay', '0.5', '--crop-pct', '1.0', '--interpolation', 'bicubic',
+    '--seed', '5']  # 2 updates an epoch
 RGBA = ['--input-img-mode', 'RGBA', '--aa', '']  # Pillow equalizes and solarizes no such image
 
 # Across families: with and without BatchNorm, one classifier and two, convolutions as classifiers, both poolings.
 PAIRS = {
-    'test_resnet + test_vit': [*SIZES, *HALF_B],
-    'test_efficientnet + test_vit': [*SWAPPED, *HALF_A, '--gp-b', 'avg'],
+    'test_resnet + test_vit': [*SIZES, *OTHER_B],
+    'test_efficientnet + test_vit': [*SWAPPED, *OTHER_A, '--gp-b', 'avg'],
     'test_convnext + deit_tiny_distilled_patch16_224': [
-        *SIZES, *HALF_B, '--model-kwargs-b', 'depth=2', 'embed_dim=48', 'num_heads=3'],
-    'test_nfnet + test_vit4': [*SAME, *HALF_A, '--method', 'dml'],
+        *SIZES, *OTHER_B, '--model-kwargs-b', 'depth=2', 'embed_dim=48', 'num_heads=3'],
+    'test_nfnet + test_vit4': [*SAME, *OTHER_A, '--method', 'dml'],
     'lcnet_035 + mobilevit_xxs': [*SIZES, '--mean-b', '0', '--std-b', '1'],
-    'test_mambaout + test_coatnet': [*SIZES, *HALF_B, '--interpolation-a', 'bilinear'],
-    'fasternet_t0 + vit_tiny_r_s16_p8_224': [*SAME, *HALF_A, '--in-chans', '1', '--model-kwargs-b', 'depth=2'],
+    'test_mambaout + test_coatnet': [*SIZES, *OTHER_B, '--interpolation-a', 'bilinear'],
+    'fasternet_t0 + vit_tiny_r_s16_p8_224': [*SAME, *OTHER_A, '--in-chans', '1', '--model-kwargs-b', 'depth=2'],
     'efficientvit_b0 + swin_tiny_patch4_window7_224': [
-        '--img-size-a', '64', '--img-size-b', '56', *HALF_B, '--model-kwargs-b', 'embed_dim=24'],
+        '--img-size-a', '64', '--img-size-b', '56', *OTHER_B, '--model-kwargs-b', 'embed_dim=24'],
 }
 SLOW = ['fasternet_t0 + vit_tiny_r_s16_p8_224', 'efficientvit_b0 + swin_tiny_patch4_window7_224']
 
@@ -181,8 +183,8 @@ def test_noise_is_resized_as_by_pillow(size, interpolation):
 
 
 @pytest.mark.parametrize('options', [
-    [*SIZES, *HALF_B],
-    ['--img-size', '48', '--crop-pct-a', '0.8', '--interpolation-b', 'bilinear', *HALF_B],
+    [*SIZES, *OTHER_B],
+    ['--img-size', '48', '--crop-pct-a', '0.8', '--interpolation-b', 'bilinear', *OTHER_B],
 ], ids=['a smaller', 'other crop and interpolation'])
 def test_validation_is_timms_own_of_each_branch(digits_folder, options):
     parsed, configs = parse(digits_folder, SMALL_PAIR, *options, '-vb', '5')
@@ -194,7 +196,7 @@ def test_validation_is_timms_own_of_each_branch(digits_folder, options):
     assert [f'class{i}' for i in torch.cat(targets)] == [path.parent.name for path in image_paths(digits_folder)]
 
 
-@pytest.mark.parametrize('options', [[], HALF_B + HALF_A], ids=len)
+@pytest.mark.parametrize('options', [[], OTHER_B + OTHER_A], ids=len)
 def test_equal_inputs_cost_nothing(digits_folder, tmp_path, options):
     run, configs = start_run(digits_folder, tmp_path, SMALL_PAIR, '--img-size', '32', *options)
     assert configs['a'] == configs['b'] and len(run.pair.inputs) == 0
@@ -220,9 +222,9 @@ def test_one_decode_an_image_in_training(digits_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('options', [
-    ['--in-chans', '1', *HALF_B],
+    ['--in-chans', '1', *OTHER_B],
     ['--in-chans', '4', *RGBA, '--mean-a', '.1', '.2', '.3', '.4', '--std-a', '.4', '.3', '.2', '.1'],
-    ['--input-size', '1', '32', '32', *HALF_A],
+    ['--input-size', '1', '32', '32', *OTHER_A],
 ], ids=lambda options: '-'.join(options[:2] + options[-1:]))
 def test_channels(digits_folder, tmp_path, options):
     run, configs = start_run(
@@ -240,7 +242,7 @@ def test_channels(digits_folder, tmp_path, options):
 
 def test_copies_keep_the_transform(digits_folder, tmp_path):
     run, configs = start_run(
-        digits_folder, tmp_path, SMALL_PAIR, '--img-size-a', '24', '--img-size-b', '32', *HALF_A)
+        digits_folder, tmp_path, SMALL_PAIR, '--img-size-a', '24', '--img-size-b', '32', *OTHER_A)
     train_one_epoch(run)
     averaged = run.task.get_trainable_module(ema=True).module
     given, own = (own_images(digits_folder, configs[side]) for side in 'ba')
@@ -263,7 +265,7 @@ def test_copies_keep_the_transform(digits_folder, tmp_path):
 @pytest.mark.parametrize(('dtype', 'size'), [(torch.float64, 48), (torch.bfloat16, 32), (torch.bfloat16, 48)])
 def test_other_types(digits_folder, tmp_path, dtype, size):
     run, configs = start_run(
-        digits_folder, tmp_path, SMALL_PAIR, '--img-size-a', size, '--img-size-b', '32', *HALF_B)
+        digits_folder, tmp_path, SMALL_PAIR, '--img-size-a', size, '--img-size-b', '32', *OTHER_B)
     given = own_images(digits_folder, configs['a'])
     want = run.pair.images('b', given)
     pair = run.pair.to(dtype)
@@ -301,11 +303,10 @@ def test_configuration_of_a_pretrained_branch(digits_folder, tmp_path):
     def differing(config, **wanted):
         return {key: config[key] for key in wanted if config[key] != wanted[key]}
 
-    found = configs('--pretrained-b')
-    assert not differing(found['b'], **OWN)
-    assert not differing(found['a'], **IMAGENET, input_size=(3, 64, 64), interpolation='bicubic', crop_pct=0.875)
-    # Its weights are not used, so only the size is its own.
-    assert not differing(configs()['b'], **IMAGENET, input_size=(3, 48, 48), interpolation='bicubic', crop_pct=0.875)
+    for found in (configs('--pretrained-b'), configs()):  # with its weights and without
+        assert not differing(found['b'], **OWN)
+        assert not differing(
+            found['a'], **HALF, input_size=(3, 64, 64), interpolation='bilinear', crop_pct=0.95)  # test_resnet's
     # What is given wins.
     found = configs('--pretrained', '--mean', '0.1', '--std-b', '0.9', '--img-size-b', '32', '--crop-pct-b', '0.8')
     assert not differing(
@@ -342,7 +343,7 @@ def test_pretrained_branch_trains_and_validates_on_its_own_images(digits_folder,
 def run_dir(digits_folder, tmp_path_factory):
     """The folder of a run whose branches have images of other sizes and statistics."""
     return run(
-        digits_folder, tmp_path_factory.mktemp('runs'), '--img-size-a', '24', *HALF_B, '--epochs', '1', '--export',
+        digits_folder, tmp_path_factory.mktemp('runs'), '--img-size-a', '24', *OTHER_B, '--epochs', '1', '--export',
         '--crop-pct', '1.0', models=PAIR)
 
 
@@ -361,8 +362,8 @@ def assert_same_figures(row, run_dir, side, weights='ema'):
 
 
 @pytest.mark.parametrize(('side', 'name', 'size', 'statistics'), [
-    ('a', 'test_resnet', 24, IMAGENET),
-    ('b', 'test_vit', 32, {'mean': (0.5,) * 3, 'std': (0.5,) * 3}),
+    ('a', 'test_resnet', 24, HALF),
+    ('b', 'test_vit', 32, {'mean': (0.4,) * 3, 'std': (0.3,) * 3}),
 ])
 def test_export_keeps_its_own_inputs(digits_folder, tmp_path, run_dir, side, name, size, statistics):
     folder = run_dir / 'export' / f'vpl-{name}'

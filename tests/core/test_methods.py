@@ -547,7 +547,8 @@ OPTIMIZERS = {
 def start_dml(data, output, *options, num_batches=20):
     run = start_run(
         data, output, '--method', 'dml', '--model-a', 'test_resnet', '--model-b', 'test_efficientnet',
-        '--smoothing', '0', '--sched', 'none', '--weight-decay-a', '0.05', '--weight-decay-b', '0.1', *options)
+        '--smoothing', '0', '--sched', 'none', '--weight-decay-a', '0.05', '--weight-decay-b', '0.1', '--mean', '0.5',
+        '--std', '0.5', *options)
     run.loader_train = Batches(num_batches)
     return run
 

@@ -11,7 +11,7 @@ MODELS = ['--model-a', 'test_convnext', '--model-b', 'test_vit']  # without Batc
 OPTIONS = [
     '--img-size', '32', '--val-split', 'test', '--epochs', '3', '--warmup-epochs', '1', '--opt', 'sgd', '--lr', '0.05',
     '--aa', 'rand-m5-n1', '--reprob', '0', '--workers', '1', '--device', 'cpu', '--no-model-ema',
-    '--checkpoint-hist', '1']
+    '--checkpoint-hist', '1', '--interpolation', 'bicubic', '--std', '0.25']
 
 
 @pytest.fixture(scope='session')
