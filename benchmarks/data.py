@@ -2,8 +2,8 @@
 """Training that waits for its data: decode and augmentation alone, then whole epochs of the pair against a and b alone.
 
 The pair decodes and augments an image once for two models, so where the loader is the bottleneck its epoch costs about
-half of the two that a and b alone cost together. AutoAugment (v0), random crop, flip and random erasing are on, as in
-the paper. The images are a folder (--data-dir) or generated JPEGs of 500 x 375, ImageNet's usual size.
+half of the two that a and b alone cost together. AutoAugment (timm's v0), random crop, flip and random erasing are on.
+The images are a folder (--data-dir) or generated JPEGs of 500 x 375, ImageNet's usual size.
 
 Rounds: loader alone, pair, a alone, b alone, ... An epoch of one number has the same images and augmentations in all.
 'step alone' is the time of the same steps on a batch that lies on the device: where it is above the loader's time,

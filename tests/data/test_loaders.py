@@ -127,7 +127,7 @@ def test_an_epoch_entered_later_goes_on_where_it_would_be():
 
 
 AUGMENTATION = {
-    'plain': (['--reprob', '0'], {'auto_augment': 'v0', 'interpolation': 'random'}),
+    'plain': (['--reprob', '0'], {'auto_augment': 'original', 'interpolation': 'random'}),
     'none': (['--no-aug', '--reprob', '0.5'], {'no_aug': True, 're_prob': 0.5, 'interpolation': 'bilinear'}),
     'all': (
         ['--aa', 'rand-m5-n1', '--reprob', '0.5', '--remode', 'pixel', '--recount', '2', '--resplit', '--vflip', '0.3',

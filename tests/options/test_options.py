@@ -58,7 +58,7 @@ def test_defaults_are_those_of_the_paper():
     wanted = {
         'method': 'vpl', 'x': 20., 'y': 20., 'rho': 1., 'tau': DEFAULT_TAU, 'similarity': 'cosine',
         'contrastive_to': 'b', 'kl_to': 'a', 'affine_side': 'b', 'contrastive_weight': 1., 'kl_weight': 1.,
-        'same_class': 'negative', 'gather': True, 'opt': 'adamw', 'sched': 'cosine', 'aa': 'v0', 'reprob': 0.25,
+        'same_class': 'negative', 'gather': True, 'opt': 'adamw', 'sched': 'cosine', 'aa': 'original', 'reprob': 0.25,
         'epochs': 300, 'batch_size': 128, 'model_ema': True, 'model_ema_warmup': True, 'model_ema_decay': 0.9998,
         'lr_a': None, 'lr_b': None, 'lr_base_a': 0.005, 'lr_base_b': 0.002, 'lr_base_size': 1600,
         'weight_decay_a': 0.05, 'weight_decay_b': 0.05, 'sides': ('a', 'b'), 'device': None}
@@ -170,6 +170,12 @@ def test_model_names_are_those_that_timm_registers():
     ([*DIGITS, '--pretrained-path-b', 'no.pth'], '--pretrained-path-b no.pth: no such file'),
     # values
     ([*DIGITS, '--x', '70', '--y', '40'], '--x 70 and --y 40 add up to more than 100 percent of the epochs'),
+    ([*DIGITS, '--x', '0', '--y', '110'], '--x 0 and --y 110 add up to more than 100 percent of the epochs'),
+    ([*DIGITS, '--y', '110'], '--x 20 and --y 110 add up to more than 100 percent of the epochs'),
+    ([*DIGITS, '--y', '100'], '--x 20 and --y 100 add up to more than 100 percent of the epochs; --x is at its '
+     'default, at most --x 0 fits'),
+    ([*DIGITS, '--x', '90'], '--x 90 and --y 20 add up to more than 100 percent of the epochs; --y is at its '
+     'default, at most --y 10 fits'),
     ([*DIGITS, '--x', '-1'], "--x: '-1' is not a number >= 0"),
     ([*DIGITS, '--y', 'nan'], "--y: 'nan' is not a number >= 0"),
     ([*DIGITS, '--rho', 'inf'], "--rho: 'inf' is not a number > 0"),
@@ -195,8 +201,8 @@ def test_model_names_are_those_that_timm_registers():
     ([*DIGITS, '--model', 'resnet50'], '--model is not available: a pair has two models; use --model-a and --model-b'),
     ([*DIGITS, '--kd-temperature=4'], '--kd-temperature is not available: distillation is a method here; use '
      '--method distill or deit with --teacher'),
-    ([*DIGITS, '--in-chans', '4', '--input-img-mode', 'RGBA'], '--aa v0: its operations know images of mode L and RGB, '
-     "not --input-img-mode RGBA; --aa '' goes without"),
+    ([*DIGITS, '--in-chans', '4', '--input-img-mode', 'RGBA'], '--aa original: its operations know images of mode L '
+     "and RGB, not --input-img-mode RGBA; --aa '' goes without"),
     # recipes
     (['-c', '/no/where.yml'], '--config /no/where.yml is neither a file nor the name of a recipe; recipes: '
      'first, second'),
@@ -398,7 +404,7 @@ def test_every_changed_default_is_in_the_docs():
         ('--device', 'cuda, then mps, then cpu', 'cuda'),
         ('--opt', 'adamw', 'sgd'),
         ('--lr-base-size', '1600', '256'),
-        ('--aa', 'v0', 'none'),
+        ('--aa', 'original', 'none'),
         ('--reprob', '0.25', '0'),
         ('--model-ema', 'on', 'off'),
         ('--model-ema-warmup', 'on', 'off'),

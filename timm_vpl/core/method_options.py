@@ -43,8 +43,8 @@ class ContrastiveOptions:
     tau: Positive = option(
         DEFAULT_TAU, 'temperature of the contrastive term (not given in the paper)', idle=_NO_CONTRASTIVE)
     similarity: str = option(
-        'cosine', 'dot product of two embeddings with (cosine) or without (dot) L2 normalisation (paper: dot product, '
-        'normalisation not given)', choices=SIMILARITIES, idle=_NO_CONTRASTIVE)
+        'cosine', 'dot product of two embeddings with (cosine) or without (dot) L2 normalisation (paper: dot, its '
+        '--tau is not given)', choices=SIMILARITIES, idle=_NO_CONTRASTIVE)
     contrastive_weight: NonNegative = option(1., 'weight of the contrastive term (paper: 1)', idle=_NO_CONTRASTIVE[1:])
     same_class: str = option(
         'negative', "other images of the anchor's class in the contrastive term (paper: negative)",
@@ -68,7 +68,7 @@ class VPLOptions(ContrastiveOptions, KLOptions):
         20., 'percent of the epochs before the KL term starts (paper: 20)',
         idle=(Idle('--kl-weight is 0', lambda o: o.kl_weight == 0),))
     y: NonNegative = option(
-        20., 'percent of the epochs after the contrastive term has ended (paper: 20)',
+        20., 'percent of the epochs after the contrastive term has ended (paper: 20); 100 needs --x 0',
         idle=(Idle('--contrastive-weight is 0', lambda o: o.contrastive_weight == 0),))
     contrastive_to: str = option(
         'b', 'branch that learns from the contrastive term (paper: b; Table 7, Bi: both)', choices=_LEARNERS,

@@ -43,7 +43,10 @@ def check(options: 'Options', given: Mapping[str, Any]) -> None:
         raise UsageError(f'--method {options.method}: {e}') from None
     x, y = getattr(options.own, 'x', 0), getattr(options.own, 'y', 0)
     if Fraction(str(x)) + Fraction(str(y)) > 100:  # the decimals as written: 33.4 + 66.6 is 100
-        raise UsageError(f'--x {x:g} and --y {y:g} add up to more than 100 percent of the epochs')
+        hint = ''.join(
+            f'; --{name} is at its default, at most --{name} {100 - other:g} fits'
+            for name, other in (('x', y), ('y', x)) if name not in given and other <= 100)
+        raise UsageError(f'--x {x:g} and --y {y:g} add up to more than 100 percent of the epochs{hint}')
 
 
 def _check_run(options: 'Options') -> None:

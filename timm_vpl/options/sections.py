@@ -237,8 +237,9 @@ class Augmentation:
     grayscale_prob: Probability | None = option(None, 'probability of a grey image', idle=(_NO_AUG,))
     gaussian_blur_prob: Probability | None = option(None, 'probability of a blurred image', idle=(_NO_AUG,))
     aa: str = option(
-        'v0', "policy: v0, original, rand-m9-mstd0.5-inc1, ...; '' (in a recipe also null) for none", timm=None,
-        why='the paper (AutoAugment)', null='', metavar='NAME', idle=(_NO_AUG,))
+        'original', "policy: original, v0, rand-m9-mstd0.5-inc1, ...; '' (in a recipe also null) for none", timm=None,
+        why='the paper (AutoAugment; this policy is that of the work that it cites)', null='', metavar='NAME',
+        idle=(_NO_AUG,))
     aug_repeats: Repeats = option(0., 'copies of an image in a batch, each augmented anew', resume='fixed')
     bce_loss: bool = option(
         False, 'binary cross-entropy for both branches',
