@@ -21,7 +21,7 @@ class StagedLoss(nn.Module):
 
     `criterion(output, target)` is the scalar total for a PairOutput; `criterion.terms(output, target)` the dict of
     its parts, unweighted, absent when off, and 'loss', the total. A weight of 0 switches a term off. All arithmetic
-    is in float32 at least, whatever autocast says.
+    is on float32 or float64, whatever autocast says; TF32 rounds matrix products where torch is told to use it.
 
     Args:
         terms: The terms in the order in which they are logged. Modules among their functions are its submodules; those
@@ -173,7 +173,7 @@ class StagedLoss(nn.Module):
             target: torch.Tensor,
             wrapped: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """Return these terms, unweighted, in float32 at least; the arguments are those of `terms`."""
+        """Return these terms, unweighted, as float32 or float64; the arguments are those of `terms`."""
         with torch.autocast(target.device.type, enabled=False):
             output = PairOutput(*(_at_least_float32(field) for field in output))
             return {term.name: wrapped.get(term.name, term.function)(output, target) for term in terms}

@@ -51,8 +51,8 @@ class StageSchedule:
     """Which pair terms are on at each epoch (VPL, eq. 7).
 
     The contrastive term is on in the first (100 - y) % of the epochs, the KL term in the last (100 - x) %: for epoch
-    e of E, while 100 e < (100 - y) E and while 100 e >= x E, in exact arithmetic. y = 100 is distillation from b,
-    x = y = 0 one stage, x = y = 50 hands over once.
+    e of E, while 100 e < (100 - y) E and while 100 e >= x E, in exact arithmetic. x = 0 and y = 100 is close
+    to distillation from b, x = y = 0 one stage, x = y = 50 hands over once.
 
     Args:
         epochs: Number of epochs E that the learning rate scheduler runs.
