@@ -182,7 +182,7 @@ def test_learning_rates_scale_with_the_batch(digits_folder):
     ('cifar10_', ('_transfer_',)),
 ])
 def test_methods_share_one_recipe(prefix, others):
-    own = re.compile(r'epochs|method|x|y|\w+_to|dml_joint|distillation_type|\w+_[ab]')
+    own = re.compile(r'epochs|method|x|y|\w+_to|similarity|tau|smoothing|dml_joint|distillation_type|\w+_[ab]')
     common, branches = [], {}
     for path in RECIPES:
         if path.stem.startswith(prefix) and not any(part in path.stem for part in others):
@@ -194,6 +194,17 @@ def test_methods_share_one_recipe(prefix, others):
                 branches.setdefault((side, kind), []).append(lines)
     assert len(common) > 10 and all(lines == common[0] for lines in common)
     assert all(lines == group[0] for group in branches.values() for lines in group)
+
+
+def test_the_literal_recipe_is_the_main_one_with_the_papers_equations():
+    literal = read_recipe(VPL.with_name(f'{VPL.stem}_literal.yaml'))
+    assert literal == {**read_recipe(VPL), 'similarity': 'dot', 'tau': '64', 'smoothing': '0.0'}
+
+
+def test_cosub_starts_layer_scale_as_deit_iii(digits_folder):
+    args = options_of(ROOT / 'hparams' / 'imagenet_cosub_vitb_800ep.yaml', digits_folder)
+    model = timm.create_model(args.model_b, depth=1, **args.model_kwargs_b)
+    assert torch.equal(model.blocks[0].ls1.gamma, torch.full((768,), 1e-4))
 
 
 def test_docs_name_every_recipe():
