@@ -9,6 +9,7 @@ import torch
 from processes import load_results, run_ranks, run_script
 from small import TinyModel, clone_state
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_vpl import PairOutput, PairWrapper, VPLLoss
 
@@ -92,7 +93,7 @@ def share(rank):
 # what runs in the processes
 
 def run_steps(rank, world):
-    """Every case, the pair in DistributedDataParallel, one criterion: (terms, gradients, collectives) by step."""
+    """Every case, the pair in DistributedDataParallel, one criterion: (terms, gradients, collectives, reads) a step."""
     results, calls = [], []
     for name in ('all_gather', 'all_reduce'):
         counted(calls, name)
@@ -103,14 +104,25 @@ def run_steps(rank, world):
             pair.zero_grad()
             x, target, ids = (
                 None if values is None else values.split(sizes)[rank] for values in draw_batch(case, sum(sizes)))
+            output = pair(x)._replace(sample_ids=ids)
             calls.clear()
-            terms = criterion.terms(pair(x)._replace(sample_ids=ids), target)
+            with HostReads() as reads:
+                terms = criterion.terms(output, target)
             terms['loss'].backward()
-            results.append((clone_state(terms), [grad.clone() for grad in gradients_of(pair)], len(calls)))
+            results.append((clone_state(terms), [grad.clone() for grad in gradients_of(pair)], len(calls), reads.count))
     half = cut(random_output(4 * world, dtype=torch.bfloat16), share(rank))
     terms = make_criterion().terms(half, torch.arange(4) % NUM_CLASSES)
     terms['loss'].backward()
     return {'steps': results, 'bfloat16': clone_state(terms)}
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations for which the host would wait for a device."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
 
 
 def counted(calls, name):
@@ -150,6 +162,7 @@ def run_guards(rank, world):
     call('eval of another size', 7, ranks=[0], criterion=criterion.eval())
     criterion.train()
     call('even again', criterion=criterion)
+    call('short last batch', 2, criterion=criterion)
     # Within the epoch, one rank's batch is larger than what all agreed on: it refuses by itself, the others go on.
     call('larger', 5, ranks=[0], criterion=criterion)
     call('even after all', criterion=criterion)
@@ -224,9 +237,10 @@ def test_loss_and_gradients_equal_one_process(steps):
                 for rank in ranks for got, value in zip(rank['steps'][k][1], gradients, strict=True)]
         if not max(off) <= 1e-10:  # a NaN too
             failures.append((case, sizes, max(off)))
-        # Embeddings there and back, classes, ids; and one more where the sizes are agreed on.
+        # Embeddings there and back, classes, ids; and one more, which the host reads, where the sizes are agreed on.
         calls = 2 + (case['criterion']['same_class'] != 'negative') + case['with_ids'] + is_first
         assert [rank['steps'][k][2] for rank in ranks] == [calls] * world, (case, sizes)
+        assert [rank['steps'][k][3] for rank in ranks] == [is_first] * world, (case, sizes)
     assert not failures, f'{len(failures)} of {len(cases)} steps, first: {failures[0]}'
 
 
