@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm.optim
@@ -15,7 +16,9 @@ from runs import NOISE, PAIR, SMALL, content, differences, last, rows, run, summ
 from safetensors.torch import load_file, save_file
 
 from timm_vpl.cli import train
+from timm_vpl.engine import loop
 from timm_vpl.engine.checkpoint import newest_checkpoint, read_checkpoint, recovery_files
+from timm_vpl.engine.control import STOP, Stopped
 from timm_vpl.options.train import changed_options, parse_args, recipe_values
 
 SHORT = [
@@ -100,6 +103,25 @@ def test_the_command_of_the_stop_line_goes_on(digits_folder, tmp_path, capsys, o
     saved = (folder / 'last.pth.tar').stat().st_mtime_ns
     assert train(command[2:]) == 0 and (folder / 'last.pth.tar').stat().st_mtime_ns == saved  # it is finished
     assert len(list(output.iterdir())) == 1 + own_name
+
+
+@pytest.mark.parametrize('saved, distributed, end', [
+    (True, False, 'to go on: timm-vpl train {} --resume {}'),
+    (True, True, 'to go on (under torchrun, as before): timm-vpl train {} --resume {}'),
+    (False, False, 'NOT saved, older checkpoints are kept'),
+], ids=['saved', 'torchrun', 'not saved'])
+def test_the_stop_line(monkeypatch, tmp_path, saved, distributed, end):
+    monkeypatch.setattr(loop, 'save_recovery', lambda run: saved)
+    given = ['--dataset=digits', '--model-a=test_resnet', '--model-b=test_vit', '--lr=0.002']
+    run = SimpleNamespace(
+        options=parse_args([*given, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto',
+                            '--no-resume-opt', '--start-epoch', '0'], 'timm-vpl train'),
+        output_dir=str(tmp_path / 'run'), processes=SimpleNamespace(distributed=distributed),
+        progress=SimpleNamespace(epoch=1, batch=2), loader_train=range(5))
+    with pytest.raises(Stopped) as stop:
+        loop.heed(run, STOP + signal.SIGTERM)
+    end = end.format(shlex.join(given), tmp_path / 'run')
+    assert str(stop.value) == f'stopped by SIGTERM after epoch 1, batch 2 of 5; {end}'
 
 
 def test_a_folder_to_resume(digits_folder, tmp_path, capsys):
