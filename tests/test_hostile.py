@@ -32,6 +32,8 @@ from timm_vpl.options.train import parse_args, recipe_values
 from timm_vpl.text import code, code_block, markdown
 from timm_vpl.tools.card import model_card
 from timm_vpl.tools.report import make_report
+from timm_vpl.tools.runs import COLUMNS
+from timm_vpl.tools.tables import write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIR = ['--model-a', 'test_resnet', '--model-b', 'test_vit']
@@ -245,25 +247,58 @@ def test_text_stays_text_in_markdown(text):
         'imagenet-1k', 'test_vit', 'a, b (0.5 %)']
 
 
+def outside_code(page):
+    """Return what a page of Markdown shows outside code, by the rules of CommonMark."""
+    page = re.sub(r'(?ms)^(````*)\w*\n.*?^ {0,3}\1`* *$', '', page)
+    return re.sub(r'(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)', '', page)
+
+
+MEANS = re.compile(r'evil|<|&lt|a@b|\*\*|\x1b|`')  # what any of MARKUP means to a renderer or a terminal
+
+
 @pytest.mark.parametrize('text', MARKUP[:-1])
-def test_card_and_report_show_text_as_text(text, checkpoint):
+def test_card_shows_text_as_text(text, checkpoint):
     shown = code(text)
-    args = {'dataset': f'hfds/{text}', 'model_a': text, 'teacher': text, 'opt': f'{text}\n```'}
+    args = {'dataset': f'hfds/{text}', 'method': text, 'model_a': text, 'teacher': text, 'val_split': text,
+            'opt': f'{text}\n```\n{text}'}
     [branch] = load_branches(save(checkpoint, args, text), 'b')
+    write_rows('validation.csv', COLUMNS, [{
+        **branch.data_config, 'branch': 'b', 'epoch': 0, 'img_size': 32, 'weights': text, 'set': f'{text}.',
+        'images': 9, 'data': 'x', 'top1': 3, 'top5': 4}])
     card = model_card(branch, 'x', 'ORG/x').content
     assert f'- Data: {shown}\n' in card and f'timm-vpl {shown}. It' in card and f'training: {shown}\n' in card
-    assert text == 'www.evil.org' or 'datasets' not in yaml.safe_load(card.split('---\n')[1])
-    outside = re.sub(r'(?s)\n(````*)\w.*?\n\1\n|(?<!`)(`+)(?!`).*?(?<!`)\2(?!`)', '', card.split('---\n', 2)[2])
-    outside = outside.rpartition('<!-- made by')[0]
-    assert not re.search(r'evil|<|&lt|a@b|\*\*|\x1b', outside)
-    folder = Path('run')
-    folder.mkdir()
-    (folder / 'args.yaml').write_text(yaml.safe_dump({
-        'method': 'solo', 'dataset': text, 'model_a': text, 'model_b': '', 'epochs': 1, 'seed': text}))
-    (folder / 'summary.csv').write_text(
-        'epoch,eval_top1,eval_top1_a,eval_top5_a,lr_a,seconds,num_epochs,processes,images\n0,5,5,9,0.1,1,1,1,9\n')
-    page = make_report(['run'])
+    assert f'({code(f"--method {text}")})' in card and f'| {shown} | raw | 50.000 |' in card
+    assert f'| {code(f"{text}., 9 images of x")} | {shown} | 3.000 |' in card
+    _, front, page = card.split('---\n', 2)
+    assert text == 'www.evil.org' or 'datasets' not in yaml.safe_load(front)
+    assert r'\e' not in front  # how YAML writes what a terminal would heed
+    assert not MEANS.search(outside_code(page.rpartition('<!-- made by')[0]))
+
+
+def run_of_others(name, top1, **options):
+    """Write the folder of a run of one epoch, as far as a report needs it, and return its name."""
+    Path(name).mkdir()
+    Path(name, 'args.yaml').write_text(yaml.safe_dump({'model_b': '', 'epochs': 1, **options}))
+    Path(name, 'summary.csv').write_text(
+        'epoch,eval_top1,eval_top1_a,eval_top5_a,lr_a,seconds,num_epochs,processes,images\n'
+        + (f'0,{top1},{top1},9,0.1,1,1,1,9\n' if top1 else ''))
+    return name
+
+
+@pytest.mark.parametrize('text', MARKUP[:-1])
+def test_report_shows_text_as_text(text):
+    shown, names = code(text), {'dataset': text, 'model_a': text, 'val_split': text}
+    page = make_report([
+        run_of_others('pair', 5, method='vpl', seed=f'{text}.', **{text: 1}, **names),
+        *(run_of_others(f'solo-{top1}', top1, method='solo', seed=text, opt=text, **names) for top1 in (6, 7)),
+        run_of_others('solo', 5, method='solo', seed=1, opt='sgd', **names),
+        run_of_others('begun', None, method=text, **names)])
     assert f'## {shown}\n' in page and f'| {shown} |' in page
+    # The notes with text of others, and the table of unfinished runs.
+    differs = code(', '.join(sorted(['opt', text])))
+    assert f'baseline of the same epochs, {code(f"solo (opt={text})")}, differs in {differs}.' in page
+    assert 'no common seed' in page and 'the seeds are not all different' in page and f'| begun | {shown} |' in page
+    assert not MEANS.search(outside_code(page))
 
 
 @pytest.mark.parametrize('options, hub', [
