@@ -145,6 +145,8 @@ def test_card_takes_later_measurements(run_dir, tmp_path):
     assert '| ReaL labels, 46837 images of val | ema | 61.500 | 88.250 |' in card.text and 'V2' not in card.text
     assert '| test, 50 images of val | ema | 62.500 | 89.000 |' in card.text
     assert card.data.license == 'mit' and len(card.data.eval_results) == 6
+    later = [(result.dataset_name.partition('(')[2], result.metric_value) for result in card.data.eval_results[2::2]]
+    assert later == [('ReaL labels, 46837 images of val)', 61.5), ('test, 50 images of val)', 62.5)]
     model = timm.create_model(f'local-dir:{run / "export" / "vpl-test_vit"}')
     assert model.pretrained_cfg['license'] == 'mit'
 

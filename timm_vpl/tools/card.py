@@ -46,6 +46,7 @@ def model_card(trained: TrainedModel, name: str, repo_id: str, license: str = 'u
                 task_name='Image Classification',
                 dataset_type=hub_id or 'imagefolder',  # what the Hub calls data that it does not have
                 dataset_name=f'{data_name} ({subset})',
+                dataset_split=subset,  # results of one split share the name of the first
                 metric_type='accuracy',
                 metric_name=metric,
                 metric_value=value,
