@@ -1,4 +1,5 @@
 """Two networks as one module: each runs once on the same images and gives its logits and its embedding."""
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -338,6 +339,14 @@ class PairWrapper(nn.Module):
             return input
         prepared: torch.Tensor = self.inputs[side](input)
         return prepared
+
+    def alone(self, side: str) -> nn.Sequential:
+        """Return one branch as a model of the pair's images, for a loop that validates one: logits come first."""
+        return nn.Sequential(*(part[side] for part in (self.inputs, self.parts) if side in part))
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Do nothing. timm's script accumulates without reducing (`PairTask.no_sync`) if the model has this method."""
+        return contextlib.nullcontext()
 
     def run(self, name: str, input: torch.Tensor) -> Any:
         """Run one part ('a', 'b' or 'affine') on its input."""

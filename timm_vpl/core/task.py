@@ -68,10 +68,10 @@ class PairTask(TrainingTask):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the terms of this epoch, counted from 0, and log a change."""
-        before, first = self.criterion.describe(), self._epoch is None
+        before = self.criterion.describe()
         self._epoch = epoch
         self.criterion.set_epoch(epoch)
-        if self.verbose and not first and self.criterion.describe() != before:
+        if self.verbose and self.criterion.describe() != before:
             _logger.info(f'Epoch {epoch}: {self.criterion.describe()}')
 
     def _count(self, num_updates: int) -> None:
@@ -84,9 +84,11 @@ class PairTask(TrainingTask):
         """Wrap each part and each term that has trainable parameters in DistributedDataParallel.
 
         Args:
-            device_ids: List of device IDs for DDP, [local_rank] on a GPU.
+            device_ids: List of device IDs for DDP, [local_rank] on a GPU; not used on a CPU.
             **ddp_kwargs: Additional arguments of DistributedDataParallel.
         """
+        if self.device.type == 'cpu':  # timm's script names it, torch refuses it
+            device_ids = None
         for name, part in {**self.trainable_module.parts, **self.criterion.parts}.items():
             if any(parameter.requires_grad for parameter in part.parameters()):
                 self._ddp[name] = DistributedDataParallel(part, device_ids=device_ids, **ddp_kwargs)
@@ -204,6 +206,20 @@ class PairTask(TrainingTask):
             self.criterion.accuracies = dict(state.get('accuracies', {}))
             self.criterion.load_state_dict(state.get('criterion', {}), strict=strict and bool(self.criterion.parts))
             self._count(state['num_updates'])
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check that an optimizer that was made elsewhere has all that the pair and its terms train.
+
+        Raises:
+            ValueError: It lacks some, such as the affine layer or the layers of a term.
+        """
+        given = {id(parameter) for group in optimizer.param_groups for parameter in group['params']}
+        trained = [*self.trainable_module.named_parameters(), *self.criterion.named_parameters()]
+        lacking = [name for name, parameter in trained if parameter.requires_grad and id(parameter) not in given]
+        if lacking:
+            raise ValueError(
+                f'the optimizer lacks {len(lacking)} parameters that are to be trained, {", ".join(lacking[:3])}, ...: '
+                f'give it those of task.trainable_module and of task.criterion, or freeze them (requires_grad_(False))')
 
     def clip_groups(self, exclude_head: bool = False) -> dict[str, list[nn.Parameter]]:
         """Return the parameters that share a gradient norm, by branch; terms' own belong to that of their learner."""

@@ -5,6 +5,7 @@ import math
 import pickle
 import re
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -150,6 +151,21 @@ def branch_config(model: Any, data_config: dict[str, Any], class_names: list[str
         return json.loads(path.read_text())  # with lists for tuples, as whoever loads it will have it
 
 
+def _model_kwargs(asked: Any, in_chans: int, num_classes: int) -> dict[str, Any]:
+    """Return the arguments of timm's `create_model` by options of timm's names."""
+    return {
+        'pretrained': asked.pretrained,
+        'in_chans': in_chans,
+        'num_classes': num_classes,
+        'drop_rate': asked.drop,
+        'drop_path_rate': asked.drop_path if asked.drop_path is not None else asked.drop_connect,
+        'drop_block_rate': asked.drop_block,
+        'global_pool': asked.gp,
+        'bn_momentum': asked.bn_momentum,
+        'bn_eps': asked.bn_eps,
+    }
+
+
 def create_branch(options: Options, side: str, data_config: dict[str, Any], num_classes: int) -> nn.Module:
     """Create a branch's model with timm, its weights drawn from a stream of their own.
 
@@ -159,21 +175,11 @@ def create_branch(options: Options, side: str, data_config: dict[str, Any], num_
     asked = options.branches[side]
     name = asked.model or ''
     where = f'--model-{side} {name}'
-    kwargs = {
-        'pretrained': asked.pretrained or bool(asked.pretrained_path),
-        'in_chans': data_config['input_size'][0],
-        'num_classes': num_classes,
-        'drop_rate': asked.drop,
-        'drop_path_rate': asked.drop_path if asked.drop_path is not None else asked.drop_connect,
-        'drop_block_rate': asked.drop_block,
-        'global_pool': asked.gp,
-        'bn_momentum': asked.bn_momentum,
-        'bn_eps': asked.bn_eps,
-        'checkpoint_path': asked.initial_checkpoint or None,
-    }
+    kwargs = _model_kwargs(asked, data_config['input_size'][0], num_classes)
+    kwargs['checkpoint_path'] = asked.initial_checkpoint or None
     if asked.pretrained_path:
         # As in timm's script: a file's weights, whatever its number of classes.
-        kwargs['pretrained_cfg_overlay'] = {'file': asked.pretrained_path, 'num_classes': -1}
+        kwargs.update(pretrained=True, pretrained_cfg_overlay={'file': asked.pretrained_path, 'num_classes': -1})
     kwargs.update(size_kwargs(pretrained_cfg_of(name, f'--model-{side}'), data_config['input_size']))
     kwargs.update(asked.model_kwargs or {})
     uniform = METHODS[options.method].uniform_drop_path
@@ -267,6 +273,31 @@ def _check_models(options, models, sync_bn):
         _logger.warning(
             f'--model-a {options.branches["a"].model} has attention and --model-b {options.branches["b"].model} has '
             f'not: the paper has the CNN as a and the transformer as b, here their roles are swapped')
+
+
+def create_beside(model_a: Any, name: str, args: Namespace, **kwargs) -> PairWrapper:
+    """Create branch b with timm beside a model that is there, for images that are prepared for that one.
+
+    Args:
+        model_a: The model, on the CPU.
+        name: Name of branch b.
+        args: Options of timm's train script.
+        **kwargs: Further arguments of timm's `create_model` for branch b.
+
+    Raises:
+        UsageError: timm can't build it, or the two are no pair.
+    """
+    where = f'--model-b {name}'
+    source = resolve_data_config(vars(args), model=model_a)
+    size = source['input_size']
+    kwargs = {**_model_kwargs(args, size[0], model_a.num_classes),
+              **size_kwargs(pretrained_cfg_of(name, '--model-b'), size), **kwargs}
+    with torch.random.fork_rng(devices=[]), refusing(where, ValueError):  # what is drawn next is as without b
+        pair = PairWrapper(model_a, create_named(name, where, **kwargs))
+    try_images(pair.eval(), size, where)
+    target = {**resolve_data_config(vars(args), model=pair.model_b), 'input_size': size}
+    pair.set_inputs(source, {'a': source, 'b': target})
+    return pair.train()
 
 
 def check_pretrained_classes(options: Options, pair: PairWrapper, class_names: list[str] | None) -> None:
