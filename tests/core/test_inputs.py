@@ -254,6 +254,8 @@ def test_copies_keep_the_transform(digits_folder, tmp_path):
         model = bare_model(run, 'a', configs, ema=True)
         assert torch.equal(averaged.eval()({'a': own, 'b': given}).logits_a, model(own))
         assert torch.equal(averaged(given).logits_a, model(prepared))
+        assert torch.equal(averaged.alone('a')(given)[0], model(prepared))
+        assert torch.equal(averaged.alone('b')(given)[0], averaged.model_b(given))
     # A checkpoint of a pair without a transform fits, and the other way round.
     state = copy.deepcopy(averaged).state_dict()
     run.pair.set_inputs(configs['a'], dict.fromkeys(SIDES, configs['a']))

@@ -32,7 +32,7 @@ from timm_vpl.core.methods import METHODS, Setting
 from timm_vpl.core.names import SIDES
 from timm_vpl.core.seeding import BranchStreams
 from timm_vpl.core.teacher import Teacher
-from timm_vpl.core.terms import base_term
+from timm_vpl.core.terms import Term, base_term
 
 # With E = 4, x = 25, y = 50: contrastive in epochs 0 and 1, KL from epoch 1 on.
 EPOCHS = 4
@@ -388,6 +388,47 @@ def test_ema_loads_back():
     assert task.num_updates == 0
 
 
+# optimizers that are made elsewhere
+
+class Mapped(nn.Module):
+    """A term with a layer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(NUM_CLASSES, NUM_CLASSES)
+
+    def forward(self, output, target):
+        return (self.layer(output.logits_b) - output.logits_a.detach()).square().mean()
+
+
+def test_groups_made_by_hand():
+    pair = make_pair()
+    task = make_task(pair, StagedLoss([base_term('a'), base_term('b'), Term('mapped_loss', Mapped())]))
+    groups = [{'params': list(pair.branch(side).parameters()), 'lr': lr} for side, lr in (('a', 0.), ('b', 0.1))]
+    layer = task.criterion.functions['mapped_loss'].layer
+    for more, lacking in (
+            (pair.affine, '4 parameters .*, affine.weight, affine.bias, functions.mapped_loss.layer.weight, '),
+            (layer, '2 parameters .*, functions.mapped_loss.layer.weight, functions.mapped_loss.layer.bias: '),
+    ):
+        with pytest.raises(ValueError, match=f'the optimizer lacks {lacking}'):
+            task.check_optimizer(torch.optim.SGD(groups, lr=0.1))
+        groups.append({'params': list(more.parameters())})
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    task.check_optimizer(optimizer)
+    before = {'layer': layer.weight.clone(), **clone_state(dict(pair.named_parameters()))}
+    task(*BATCH)['loss'].backward()
+    optimizer.step()
+    assert not torch.equal(layer.weight, before['layer'])
+    for name, parameter in pair.named_parameters():
+        assert torch.equal(parameter, before[name]) == (not name.startswith('model_b.'))
+
+
+def test_optimizer_that_timm_makes_of_the_pair_has_all():
+    task = make_task()
+    for kwargs in ({}, {'layer_decay': 0.75}, {'layer_decay': 0.5, 'layer_decay_no_opt_scale': 0.3}):
+        task.check_optimizer(create_optimizer_v2(task.get_trainable_module(), 'adamw', weight_decay=0.05, **kwargs))
+
+
 # streams of random numbers
 
 STOCHASTIC = {'drop_rate': 0.3, 'drop_path_rate': 0.3}
@@ -490,6 +531,14 @@ def test_each_change_of_stage_is_logged_once(caplog, verbose):
     starts = ('PairTask: criterion=VPLLoss, stage 1', 'Epoch 1: stage 2', 'Epoch 2: stage 3')
     assert [line[:len(start)] for line, start in zip(lines, starts, strict=True)] == list(starts)
     assert 'kl_loss' in lines[1] and 'contrastive_loss' not in lines[2]
+
+
+def test_stage_of_a_run_that_is_resumed_is_logged(caplog):
+    caplog.set_level(logging.INFO)
+    task = make_task(updates_per_epoch=None, verbose=True)
+    task.load_task_state({'num_updates': 4})
+    task.set_epoch(2)
+    assert [record.getMessage()[:16] for record in caplog.records][1:] == ['Epoch 2: stage 3']
 
 
 @pytest.mark.parametrize('wrong', [0, -1])
@@ -750,6 +799,13 @@ def one_process_group(tmp_path):
 def test_users_loop_in_one_distributed_process(one_process_group):
     steps = train(0, users=True, affine='b')
     assert [bool(step['gradients']['affine.weight'].any()) for step in steps] == [True, True, False]
+
+
+def test_device_of_the_script_is_no_device_id_on_a_cpu(one_process_group):
+    task = make_task(distributed_pair('b'), three_stages())
+    task.prepare_distributed(device_ids=[CPU])
+    task(*micro_batches(0)[0])['loss'].backward()
+    assert task.trainable_module.affine.weight.grad.any()
 
 
 def test_model_replaced_under_distribution_is_refused(one_process_group):

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.skipif(not TRAIN.is_file(), reason=f"timm's script is n
 MODEL_A, MODEL_B = 'test_byobnet', 'test_vit'  # of other statistics; the script prepares images for the first
 OPTIONS = [
     '--model', MODEL_A, '--num-classes', '4', '--img-size', '32', '-b', '10', '--grad-accum-steps', '2',
-    '--epochs', '5', '--warmup-epochs', '0', '--opt', 'adamw', '--lr', '0.002', '--weight-decay', '0.05', '--layer-decay', '0.75',
-    '--model-ema', '--model-ema-decay', '0.5', '-j', '0', '--device', 'cpu',
+    '--epochs', '5', '--warmup-epochs', '0', '--opt', 'adamw', '--lr', '0.002', '--weight-decay', '0.05',
+    '--layer-decay', '0.75', '--model-ema', '--model-ema-decay', '0.5', '-j', '0', '--device', 'cpu',
 ]
 UPDATES = 2  # an epoch of 40 images
 

@@ -218,7 +218,8 @@ class PairTask(TrainingTask):
         lacking = [name for name, parameter in trained if parameter.requires_grad and id(parameter) not in given]
         if lacking:
             raise ValueError(
-                f'the optimizer lacks {len(lacking)} parameters that are to be trained, {", ".join(lacking[:3])}, ...: '
+                f'the optimizer lacks {len(lacking)} parameters to be trained, {", ".join(lacking[:3])}'
+                f'{", ..." if lacking[3:] else ""}: '
                 f'give it those of task.trainable_module and of task.criterion, or freeze them (requires_grad_(False))')
 
     def clip_groups(self, exclude_head: bool = False) -> dict[str, list[nn.Parameter]]:
