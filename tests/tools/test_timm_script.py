@@ -34,22 +34,39 @@ OPTIONS = [
 UPDATES = 2  # an epoch of 40 images
 
 
+class Lines(logging.Handler):
+    """Keeps the lines of a log."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
 def run(path, *argv):
-    """Run a script as the command line does; return its exit status."""
-    before, sys.argv = sys.argv, [str(path), *map(str, argv)]
+    """Run a script as the command line does; return its exit status and the lines that it logs."""
+    root, handler, before = logging.getLogger(), Lines(), sys.argv
+    kept, level = root.handlers[:], root.level
+    root.addHandler(handler)
+    sys.argv = [str(path), *map(str, argv)]
     try:
         runpy.run_path(str(path), run_name='__main__')
+        return 0, handler.lines
     except SystemExit as end:
-        return end.code
+        return end.code, handler.lines
     finally:
-        sys.argv = before
+        sys.argv, root.handlers[:] = before, kept  # timm's script adds a handler of its own
+        root.setLevel(level)
 
 
 def run_pair(data, output, name, *options):
-    """Train a pair in timm's script and return its folder."""
+    """Train a pair in timm's script, in the folder of this name, and return what it logs."""
     argv = [TRAIN, data, *OPTIONS, '--model-b', MODEL_B, '--output', output, '--experiment', name, *options]
-    assert not run(EXAMPLE, *argv)
-    return Path(output) / name
+    status, lines = run(EXAMPLE, *argv)
+    assert not status
+    return lines
 
 
 def load(path):
@@ -69,29 +86,15 @@ def different(state, other):
 
 @pytest.fixture(scope='module')
 def runs(digits_folder, tmp_path_factory):
-    """A run of five epochs, the same resumed after four, and the script alone; with what they log."""
-    root = logging.getLogger()
-    kept, level = root.handlers[:], root.level
-    output, logs = tmp_path_factory.mktemp('runs'), {}
-
-    class Lines(logging.Handler):
-        def emit(self, record):
-            lines.append(record.getMessage())
-
+    """A run of five epochs, the same resumed after four, and the script alone; with what the first two log."""
+    output = tmp_path_factory.mktemp('runs')
     mixing = ['--mixup', '0.2', '--cutmix', '1.0', '--mixup-off-epoch', '3', '--clip-mode', 'value', '--clip-grad', '1']
-    root.addHandler(Lines())
-    try:
-        for name, options in {
-            'whole': mixing,
-            'resumed': [*mixing, '--report-branch', 'a', '--resume', output / 'whole' / 'checkpoint-3.pth.tar'],
-        }.items():
-            lines = logs[name] = []
-            run_pair(digits_folder, output, name, *options)
-        lines = []
-        assert not run(TRAIN, digits_folder, *OPTIONS, *mixing, '--output', output, '--experiment', 'alone')
-    finally:
-        root.handlers[:] = kept
-        root.setLevel(level)
+    going_on = ['--report-branch', 'a', '--resume', output / 'whole' / 'checkpoint-3.pth.tar']
+    logs = {
+        'whole': run_pair(digits_folder, output, 'whole', *mixing),
+        'resumed': run_pair(digits_folder, output, 'resumed', *mixing, *going_on),
+    }
+    assert not run(TRAIN, digits_folder, *OPTIONS, *mixing, '--output', output, '--experiment', 'alone')[0]
     return output, logs
 
 
@@ -169,9 +172,14 @@ def test_last_line_is_the_accuracy_of_both_plain_models(runs, digits_folder, nam
         '--kd-model-name x', '--jsd-loss', '--aug-splits 3', '--naflex-loader', '--head-init-bias 0', '--torchscript')),
 ], ids=str)
 def test_what_is_wrong_ends_in_one_line(argv, said, capfd, digits_folder):
-    status = run(EXAMPLE, *argv, *(['--data-dir', digits_folder, *OPTIONS] if len(argv) > 1 else []))
+    status, _ = run(EXAMPLE, *argv, *(['--data-dir', digits_folder, *OPTIONS] if len(argv) > 1 else []))
     line = capfd.readouterr().err.strip().splitlines()[-1]
     assert status == 2 and line.startswith(f'timm_script.py: error: {said}')
+
+
+def test_it_stays_small():
+    code = EXAMPLE.read_text().split('"""', 2)[2].splitlines()
+    assert len([line for line in code if line and not line.startswith('#')]) <= 40
 
 
 # two processes, which deal images by epoch: without augmentation a resumed run sees the same
@@ -187,7 +195,6 @@ def run_process(rank, folder, ports):
             [], ['--resume', folder / 'whole' / 'checkpoint-2.pth.tar']), strict=True):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR='127.0.0.1',
                           MASTER_PORT=str(port))
-        logging.getLogger().handlers.clear()  # the script adds its own
         run_pair(folder / 'digits', folder, name, '--no-aug', '-b', '5', '-vb', '9', *options)
     torch.save(len(calls), folder / f'{rank}.pt')
 
