@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import yaml
 from processes import load_results, run_script
 from timm.data import create_dataset, create_loader, resolve_data_config
@@ -124,8 +125,8 @@ def test_checkpoints_and_args_name_both_models(runs):
     assert yaml.safe_load((output / 'whole' / 'args.yaml').read_text())['model_b'] == MODEL_B
 
 
-def right(data, state, name, config):
-    """Which images of the validation split a plain timm model with these weights classifies right, as 0 or 100."""
+def judge(data, state, name, config):
+    """What a plain timm model with these weights makes of each image of the validation split: 100 if right, loss."""
     model = timm.create_model(name, num_classes=4, **({'img_size': 32} if name == MODEL_B else {}))
     model.load_state_dict(clean_state_dict(state))
     loader = create_loader(
@@ -133,16 +134,17 @@ def right(data, state, name, config):
         **{key: config[key] for key in ('input_size', 'interpolation', 'crop_pct', 'mean', 'std')})
     [(images, target)] = loader
     with torch.inference_mode():
-        return 100. * (model.eval()(images).argmax(1) == target)
+        logits = model.eval()(images)
+    return torch.stack([100. * (logits.argmax(1) == target), F.cross_entropy(logits, target, reduction='none')])
 
 
-def both_right(data, state):
+def judge_both(data, state):
     config = resolve_data_config({'img_size': 32}, model=timm.create_model(MODEL_A))
     own = resolve_data_config({}, model=timm.create_model(MODEL_B))
     assert config['mean'] != own['mean']
     return {
-        'a': right(data, branch(state, 'a'), MODEL_A, config),
-        'b': right(data, branch(state, 'b'), MODEL_B, {**config, 'mean': own['mean'], 'std': own['std']}),
+        'a': judge(data, branch(state, 'a'), MODEL_A, config),
+        'b': judge(data, branch(state, 'b'), MODEL_B, {**config, 'mean': own['mean'], 'std': own['std']}),
     }
 
 
@@ -154,12 +156,12 @@ def last_line(text):
 @pytest.mark.parametrize(('name', 'reported'), [('whole', 'b'), ('resumed', 'a')])
 def test_last_line_is_the_accuracy_of_both_plain_models(runs, digits_folder, name, reported):
     output, logs = runs
-    want = {side: each.mean().item() for side, each in both_right(
-        digits_folder, load(output / name / 'last.pth.tar')['state_dict_ema']).items()}
-    assert last_line(logs[name][-1]) == pytest.approx(want, abs=1e-3)
+    both = judge_both(digits_folder, load(output / name / 'last.pth.tar')['state_dict_ema'])
+    want = {side: each.mean(1).tolist() for side, each in both.items()}
+    assert last_line(logs[name][-1]) == pytest.approx({side: top1 for side, (top1, _) in want.items()}, abs=1e-3)
     with open(output / name / 'summary.csv', newline='') as f:
         row = list(csv.DictReader(f))[-1]
-    assert float(row['eval_top1']) == pytest.approx(want[reported])
+    assert [float(row['eval_top1']), float(row['eval_loss'])] == pytest.approx(want[reported], rel=1e-5)
 
 
 @pytest.mark.parametrize(('argv', 'said'), [
@@ -234,7 +236,8 @@ def test_two_processes_reduce_gradients_once_an_update(processes):
 def test_last_line_of_two_processes(processes, digits_folder):
     # timm deals the images in turn, and the first again to the process that has one less.
     state = load(processes / 'resumed' / 'last.pth.tar')['state_dict_ema']
-    want = {side: torch.cat([each, each[:1]]).mean().item() for side, each in both_right(digits_folder, state).items()}
+    both = {side: right for side, (right, _) in judge_both(digits_folder, state).items()}
+    want = {side: torch.cat([right, right[:1]]).mean().item() for side, right in both.items()}
     assert last_line((processes / 'log.txt').read_text()) == pytest.approx(want, abs=1e-3)
 
 
