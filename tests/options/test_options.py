@@ -186,6 +186,8 @@ def test_model_names_are_those_that_timm_registers():
     ([*DIGITS, '--smoothing', '1'], "--smoothing: '1' is not a number >= 0 and < 1"),
     ([*DIGITS, '--drop-path-b', '1.2'], "--drop-path-b: '1.2' is not a number from 0 to 1"),
     ([*DIGITS, '--model-ema-decay', '1'], "--model-ema-decay: '1' is not a number > 0 and < 1"),
+    ([*DIGITS, '--crop-pct', '87.5'], "--crop-pct: '87.5' is not a fraction above 0 and below 2, such as 0.875 for 87.5 "
+     'percent'),
     ([*DIGITS, '--aug-repeats', '0.5'], "--aug-repeats: '0.5' is not 0 or a number >= 1"),
     ([*DIGITS, '--opt-kwargs', 'foreach'], "--opt-kwargs: 'foreach' is not of the form key=value"),
     ([*DIGITS, '--input-size', '3', '32'], '--input-size: expected 3 arguments'),
@@ -202,7 +204,7 @@ def test_model_names_are_those_that_timm_registers():
     ([*DIGITS, '--kd-temperature=4'], '--kd-temperature is not available: distillation is a method here; use '
      '--method distill or deit with --teacher'),
     ([*DIGITS, '--in-chans', '4', '--input-img-mode', 'RGBA'], '--aa original: its operations know images of mode L '
-     "and RGB, not --input-img-mode RGBA; --aa '' goes without"),
+     "and RGB, not --input-img-mode RGBA; --aa none goes without"),
     # recipes
     (['-c', '/no/where.yml'], '--config /no/where.yml is neither a file nor the name of a recipe; recipes: '
      'first, second'),
@@ -279,6 +281,16 @@ def test_recipe_gives_values_and_the_command_line_wins(recipe):
     assert (args.experiment, args.torchcompile) == ('007', 'inductor')
     assert args.model_kwargs_b == {'act_layer': 'gelu', 'depths': [1, 2], 'flag': True}
     assert parse_args(['-c', path]).amp is True
+
+
+def test_every_crop_of_timm_is_taken():
+    timm = pytest.importorskip('timm')
+    crops = {timm.get_pretrained_cfg(name).crop_pct for name in timm.list_pretrained()}
+    assert max(crops) > 1 and all(parse_args([*DIGITS, '--crop-pct', str(crop)]).crop_pct_a == crop for crop in crops)
+
+
+def test_no_policy_by_name(recipe):
+    assert parse_args([*DIGITS, '--aa', 'none']).aa == parse_args([*DIGITS, '-c', recipe('aa: none')]).aa == ''
 
 
 def test_null_in_a_recipe_means_not_given_or_no_policy(recipe):

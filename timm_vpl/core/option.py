@@ -112,7 +112,11 @@ Probability = Annotated[float, number(float, 'a number from 0 to 1', lambda valu
 BelowOne = Annotated[float, number(float, 'a number >= 0 and < 1', lambda value: 0 <= value < 1)]
 Inside01 = Annotated[float, number(float, 'a number > 0 and < 1', lambda value: 0 < value < 1)]
 Percent = Annotated[float, number(float, 'a percentage from 0 to 100', lambda value: 0 <= value <= 100)]
+# timm's pretrained models have 0.875 to 1.15.
+CropPct = Annotated[float, number(
+    float, 'a fraction above 0 and below 2, such as 0.875 for 87.5 percent', lambda value: 0 < value < 2)]
 Repeats = Annotated[float, number(float, '0 or a number >= 1', lambda value: value == 0 or value >= 1)]
 Count = Annotated[int, number(int, 'a whole number >= 1', lambda value: value >= 1)]
 Whole = Annotated[int, number(int, 'a whole number >= 0', lambda value: value >= 0)]
 Name = Annotated[str | None, lambda text: text or None]  # of a model, None for an empty one
+Policy = Annotated[str, lambda text: '' if text.lower() == 'none' else text]  # of augmentation

@@ -111,7 +111,7 @@ _VALID = {
     'input_size': lambda value: len(value) == 3 and all(isinstance(size, int) and 0 < size <= 4096 for size in value),
     'mean': lambda value: len(value) > 0 and all(map(_is_number, value)),
     'std': lambda value: len(value) > 0 and all(_is_number(std) and std > 0 for std in value),
-    'crop_pct': lambda value: _is_number(value) and value > 0,
+    'crop_pct': lambda value: _is_number(value) and 0 < value < 2,
     'crop_mode': lambda value: value in ('center', 'squash', 'border'),
     'interpolation': lambda value: value in ('random', *INTERPOLATIONS),
     'num_classes': lambda value: isinstance(value, int) and value >= 0,

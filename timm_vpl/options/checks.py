@@ -71,7 +71,7 @@ def _check_images(options: 'Options') -> None:
         raise UsageError(f'--batch-size {options.loader.batch_size} is odd, --mixup and --cutmix need an even one')
     if mode not in (None, 'L', 'RGB') and augmentation.aa and not augmentation.no_aug:
         raise UsageError(f"--aa {augmentation.aa}: its operations know images of mode L and RGB, not --input-img-mode "
-                         f"{mode}; --aa '' goes without")
+                         f"{mode}; --aa none goes without")
     channels = options.input.channels
     for flag, values in ((f'--{name}-{side}', getattr(branch, name)) for side, branch in options.branches.items()
                          for name in ('mean', 'std')):

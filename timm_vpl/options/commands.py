@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..core.names import SIDES
-from ..core.option import Count, Number, Positive, Whole, option
+from ..core.option import Count, CropPct, Number, Positive, Whole, option
 from ..errors import UsageError
 from .checks import check_dataset, check_trained
 from .parser import OptionParser
@@ -62,7 +62,7 @@ class Validate(Source, _Trained):  # MODEL comes before DIR
     img_size: Count | None = option(None, 'height and width of the images', shown="the model's")
     input_size: tuple[Count, Count, Count] | None = option(
         None, 'channels, height, width of the images', shown="the model's")
-    crop_pct: Positive | None = option(None, 'centre crop', shown="the model's")
+    crop_pct: CropPct | None = option(None, 'centre crop, as a fraction', shown="the model's")
     mean: tuple[Number, ...] | None = option(None, 'mean of the pixels', shown="the model's")
     std: tuple[Positive, ...] | None = option(None, 'deviation of the pixels', shown="the model's")
     interpolation: str = option('', 'interpolation', shown="the model's", choices=('', *INTERPOLATIONS), metavar='NAME')

@@ -10,11 +10,13 @@ from ..core.option import (
     ABSENT,
     BelowOne,
     Count,
+    CropPct,
     Idle,
     Inside01,
     Name,
     NonNegative,
     Number,
+    Policy,
     Positive,
     Probability,
     Repeats,
@@ -94,7 +96,8 @@ class Branch:
         resume='fixed', timm=ABSENT)
     gp: str | None = option(None, 'global pooling: fast, avg, max, avgmax, ...', shown="the model's", metavar='POOL')
     img_size: Count | None = option(None, 'height and width of the images', shown="the model's")
-    crop_pct: Positive | None = option(None, 'centre crop of validation images', shown="the model's")
+    crop_pct: CropPct | None = option(
+        None, 'centre crop of validation images, as a fraction', shown="the model's")
     mean: tuple[Number, ...] | None = option(None, 'mean of the pixels (1 or 1 a channel)', shown="the model's")
     std: tuple[Positive, ...] | None = option(None, 'deviation of the pixels (1 or 1 a channel)', shown="the model's")
     interpolation: str = option(
@@ -236,8 +239,8 @@ class Augmentation:
         None, 'probability of colour jitter', shown='always', idle=(_NO_AUG,))
     grayscale_prob: Probability | None = option(None, 'probability of a grey image', idle=(_NO_AUG,))
     gaussian_blur_prob: Probability | None = option(None, 'probability of a blurred image', idle=(_NO_AUG,))
-    aa: str = option(
-        'original', "policy: original, v0, rand-m9-mstd0.5-inc1, ...; '' (in a recipe also null) for none", timm=None,
+    aa: Policy = option(
+        'original', "policy: original, v0, rand-m9-mstd0.5-inc1, ...; none (or '', in a recipe also null)", timm=None,
         why='the paper (AutoAugment; this policy is that of the work that it cites)', null='', metavar='NAME',
         idle=(_NO_AUG,))
     aug_repeats: Repeats = option(0., 'copies of an image in a batch, each augmented anew', resume='fixed')
