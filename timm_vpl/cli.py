@@ -6,6 +6,7 @@ from collections.abc import Callable
 from . import __version__
 from .errors import RunError, UsageError
 from .options.commands import COMMANDS, parse_command
+from .options.parser import as_given
 from .options.train import mistakes_end, parse_args
 from .text import one_line
 
@@ -20,6 +21,8 @@ def train(argv: list[str] | None = None, prog: str = 'train_vpl.py') -> int:
         from .tools.trackers import observers_of
         try:
             train(options, observers_of(options))
+        except UsageError as e:
+            raise UsageError(as_given(str(e), options.command[1])) from e
         except Stopped as e:
             if os.environ.get('RANK', '0') == '0':
                 print(f'{prog}: {e}', file=sys.stderr)

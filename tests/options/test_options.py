@@ -166,7 +166,9 @@ def test_model_names_are_those_that_timm_registers():
     (['/tmp', 'more', *PAIR], "unexpected argument 'more' (see --help)"),
     # files
     ([*DIGITS, '--resume', 'no.pth'], '--resume no.pth: no such file'),
-    ([*DIGITS, '--initial-checkpoint', 'no.pth'], '--initial-checkpoint-a no.pth: no such file'),
+    ([*DIGITS, '--initial-checkpoint', 'no.pth'], '--initial-checkpoint no.pth: no such file'),
+    ([*DIGITS, '--initial-checkpoint', __file__, '--initial-checkpoint-b', 'no.pth'],
+     '--initial-checkpoint-b no.pth: no such file'),
     ([*DIGITS, '--pretrained-path-b', 'no.pth'], '--pretrained-path-b no.pth: no such file'),
     # values
     ([*DIGITS, '--x', '70', '--y', '40'], '--x 70 and --y 40 add up to more than 100 percent of the epochs'),
@@ -194,7 +196,7 @@ def test_model_names_are_those_that_timm_registers():
     ([*DIGITS, '--amp=yes'], "--amp/--no-amp: takes no value, not 'yes'"),
     # combinations
     ([*DIGITS, '-b', '31', '--cutmix', '1'], '--batch-size 31 is odd, --mixup and --cutmix need an even one'),
-    ([*DIGITS, '--in-chans', '1', '--mean', '0', '0', '0'], '--mean-a 0 0 0 has 3 values, the images have 1 channels'),
+    ([*DIGITS, '--in-chans', '1', '--mean', '0', '0', '0'], '--mean 0 0 0 has 3 values, the images have 1 channels'),
     # options
     ([*DIGITS, '--model_a', 'x'], 'unknown option --model_a, did you mean --model-a? (see --help)'),
     ([*DIGITS, '--epoch', '3'], 'unknown option --epoch, did you mean --epochs, --stop-epoch or --start-epoch? '

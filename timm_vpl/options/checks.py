@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.methods import METHODS
 from ..core.names import SIDES
 from ..errors import UsageError
-from .parser import did_you_mean, flag_of, show
+from .parser import as_given, did_you_mean, flag_of, show
 from .sections import DATASET_KINDS, Source
 
 if TYPE_CHECKING:
@@ -27,6 +27,13 @@ def check(options: 'Options', given: Mapping[str, Any]) -> None:
         options: The options.
         given: What was given, by dest.
     """
+    try:
+        _check(options, given)
+    except UsageError as error:
+        raise UsageError(as_given(str(error), given)) from None
+
+
+def _check(options: 'Options', given: Mapping[str, Any]) -> None:
     _check_models(options)
     _check_method(options, given)
     if options.data.train_split == options.data.val_split:

@@ -6,7 +6,7 @@ import re
 import types
 import typing
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -93,6 +93,20 @@ class Entry:
 def flag_of(dest: str) -> str:
     """Return the spelling of an option on the command line."""
     return '--' + dest.replace('_', '-')
+
+
+def as_given(message: str, given: Container[str]) -> str:
+    """Return a message that names an option of a branch as it was given: `--mean` where `--mean-a` was not.
+
+    Args:
+        message: The message.
+        given: What was given, by dest.
+    """
+    def flag(found):
+        name, side = found.groups()
+        dest = name.replace('-', '_')
+        return f'--{name}' if dest in given and f'{dest}_{side}' not in given else found[0]
+    return re.sub(r'--([a-z-]+)-([ab])\b', flag, message)
 
 
 def show(value: Any) -> str:
