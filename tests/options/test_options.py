@@ -188,8 +188,8 @@ def test_model_names_are_those_that_timm_registers():
     ([*DIGITS, '--smoothing', '1'], "--smoothing: '1' is not a number >= 0 and < 1"),
     ([*DIGITS, '--drop-path-b', '1.2'], "--drop-path-b: '1.2' is not a number from 0 to 1"),
     ([*DIGITS, '--model-ema-decay', '1'], "--model-ema-decay: '1' is not a number > 0 and < 1"),
-    ([*DIGITS, '--crop-pct', '87.5'], "--crop-pct: '87.5' is not a fraction above 0 and below 2, such as 0.875 for 87.5 "
-     'percent'),
+    ([*DIGITS, '--crop-pct', '87.5'], "--crop-pct: '87.5' is not a fraction above 0 and below 2, such as 0.875 for "
+     '87.5 percent'),
     ([*DIGITS, '--aug-repeats', '0.5'], "--aug-repeats: '0.5' is not 0 or a number >= 1"),
     ([*DIGITS, '--opt-kwargs', 'foreach'], "--opt-kwargs: 'foreach' is not of the form key=value"),
     ([*DIGITS, '--input-size', '3', '32'], '--input-size: expected 3 arguments'),

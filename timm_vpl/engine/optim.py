@@ -3,12 +3,16 @@ import contextlib
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from timm.loss import create_classification_loss
 from timm.optim import (
     create_optimizer_v2,
+    get_optimizer_class,
+    get_optimizer_info,
+    list_optimizers,
     optimizer_kwargs,
     param_groups_layer_decay,
     param_groups_weight_decay,
@@ -21,6 +25,8 @@ from ..core.methods import METHODS, Setting
 from ..core.pair import PairWrapper
 from ..core.seeding import seed_all
 from ..errors import UsageError
+from ..options.parser import did_you_mean, show
+from ..options.sections import Optimizer
 from ..options.train import Options
 from .boundary import refusing
 
@@ -39,6 +45,21 @@ def learning_rates(options: Options, world_size: int) -> dict[str, float]:
         side: lr if (lr := options.branches[side].lr) is not None else options.branches[side].lr_base * ratio
         for side in options.sides
     }
+
+
+def check_optimizer(asked: Optimizer) -> None:
+    """Raise UsageError where timm has no such optimizer, its package is missing, or it has other betas."""
+    name, names = asked.opt.lower().split('_')[-1], list(map(str, list_optimizers()))  # without timm's lookahead_
+    if name not in names:
+        raise UsageError(f'--opt {asked.opt}: timm has no optimizer of this name{did_you_mean(name, names)}')
+    info = get_optimizer_info(name)
+    package = info.opt_class.partition('.')[0] if isinstance(info.opt_class, str) else ''
+    if package and find_spec(package) is None:
+        raise UsageError(f'--opt {asked.opt}: needs the package {package}, which is not installed')
+    with refusing(f'--opt {asked.opt}', AssertionError, ImportError):
+        get_optimizer_class(name)
+    if asked.opt_betas and info.has_betas and len(asked.opt_betas) != info.num_betas:
+        raise UsageError(f'--opt-betas {show(asked.opt_betas)}: --opt {asked.opt} has {info.num_betas} betas')
 
 
 def param_groups(

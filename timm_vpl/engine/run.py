@@ -44,6 +44,7 @@ class Run:
 
     def __init__(self, options: Options, processes: Processes, start: Start):
         self.options, self.processes, self.start = options, processes, start
+        optim.check_optimizer(options.optimizer)  # before the data are read
         splits = {'train': options.data.train_split, 'validation': options.data.val_split}
         train, held_out = (
             create_split(
