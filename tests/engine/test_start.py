@@ -14,3 +14,15 @@ from runs import PAIR, SMALL, error_line
 def test_optimizers_that_can_not_be(options, line, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr('timm_vpl.engine.optim.find_spec', lambda package: None)  # as where it is not installed
     assert error_line(capsys, tmp_path, *PAIR, *SMALL, *options) == line  # not that this folder holds no data
+
+
+@pytest.mark.parametrize('options, line', [
+    (['--model-b', 'vit_base_patch16_224.augreg_in21kk'], '--model-b vit_base_patch16_224.augreg_in21kk: timm has no '
+     'such pretrained weights, did you mean vit_base_patch16_224.augreg_in21k'),
+    (['--model-b', 'test_vit.zzz'], '--model-b test_vit.zzz: timm has no such pretrained weights'),
+    (['--method', 'distill', '--model-b', '', '--teacher', 'resnet18.a1_in1'], '--teacher: resnet18.a1_in1: can not be '
+     'built: Invalid pretrained tag (a1_in1) for resnet18., did you mean resnet18.a1_in1k'),
+], ids=lambda value: value[-1])
+def test_tags_that_timm_does_not_have(options, line, digits_folder, tmp_path, capsys):
+    data = digits_folder if '--teacher' in options else tmp_path
+    assert error_line(capsys, data, *PAIR, *SMALL, *options).startswith(line)

@@ -16,7 +16,7 @@ import torch.nn as nn
 from timm.data import resolve_data_config
 from timm.data.loader import adapt_to_chs
 from timm.layers import convert_sync_batchnorm
-from timm.models import create_model, get_pretrained_cfg
+from timm.models import create_model, get_pretrained_cfg, list_pretrained
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,6 +32,7 @@ from ..core.teacher import Teacher
 from ..data.splits import names_of
 from ..errors import UsageError, first_line
 from ..options.checks import no_token
+from ..options.parser import did_you_mean
 from ..options.sections import INTERPOLATIONS
 from ..options.train import Options
 from .boundary import refusing
@@ -74,8 +75,17 @@ def pretrained_cfg_of(name: str, flag: str) -> dict[str, Any]:
     if ':' in name:  # a source such as hf-hub: or local-dir: brings its own configuration
         with torch.device('meta'):
             return create_named(name, f'{flag} {name}').pretrained_cfg
-    cfg = get_pretrained_cfg(name)
+    try:
+        cfg = get_pretrained_cfg(name)
+    except RuntimeError as e:
+        raise UsageError(f'{flag} {name}: timm has no such pretrained weights{_near_tag(name)}') from e
     return cfg.to_dict() if cfg else {}
+
+
+def _near_tag(name: str) -> str:
+    """Return ', did you mean NAME.TAG?' where timm has no weights of a model's tag, '' elsewhere."""
+    names = list_pretrained(f'{name.partition(".")[0]}.*')
+    return did_you_mean(name, names) if '.' in name and name not in names else ''
 
 
 def size_kwargs(cfg: dict[str, Any], input_size) -> dict[str, Any]:
@@ -97,7 +107,7 @@ def create_named(name: str, where: str, **kwargs) -> Any:
     except Exception as e:  # timm checks little of what a config.json or a file of weights holds
         if isinstance(e.__cause__, pickle.UnpicklingError):
             raise UsageError(f'{where}: refused, a file of its weights holds more than tensors and plain types') from e
-        raise UsageError(f'{where}: can not be built: {first_line(e, 300)}') from e
+        raise UsageError(f'{where}: can not be built: {first_line(e, 300)}{_near_tag(name)}') from e
     if ':' in name:
         _check_config(model.pretrained_cfg, where)
     return model

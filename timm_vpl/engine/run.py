@@ -44,7 +44,9 @@ class Run:
 
     def __init__(self, options: Options, processes: Processes, start: Start):
         self.options, self.processes, self.start = options, processes, start
-        optim.check_optimizer(options.optimizer)  # before the data are read
+        # Before the data are read, which may take a while.
+        optim.check_optimizer(options.optimizer)
+        self.configs = models.resolve_data(options)  # data configuration of each branch
         splits = {'train': options.data.train_split, 'validation': options.data.val_split}
         train, held_out = (
             create_split(
@@ -55,7 +57,6 @@ class Run:
         self.data = {  # identity of the images
             role: {'split': splits[role], **data_identity(images, self.class_names)}
             for role, images in (('train', train), ('validation', held_out))}
-        self.configs = models.resolve_data(options)  # data configuration of each branch
         data_config = models.loader_config(self.configs)
 
         teacher = create_teacher(options, data_config, num_classes, self.class_names)
