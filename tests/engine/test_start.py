@@ -1,6 +1,11 @@
 """What is known to fail is refused before the first epoch, most of it before the data are read."""
 import pytest
+import timm
+import torch
 from runs import PAIR, SMALL, error_line
+
+from timm_vpl.engine.models import create_branch
+from timm_vpl.options.train import parse_args
 
 
 @pytest.mark.parametrize('options, line', [
@@ -26,3 +31,22 @@ def test_optimizers_that_can_not_be(options, line, tmp_path, capsys, monkeypatch
 def test_tags_that_timm_does_not_have(options, line, digits_folder, tmp_path, capsys):
     data = digits_folder if '--teacher' in options else tmp_path
     assert error_line(capsys, data, *PAIR, *SMALL, *options).startswith(line)
+
+
+def test_a_file_of_which_no_weight_fits(digits_folder, tmp_path, capsys):
+    state = timm.create_model('test_vit', num_classes=10).state_dict()
+    torch.save({f'backbone.{key}': value for key, value in state.items()}, tmp_path / 'prefixed.pth')
+    torch.save({key: state[key] for key in ('head.weight', 'head.bias')}, tmp_path / 'head.pth')
+    for name in ('prefixed.pth', 'head.pth'):
+        path = tmp_path / name
+        line = error_line(capsys, digits_folder, *PAIR, *SMALL, '--pretrained-path-b', path, '--output', tmp_path)
+        assert line == (
+            f'--pretrained-path-b {path}: none of its weights fits test_vit, its keys are of another model, or have a '
+            f'prefix')
+    torch.save({'cls_token': state['cls_token']}, tmp_path / 'part.pth')
+    options = parse_args([
+        '--dataset', 'digits', *PAIR, *SMALL, '--pretrained-path-b', str(tmp_path / 'part.pth')])
+    model, drawn = (
+        create_branch(each, 'b', {'input_size': (3, 32, 32)}, 10).state_dict()
+        for each in (options, parse_args(['--dataset', 'digits', *PAIR, *SMALL])))
+    assert [key for key in model if not torch.equal(model[key], drawn[key])] == ['cls_token']

@@ -196,6 +196,12 @@ def create_branch(options: Options, side: str, data_config: dict[str, Any], num_
     rate = (kwargs.pop('drop_path_rate') or 0.) if uniform else 0.
     seed_all(options.run.seed, 'init', side)
     model = create_named(name, where, **kwargs)
+    if asked.pretrained_path:  # timm takes a file of which nothing fits for one whose head is adapted
+        seed_all(options.run.seed, 'init', side)
+        drawn = create_named(name, where, **{**kwargs, 'pretrained': False, 'checkpoint_path': None})
+        if all(map(torch.equal, model.state_dict().values(), drawn.state_dict().values())):
+            raise UsageError(f'--pretrained-path-{side} {asked.pretrained_path}: none of its weights fits {name}, its '
+                             f'keys are of another model, or have a prefix')
     with refusing(where, ValueError):  # no classifier, as where a config.json asks for features
         _initialize_head(model, asked.head_init_scale, asked.head_init_bias)
     if uniform:
