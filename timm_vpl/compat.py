@@ -2,12 +2,15 @@
 
 All were checked with torch 2.14 and timm 1.0.31.
 """
+import contextlib
+from collections.abc import Iterator
 from types import FunctionType, MethodType
 from typing import Any
 
 import timm.data.auto_augment
 import torch
 import torch.nn as nn
+from huggingface_hub import constants
 from PIL import Image, ImageOps
 from timm.data.dataset_factory import _search_split as search_split  # if it goes: copy its 20 lines
 from timm.models._hub import save_config_for_hf
@@ -15,8 +18,8 @@ from timm.utils import ModelEmaV3
 from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = [
-    'children_of', 'compile_apart', 'compile_modes', 'found_bad', 'guard_posterize', 'has_batch_norm', 'lerp_',
-    'let_scaler_skip', 'search_split', 'tensor_places', 'write_config']
+    'children_of', 'compile_apart', 'compile_modes', 'found_bad', 'guard_posterize', 'has_batch_norm',
+    'hub_offline', 'lerp_', 'let_scaler_skip', 'search_split', 'tensor_places', 'write_config']
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
@@ -101,6 +104,20 @@ def compile_modes() -> list[str]:
     torch._inductor.list_mode_options. If it goes: torch.compile refuses an unknown mode at the first step.
     """
     return list(torch._inductor.list_mode_options())
+
+
+@contextlib.contextmanager
+def hub_offline() -> Iterator[None]:
+    """Let the client of the Hub take what its cache holds, and send nothing.
+
+    huggingface_hub.constants.HF_HUB_OFFLINE. If it goes: the client tries for a minute to reach a Hub that is away.
+    """
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def found_bad(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> torch.Tensor | None:

@@ -2,6 +2,8 @@
 import pytest
 import timm
 import torch
+from hub import NOWHERE
+from huggingface_hub import constants
 from runs import PAIR, SMALL, error_line
 
 from timm_vpl.engine.models import create_branch
@@ -50,3 +52,19 @@ def test_a_file_of_which_no_weight_fits(digits_folder, tmp_path, capsys):
         create_branch(each, 'b', {'input_size': (3, 32, 32)}, 10).state_dict()
         for each in (options, parse_args(['--dataset', 'digits', *PAIR, *SMALL])))
     assert [key for key in model if not torch.equal(model[key], drawn[key])] == ['cls_token']
+
+
+def test_a_hub_out_of_reach_is_told_at_once(tmp_path, capsys, monkeypatch, caplog):
+    for name in ('http_proxy', 'https_proxy', 'all_proxy'):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr(constants, 'ENDPOINT', NOWHERE)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
+    for options in (['--pretrained-a'], ['--model-a', 'hf-hub:org/name']):
+        line = error_line(capsys, '--dataset', 'digits', *PAIR, *SMALL, *options)
+        assert f'not in the cache of the Hub ({tmp_path}), and {NOWHERE} can not be reached' in line
+        assert 'Retrying' not in caplog.text
+        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+        line = error_line(capsys, '--dataset', 'digits', *PAIR, *SMALL, *options)
+        assert line.endswith(f'({tmp_path}), and HF_HUB_OFFLINE is set')
+        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)

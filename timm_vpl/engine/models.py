@@ -1,18 +1,26 @@
 """The one place that builds models: branches, the pair of a run, and what their images are prepared by."""
+import contextlib
+import functools
 import json
 import logging
 import math
 import pickle
 import re
+import socket
 import tempfile
+import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 import torch.nn as nn
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from timm.data import resolve_data_config
 from timm.data.loader import adapt_to_chs
 from timm.layers import convert_sync_batchnorm
@@ -20,7 +28,7 @@ from timm.models import create_model, get_pretrained_cfg, list_pretrained
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..compat import has_batch_norm, write_config
+from ..compat import has_batch_norm, hub_offline, write_config
 from ..core.features import EMBED
 from ..core.methods import METHODS
 from ..core.pair import PairWrapper, classifiers_of
@@ -102,8 +110,13 @@ def create_named(name: str, where: str, **kwargs) -> Any:
     Raises:
         UsageError: timm can't; the message begins with `where`.
     """
+    is_away = not constants.HF_HUB_OFFLINE and _needs_hub(name, **kwargs) and hub_is_away(constants.ENDPOINT)
     try:
-        model: Any = create_model(name, **kwargs)
+        with hub_offline() if is_away else contextlib.nullcontext():
+            model: Any = create_model(name, **kwargs)
+    except LocalEntryNotFoundError as e:
+        why = f'{constants.ENDPOINT} can not be reached' if is_away else 'HF_HUB_OFFLINE is set'
+        raise UsageError(f'{where}: not in the cache of the Hub ({constants.HF_HUB_CACHE}), and {why}') from e
     except Exception as e:  # timm checks little of what a config.json or a file of weights holds
         if isinstance(e.__cause__, pickle.UnpicklingError):
             raise UsageError(f'{where}: refused, a file of its weights holds more than tensors and plain types') from e
@@ -111,6 +124,29 @@ def create_named(name: str, where: str, **kwargs) -> Any:
     if ':' in name:
         _check_config(model.pretrained_cfg, where)
     return model
+
+
+def _needs_hub(name: str, pretrained: bool = False, **kwargs: Any) -> bool:
+    """Return whether timm asks the Hub for a model's configuration or weights."""
+    if ':' in name:
+        return not name.startswith('local-dir:')
+    return pretrained and 'pretrained_cfg_overlay' not in kwargs
+
+
+@functools.cache
+def hub_is_away(endpoint: str) -> bool:
+    """Return whether no connection to the Hub can be made, in three attempts; behind a proxy that is not known."""
+    if getproxies().keys() & {'http', 'https', 'all'}:
+        return False
+    address = urlsplit(endpoint)
+    port = address.port or (80 if address.scheme == 'http' else 443)
+    for pause in (1, 1, 0):
+        try:
+            socket.create_connection((address.hostname, port), timeout=5).close()
+            return False
+        except OSError:
+            time.sleep(pause)
+    return True
 
 
 def _is_number(value):
