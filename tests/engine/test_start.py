@@ -1,13 +1,18 @@
 """What is known to fail is refused before the first epoch, most of it before the data are read."""
+import shutil
+
 import pytest
 import timm
 import torch
 from hub import NOWHERE
 from huggingface_hub import constants
-from runs import PAIR, SMALL, error_line
+from runs import NOISE, PAIR, SMALL, differences, error_line, run, status_of
 
+from timm_vpl.cli import train
+from timm_vpl.core.methods import METHODS
 from timm_vpl.engine.models import create_branch
 from timm_vpl.options.train import parse_args
+from timm_vpl.tools.export import ExportObserver
 
 
 @pytest.mark.parametrize('options, line', [
@@ -68,3 +73,34 @@ def test_a_hub_out_of_reach_is_told_at_once(tmp_path, capsys, monkeypatch, caplo
         line = error_line(capsys, '--dataset', 'digits', *PAIR, *SMALL, *options)
         assert line.endswith(f'({tmp_path}), and HF_HUB_OFFLINE is set')
         monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+
+
+def test_validation_is_tried_before_the_first_epoch(digits_folder, tmp_path, capsys, caplog):
+    data = shutil.copytree(digits_folder, tmp_path / 'data')
+    for path in (data / 'validation').rglob('*.png'):
+        path.write_bytes(b'no image')
+    argv = [data, *PAIR, *SMALL, '--output', tmp_path / 'output']
+    assert status_of(train, argv) == 1
+    assert 'Failed to load 10 consecutive samples' in capsys.readouterr().err
+    assert 'Train:' not in caplog.text and not (tmp_path / 'output').exists()
+
+
+def test_export_is_tried_before_the_first_epoch(digits_folder, tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.setitem(METHODS, 'my own', METHODS['vpl'])  # no name of a folder
+    argv = [digits_folder, *PAIR, *SMALL, '--method', 'my own', '--output', tmp_path / 'output']
+    line = error_line(capsys, *argv, '--export')
+    assert 'expected at most 96 letters' in line and line.endswith('; --no-export trains without an export')
+    assert 'Train:' not in caplog.text
+    assert status_of(train, [*argv, '--epochs', '1']) == 0
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_what_is_tried_changes_nothing(workers, digits_folder, tmp_path, monkeypatch):
+    options = [*NOISE, '--mixup', '0.2', '--export', '--workers', workers, '--epochs', '1']
+    folders = [run(digits_folder, tmp_path, *options, name='tried')]
+    monkeypatch.setattr('timm_vpl.engine.train.try_validation', lambda run: None)
+    monkeypatch.delattr(ExportObserver, 'start')
+    folders.append(run(digits_folder, tmp_path, *options, name='not'))
+    shutil.rmtree(folders[0] / 'export')
+    shutil.rmtree(folders[1] / 'export')
+    assert not differences(*folders)

@@ -71,7 +71,7 @@ class Tally:
         return figures
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what a model keeps for itself here, it may need in training
 def evaluate(
         forward: Callable[[torch.Tensor], dict[Hashable, torch.Tensor]],
         names: Sequence[Hashable],

@@ -3,6 +3,7 @@ import logging
 import math
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,10 @@ import torch
 from timm.utils import distribute_bn
 from torch.utils.data import IterableDataset
 
+from ..core.processes import Processes
+from ..data.images import StreamImages
+from ..data.loaders import create_eval_loaders
+from ..data.sources import Part
 from ..errors import RunError
 from ..options.train import resume_command
 from .control import GIVE_UP, GO_ON, SAVE, STOP, Stopped
@@ -198,6 +203,24 @@ def end_epoch(run: Run, evaluated: bool) -> None:
     if not (saver.failed and epoch + 1 == run.end_epoch):  # without its row the run is not finished
         write_summary(run)
         run.tell('validated', row)
+
+
+def try_validation(run: Run) -> None:
+    """Evaluate the first validation images, so that what fails there is known before the first epoch.
+
+    They are read in this process, without a draw from its generators. Images of a stream can't be read twice.
+    """
+    loader, images = run.options.loader, run.loader_eval.dataset
+    if isinstance(images, StreamImages) or run.progress.epoch >= run.end_epoch:
+        return
+    count = min(len(images), loader.validation_batch_size or loader.batch_size)
+    first = replace(images, reader=Part(images.reader, range(count)))
+    batches = create_eval_loaders(replace(loader, workers=0), first, run.configs, Processes(run.device))
+    with agreement(run.processes), torch.random.fork_rng(devices=[]):
+        model: Any = run.task.get_eval_model()
+        evaluate(
+            partial(pair_logits, model.eval(), run.pair.sides), outputs_of(run.pair.sides), batches, run.device,
+            run.autocast)
 
 
 def validate(run: Run) -> dict[str, Any]:

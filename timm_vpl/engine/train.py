@@ -28,7 +28,7 @@ from .device import LOST, agreement, by_first, from_all, init_device, is_lost
 from .environment import environment
 from .evaluate import evaluate
 from .log import SUMMARY, log_plan
-from .loop import fit, save_recovery
+from .loop import fit, save_recovery, try_validation
 from .resume import find_start, load_checkpoint, output_of, restore_ranks, resume
 from .run import Run, create_run
 
@@ -70,6 +70,7 @@ def train(options: Options, observers: Iterable[Any] = ()) -> None:
             _logger.info(f'--resume auto: nothing to train or to export, the run in {os.path.dirname(start.path)} is '
                          f'finished; no file is changed')
             return
+        try_validation(run)
         by_first(processes, lambda: open_folder(run, checkpoint))
         begin(run, checkpoint)
         checkpoint = None  # it may be large

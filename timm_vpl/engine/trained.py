@@ -66,7 +66,7 @@ def load_branches(source: str, sides: str | None = None, ema: bool | None = None
             raise RunError(f"{path}: does not say which models its weights belong to, its 'branches' are not those of "
                            f'a run')
         if side in branches:
-            loaded.append(_load_branch(path, checkpoint, branches, side, ema))
+            loaded.append(load_branch(path, checkpoint, side, ema))
     if not loaded:
         raise UsageError(f'{source}: has no branch {sides or ""}'.rstrip())
     return loaded
@@ -91,13 +91,15 @@ def _checkpoint_files(source: str) -> dict[str, str]:
     return {side: best.get(side, str(newest)) for side in SIDES}
 
 
-def _load_branch(path, checkpoint, branches, side, ema):
+def load_branch(path: str, checkpoint: dict[str, Any], side: str, ema: bool | None = None) -> TrainedModel:
+    """Load a branch of a checkpoint that is read; `path` names it, the others are as in `load_branches`."""
     averaged = 'state_dict_ema' in checkpoint
     if ema and not averaged:
         raise UsageError(f'--ema: {path} has no averaged weights')
     metrics = checkpoint['metrics'] if isinstance(checkpoint.get('metrics'), dict) else {}
     only_raw = f'top1_{side}' in metrics and f'ema_top1_{side}' not in metrics
     use_ema = averaged and not only_raw if ema is None else ema
+    branches = checkpoint['branches']
     config = branches[side]
     prefix = f'model_{side}.'
     state = clean_state_dict(checkpoint['state_dict_ema' if use_ema else 'state_dict'])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from timm.models import create_model, save_for_hf
 
 from ..core.names import SIDES
-from ..engine.trained import TrainedModel, load_branches
+from ..engine.trained import TrainedModel, load_branch, load_branches
 from ..errors import RunError, UsageError, first_line
 from ..options.commands import Export
 from .card import MARK, is_unedited, model_card
@@ -245,6 +245,22 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
 
 class ExportObserver:
     """Exports each branch of a run from its best epoch when the run ends."""
+
+    def start(self, run) -> None:
+        """Build the model and the card of each branch as an export will, writing nothing.
+
+        Raises:
+            UsageError: It can't be exported, which would else show at the end.
+        """
+        checkpoint = {'state_dict': run.pair.state_dict(), 'branches': run.saver.branches, 'args': run.saver.args}
+        path = os.path.join(run.output_dir, 'last.pth.tar')
+        try:
+            with torch.random.fork_rng(devices=[]):
+                trained = [load_branch(path, checkpoint, side) for side in run.pair.sides]
+            for branch, name in zip(trained, branch_names(trained).values(), strict=True):
+                model_card(branch, name, f'ORG/{name}')
+        except (RunError, UsageError, ValueError) as e:
+            raise UsageError(f'{e}; --no-export trains without an export') from e
 
     def finished(self, folder: str) -> bool:
         """Return whether a run's folder holds the exports."""
