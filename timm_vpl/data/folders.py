@@ -9,6 +9,7 @@ from typing import Any
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
 
+from ..bars import bar
 from ..compat import search_split
 from ..errors import UsageError
 from ..text import one_line
@@ -65,26 +66,28 @@ def scan_folder(root: str, types: set[str]) -> tuple[dict[str, list[str]], Count
     not_read: Counter[str] = Counter()
     pending: list[tuple[str, tuple]] = [(root, ())]
     try:
-        while pending:
-            folder, above = pending.pop()
-            status = os.stat(folder)
-            here = (status.st_dev, status.st_ino)
-            if here in above:
-                raise UsageError(f'--data-dir: {folder} is a link to a folder that it lies in; remove it')
-            paths = images[os.path.relpath(folder, root)] = []
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    name = entry.name
-                    if name[0] == '.':
-                        not_read[HIDDEN] += 1
-                    elif (kind := _kind(entry)) == 'folder':
-                        pending.append((entry.path, (*above, here)))
-                    elif (extension := os.path.splitext(name)[1].lower()) not in types:
-                        not_read[extension or 'without an ending'] += 1
-                    elif kind == SPECIAL:  # reading it would wait for ever
-                        not_read[SPECIAL] += 1
-                    else:
-                        paths.append(entry.path)
+        with bar(f'Reading {one_line(root, 60)}', 'images', delay=1.) as shown:
+            while pending:
+                folder, above = pending.pop()
+                status = os.stat(folder)
+                here = (status.st_dev, status.st_ino)
+                if here in above:
+                    raise UsageError(f'--data-dir: {folder} is a link to a folder that it lies in; remove it')
+                paths = images[os.path.relpath(folder, root)] = []
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        name = entry.name
+                        if name[0] == '.':
+                            not_read[HIDDEN] += 1
+                        elif (kind := _kind(entry)) == 'folder':
+                            pending.append((entry.path, (*above, here)))
+                        elif (extension := os.path.splitext(name)[1].lower()) not in types:
+                            not_read[extension or 'without an ending'] += 1
+                        elif kind == SPECIAL:  # reading it would wait for ever
+                            not_read[SPECIAL] += 1
+                        else:
+                            paths.append(entry.path)
+                shown.update(len(paths))
     except OSError as e:
         raise UsageError(f'--data-dir: {e.filename} can not be read ({e.strerror})') from e
     not_read[LOOSE] += len(images.pop('.'))

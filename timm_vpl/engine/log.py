@@ -1,10 +1,12 @@
-"""What a run says: its plan, its log lines, its result, and summary.csv."""
+"""What a run says: its plan, its epochs, its result, and summary.csv; how fast it is."""
 import csv
 import logging
+import math
 import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ import torchvision
 
 from ..errors import first_line
 from ..files import replacing
-from .optim import branch_lrs, learning_rates
+from .evaluate import outputs_of
+from .optim import learning_rates
 from .step import Progress
 
 _logger = logging.getLogger('train')
@@ -81,17 +84,46 @@ def log_plan(run) -> None:
         _logger.warning(f'--output {run.output_dir}: the disk may become full, --checkpoint-hist keeps fewer')
 
 
-def log_batch(run, clock: Clock, losses: dict[str, float]) -> None:
-    """Log the mean losses of an update."""
-    batch, batches = run.progress.batch - 1, len(run.loader_train)
-    terms = '  '.join(f'{name.removesuffix("_loss")} {value:#.4g}' for name, value in losses.items())
-    seconds, waited = clock.averages()
-    rate = run.options.loader.batch_size * run.processes.world_size / seconds
-    _logger.info(
-        f'Train: {run.progress.epoch} [{batch:>4d}/{batches} ({100 * (batch + 1) / batches:>3.0f}%)]  '
-        f'{terms}  Time: {seconds:.3f}s, {rate:>7.2f}/s  '
-        f'LR: {" ".join(f"{side} {lr:.3e}" for side, lr in branch_lrs(run.optimizer).items())}  '
-        f'Data: {waited:.3f}s')
+def seconds_left(run) -> float | None:
+    """Return about how long the run goes on, by its epochs so far; None before its first update."""
+    progress, batches, interval = run.progress, len(run.loader_train), run.options.run.val_interval
+    rows = [row for row in run.rows if row['seconds']]
+    epoch = progress.seconds * batches / progress.batch if progress.batch else rows[-1]['seconds'] if rows else None
+    if epoch is None:
+        return None
+    validation = next((row['eval_seconds'] for row in reversed(rows) if row['eval_top1'] != ''), 0.)
+    validations = math.ceil(run.end_epoch / interval) - progress.epoch // interval
+    return (run.end_epoch - progress.epoch - progress.batch / batches) * epoch + validations * validation
+
+
+def show_time(seconds: float | None) -> str:
+    """Return a time as h:mm:ss, '?' where it is not known."""
+    return '?' if seconds is None else str(timedelta(seconds=round(seconds)))
+
+
+def stage_of(run) -> int | None:
+    """Return the stage that the present epoch is in, None where the method has none."""
+    criterion = run.task.criterion
+    return criterion.schedule.stage(run.progress.epoch) if hasattr(criterion, 'stage') else None
+
+
+def epoch_line(run, row: dict[str, Any]) -> str:
+    """Return the line of an epoch: stage, mean losses, accuracies (of the EMA in brackets), times."""
+    losses = '  '.join(
+        f'{name.removeprefix("train_").removesuffix("_loss")} {value:#.4g}'
+        for name, value in row.items() if name.startswith('train_') and value != '')
+    parts = [f'Epoch {row["epoch"]} ({row["epoch"] + 1}/{run.end_epoch})']
+    if 'stage' in row:
+        parts.append(f'stage {row["stage"]}')
+    parts.append(losses)
+    if row['eval_top1'] != '':
+        accuracies = [
+            f'{"average" if output == "ens" else output} {row[f"eval_top1_{output}"]:.2f}'
+            + (f' ({row[f"eval_ema_top1_{output}"]:.2f})' if run.evaluates_ema else '')
+            for output in outputs_of(run.pair.sides)]
+        parts.append('top-1 ' + '  '.join(accuracies))
+    parts.append(f'{row["seconds"]:.1f} + {row["eval_seconds"]:.1f} s')
+    return '  '.join([*parts, f'left {show_time(seconds_left(run))}'])
 
 
 def save_images(run, input: torch.Tensor) -> None:
@@ -123,11 +155,11 @@ def epoch_costs(run, skipped: int, eval_seconds: float) -> dict[str, Any]:
         skipped: Images of the epoch, validation included, that could not be read.
         eval_seconds: Time that its validation took.
     """
-    processes, progress, criterion = run.processes, run.progress, run.task.criterion
+    processes, progress = run.processes, run.progress
     images = len(run.loader_train) * run.options.loader.batch_size * processes.world_size
     return {
         **{f'lr_{side}': lr for side, lr in progress.lrs.items()},
-        **({'stage': criterion.schedule.stage(progress.epoch)} if hasattr(criterion, 'stage') else {}),
+        **({'stage': stage} if (stage := stage_of(run)) else {}),
         'num_epochs': run.num_epochs,
         'processes': processes.world_size,
         'images': images,

@@ -20,7 +20,7 @@ from ..options.train import resume_command
 from .control import GIVE_UP, GO_ON, SAVE, STOP, Stopped
 from .device import agreement, from_all
 from .evaluate import evaluate, gate_accuracies, outputs_of, pair_logits
-from .log import Clock, epoch_costs, epoch_terms, log_batch, log_result, save_images, write_summary
+from .log import Clock, epoch_costs, epoch_line, epoch_terms, log_result, save_images, write_summary
 from .optim import branch_lrs
 from .resume import run_state
 from .run import Run
@@ -84,6 +84,7 @@ def train_one_epoch(run: Run) -> int:
         clock.tick()
         if stepped:
             is_last = progress.batch == len(loader)
+            run.tell('updated')
             look(run, clock, batch[0], is_last)
             decision = decide(run)
             if not is_last:
@@ -101,9 +102,14 @@ def look(run: Run, clock: Clock, input: torch.Tensor, is_last: bool) -> None:
     update = (run.progress.batch - 1) // run.options.optimizer.grad_accum_steps
     if run.saver is None or not (is_last or update % run.options.run.log_interval == 0):
         return
-    losses = run.update.read(run.progress)
-    log_batch(run, clock, losses)
-    run.tell('log', losses)
+    seconds, waited = clock.averages()
+    run.tell('log', {
+        **run.update.read(run.progress),
+        **{f'lr_{side}': lr for side, lr in branch_lrs(run.optimizer).items()},
+        'images_per_second': run.options.loader.batch_size * run.processes.world_size / seconds,
+        'seconds': seconds,
+        'data_seconds': waited,
+    })
     if run.options.run.save_images:
         save_images(run, input)
 
@@ -195,6 +201,7 @@ def end_epoch(run: Run, evaluated: bool) -> None:
     run.control.saved()
     if saver is None:
         return
+    _logger.info(epoch_line(run, row))
     if row['skipped']:
         _logger.warning(f"Epoch {epoch}: {row['skipped']} images could not be read, others took their places")
     ranked = {'model_best': metrics.get(run.options.run.eval_metric)}
@@ -251,9 +258,6 @@ def validate(run: Run) -> dict[str, Any]:
         _logger.warning(f'Epoch {run.progress.epoch}: not finite: {", ".join(bad)}; it is no best epoch for them')
     branches = branch_metrics(run, metrics)
     metrics['top1'] = sum(branches.values()) / len(branches)
-    if run.processes.rank == 0:
-        names = [name for name in run.columns if 'top1' in name and name != 'top1']
-        _logger.info('Test: ' + '  '.join(f'{name} {metrics[name]:.3f}' for name in names))
     return metrics
 
 

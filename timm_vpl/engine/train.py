@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import yaml
 from timm.models import safe_model_name
-from timm.utils import get_outdir, setup_default_logging
+from timm.utils import get_outdir
 
+from ..bars import set_output
 from ..core.teacher import Teacher
 from ..data.loaders import create_eval_loader
 from ..data.splits import split_card
@@ -40,22 +41,21 @@ def train(options: Options, observers: Iterable[Any] = ()) -> None:
 
     Args:
         options: Options.
-        observers: Each may have methods of these names, which the first process calls: start(run), log(run, losses),
-            validated(run, row), end(run); and finished(folder), whether nothing of its own is missing there.
+        observers: Each may have methods of these names, which the first process calls: start(run); updated(run), after
+            each update; log(run, figures), every --log-interval; validated(run, row), after each epoch; end(run);
+            close(run), however the run ends; and finished(folder), whether nothing of its own is missing there.
 
     Raises:
         RunError: Anything went wrong; the message is one line.
         UsageError: The options can't be right.
         Stopped: A signal came.
     """
-    if not logging.getLogger().handlers:
-        setup_default_logging()
+    set_output(options.run.quiet, options.run.no_progress)
     if not faulthandler.is_enabled() and sys.__stderr__ is not None:
         with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):
             faulthandler.enable(sys.__stderr__)  # stacks after a crash in native code
     processes = init_device(options.device.device, options.loader.workers, options.run.deterministic)
-    if processes.rank:
-        logging.getLogger().setLevel(logging.ERROR)
+    set_output(options.run.quiet, options.run.no_progress, processes.rank == 0)
     run = None
     try:
         start = find_start(options, processes)
@@ -83,6 +83,8 @@ def train(options: Options, observers: Iterable[Any] = ()) -> None:
         place, folder = (run.place, run.output_dir) if run else ('', None)
         raise as_line(e, place, lost, folder, show=options.run.traceback) from e
     finally:
+        if run is not None:
+            run.tell('close')
         if processes.distributed:
             with contextlib.suppress(RuntimeError):  # of a group that is already broken
                 torch.distributed.destroy_process_group()

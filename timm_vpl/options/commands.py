@@ -9,7 +9,7 @@ from ..core.option import Count, CropPct, Number, Positive, Whole, option
 from ..errors import UsageError
 from .checks import check_dataset, check_trained
 from .parser import OptionParser
-from .sections import INTERPOLATIONS, Source
+from .sections import INTERPOLATIONS, Output, Source
 from .train import name_data_dir
 
 
@@ -43,7 +43,7 @@ class _Trained:
 
 
 @dataclass(frozen=True)
-class Validate(Source, _Trained):  # MODEL comes before DIR
+class Validate(Output, Source, _Trained):  # MODEL comes before DIR
     """Dataset parameters."""
     val_split: str = option('validation', 'split to validate on', '--split', metavar='NAME')
     val_num_samples: Count | None = option(None, 'images, where the data set does not tell', '--num-samples')
@@ -86,7 +86,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(Output):
     """Options."""
     plan: str = option(
         '', 'base recipe, seeds and rows (a name and options each)', metavar='PLAN.yaml', positional=True)

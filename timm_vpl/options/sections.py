@@ -302,7 +302,15 @@ _NO_WANDB = Idle('--log-wandb is off', lambda o: not o.log_wandb)
 
 
 @dataclass(frozen=True)
-class Run:
+class Output:
+    """Output parameters."""
+    quiet: bool = option(False, 'print warnings and errors only', how=True, recipe=False, timm=ABSENT)
+    no_progress: bool = option(
+        False, 'print no bars on a terminal, but lines as elsewhere', how=True, recipe=False, timm=ABSENT)
+
+
+@dataclass(frozen=True)
+class Run(Output):
     """Miscellaneous parameters."""
     config: str | None = option(
         None, 'recipe: a YAML file of options, or the name of one that the package carries (the command line wins over '

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..bars import bar, set_output
 from ..errors import RunError, UsageError
 from ..options.commands import Study
 from ..options.parser import did_you_mean, show
@@ -178,6 +179,7 @@ def run_study(options: Study) -> int:
     """
     plan = Path(options.plan)
     output = Path(options.output or Path('output', 'study', plan.stem))
+    set_output(options.quiet, options.no_progress)
     runs = read_plan(plan, options.data_dir, output)
     check_plan(runs)
     left = [run for run in runs if run.finished() is None]
@@ -196,7 +198,8 @@ def run_study(options: Study) -> int:
             print('\n'.join(dry_run(runs, left)))
             return 0
         end = math.inf if options.limit_minutes is None else time.time() + 60 * options.limit_minutes
-        failed = Runner(runs, left, options.jobs, end, lock.fileno()).train_all()
+        with bar('Study', 'runs', len(runs), initial=len(runs) - len(left)) as shown:
+            failed = Runner(runs, left, options.jobs, end, lock.fileno(), shown).train_all()
     print(conclusion(runs))
     for line in failed:
         print(f'Failed: {line}', file=sys.stderr)
@@ -213,12 +216,14 @@ class Runner:
         jobs: How many at a time.
         end: No run is started that would not end at this time; infinity for no limit.
         lock: File descriptor that the runs inherit, so that a study is at work while one of them is.
+        shown: Bar of the runs.
     """
     runs: Sequence[PlannedRun]
     waiting: list[PlannedRun]
     jobs: int
     end: float
     lock: int
+    shown: Any
     active: dict[PlannedRun, tuple[float, subprocess.Popen]] = field(default_factory=dict)
     failed: dict[PlannedRun, str] = field(default_factory=dict)
     left_out: list[PlannedRun] = field(default_factory=list)
@@ -250,7 +255,7 @@ class Runner:
             if run.teacher in self.left_out or (
                     self.end < math.inf and time.time() + MARGIN * expected_seconds(run, self.runs) > self.end):
                 self.left_out.append(run)
-                print(f'{run.folder.name}: not started, it would not end in time', flush=True)
+                self.shown.write(f'{run.folder.name}: not started, it would not end in time')
                 return
         except RunError as e:
             self.failed[run] = str(e)
@@ -265,7 +270,9 @@ class Runner:
             line = _last_line(run.log.read_text(errors='replace'))
             self.failed[run] = f'{run.folder.name}: status {status}, {line}'
             result += f', FAILED: {line}'
-        print(f'{run.folder.name}: {result}; runs left: {len(self.waiting) + len(self.active)}', flush=True)
+        self.shown.write(f'{run.folder.name}: {result}; runs left: {len(self.waiting) + len(self.active)}')
+        sys.stdout.flush()
+        self.shown.update()
 
     def _stop(self, number: int, frame: Any) -> None:
         for _, process in self.active.values():

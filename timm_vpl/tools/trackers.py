@@ -1,9 +1,11 @@
 """Observers of a run: what else hears of it beside its folder."""
+import sys
 from typing import Any
 
 from ..errors import UsageError
 from ..options.train import Options, recipe_values
 from .export import ExportObserver
+from .progress import Bars, Lines
 
 
 class WandbObserver:
@@ -32,5 +34,9 @@ class WandbObserver:
 
 
 def observers_of(options: Options) -> list[Any]:
-    """Return the observers that the options ask for."""
-    return [ExportObserver()] * options.run.export + [WandbObserver()] * options.run.log_wandb
+    """Return the observers that the options ask for; on a terminal bars show how far the run is."""
+    run = options.run
+    return [
+        Bars() if sys.stderr.isatty() and not (run.quiet or run.no_progress) else Lines(),
+        *[ExportObserver()] * run.export,
+        *[WandbObserver()] * run.log_wandb]

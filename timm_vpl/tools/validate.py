@@ -18,8 +18,8 @@ from timm.data import (
     resolve_model_data_config,
 )
 from timm.data.loader import adapt_to_chs
-from timm.utils import setup_default_logging
 
+from ..bars import bar, set_output
 from ..core.processes import Processes
 from ..data.images import Images, Split, StreamImages
 from ..data.loaders import create_eval_loader
@@ -195,11 +195,9 @@ def validate_models(options: Validate) -> list[Row]:
         UsageError: The options, the model and the data do not go together.
         RunError: Something can't be read or written.
     """
-    if not logging.getLogger().handlers:
-        setup_default_logging()
+    set_output(options.quiet, options.no_progress)
     processes = init_device(options.device, options.workers)
-    if processes.rank:
-        logging.getLogger().setLevel(logging.ERROR)
+    set_output(options.quiet, options.no_progress, processes.rank == 0)
     try:
         with agreement(processes):
             models = [_prepare(trained, options) for trained in load_all(options.model)]
@@ -307,16 +305,18 @@ def _run_pass(options: Validate, each: Pass, processes: Processes) -> list[tuple
         return {i: model(input) for i, model in enumerate(models)}
 
     started = time.perf_counter()
-    results = evaluate(
-        forward,
-        range(len(models)),
-        each.loader,
-        device,
-        autocast=partial(torch.autocast, device.type, dtype=dtype) if options.amp else nullcontext,
-        distributed=processes.distributed,
-        real_labels=each.real_labels,
-        per_class=None if options.per_class is None else models[0].num_classes,
-    )
+    with bar('Validate', 'batches', len(each.loader)) as shown:
+        results = evaluate(
+            forward,
+            range(len(models)),
+            each.loader,
+            device,
+            autocast=partial(torch.autocast, device.type, dtype=dtype) if options.amp else nullcontext,
+            distributed=processes.distributed,
+            real_labels=each.real_labels,
+            per_class=None if options.per_class is None else models[0].num_classes,
+            after_batch=shown.update,
+        )
     seconds = time.perf_counter() - started
     skipped = sum(from_all(processes, int(each.loader.dataset.replaced.sum())))
     if skipped:

@@ -1,0 +1,44 @@
+"""Bars of long work: on a terminal alone, and not where they are not wanted."""
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from timm.utils import setup_default_logging
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+_hidden = False
+
+
+def set_output(quiet: bool, no_progress: bool, speaks: bool = True) -> None:
+    """Say what this process prints: log lines, or with `quiet` warnings and errors only; bars, or none.
+
+    Args:
+        quiet: As of --quiet.
+        no_progress: As of --no-progress.
+        speaks: Whether it is the one of several processes that speaks; the others print errors only.
+    """
+    global _hidden
+    _hidden = quiet or no_progress or not speaks
+    root = logging.getLogger()
+    if not root.handlers:
+        setup_default_logging()
+    if quiet or not speaks:
+        root.setLevel(logging.WARNING if speaks else logging.ERROR)
+
+
+@contextlib.contextmanager
+def bar(what: str, unit: str, total: int | None = None, **kwargs: Any) -> Iterator[Any]:
+    """Draw a bar while the work goes on, log lines above it; `update(n)` moves it.
+
+    Args:
+        what: Its name.
+        unit: What is counted.
+        total: How many there are, if that is known.
+        **kwargs: Further arguments of tqdm.
+    """
+    with logging_redirect_tqdm(tqdm_class=tqdm), tqdm(
+            desc=what, unit=f' {unit}', total=total, leave=False, dynamic_ncols=True,
+            disable=_hidden or None, **kwargs) as found:
+        yield found
