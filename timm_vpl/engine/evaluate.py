@@ -8,8 +8,10 @@ import torch
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch.utils.data import IterableDataset
 
+from ..core.pair import PairOutput
 from ..core.task import PairTask
 from ..errors import RunError
+from .measures import likeness
 
 PAD = -1  # in a tensor of sets of labels
 
@@ -71,6 +73,25 @@ class Tally:
         return figures
 
 
+class Mean:
+    """The mean of a number of each image, as percent or whatever it is."""
+
+    def __init__(self, device):
+        dtype = torch.float32 if device.type == 'mps' else torch.float64
+        self.sum = torch.zeros(2, dtype=dtype, device=device)  # and how many
+
+    def update(self, values: torch.Tensor) -> None:
+        """Add the numbers (N,) of a batch."""
+        self.sum[0] += values.to(self.sum).sum()
+        self.sum[1] += len(values)
+
+    def compute(self, distributed: bool) -> dict[str, Any]:
+        """Return the figures, of all processes together."""
+        if distributed:
+            torch.distributed.all_reduce(self.sum)
+        return {'mean': (self.sum[0] / self.sum[1]).item()}
+
+
 @torch.no_grad()  # not inference mode: what a model keeps for itself here, it may need in training
 def evaluate(
         forward: Callable[[torch.Tensor], dict[Hashable, torch.Tensor]],
@@ -81,6 +102,7 @@ def evaluate(
         distributed: bool = False,
         real_labels: torch.Tensor | None = None,
         per_class: int | None = None,
+        means: Sequence[Hashable] = (),
         after_batch: Callable[[], None] | None = None,
 ) -> dict[Hashable, dict[str, Any]]:
     """Count what several models, or several outputs of one, get right in one pass over the data.
@@ -94,6 +116,7 @@ def evaluate(
         distributed: Sum the counts of all processes; samples that pad a process's share are left out.
         real_labels: Sets of labels [images, labels] of the whole data set in its order, padded with -1.
         per_class: Number of classes, to count each by itself.
+        means: Names of further numbers (N,) that `forward` returns, of which the 'mean' is taken.
         after_batch: Called after each batch.
 
     Returns:
@@ -107,6 +130,7 @@ def evaluate(
         real_labels = real_labels.to(device)
     limit = evaluation_sample_limit(loader)
     tallies = {name: Tally(device, limit, real_labels is not None, per_class) for name in names}
+    averages = {name: Mean(device) for name in means}
     seen = 0
     for input, target in loader:
         with autocast():
@@ -114,10 +138,12 @@ def evaluate(
         labels = None if real_labels is None else real_labels[seen:seen + len(target)]
         for name, tally in tallies.items():
             tally.update(logits[name], target, labels)
+        for name, average in averages.items():
+            average.update(logits[name][:len(target) if limit is None else max(0, limit - seen)])
         seen += len(target)
         if after_batch is not None:
             after_batch()
-    results = {name: tally.compute(distributed) for name, tally in tallies.items()}
+    results = {name: tally.compute(distributed) for name, tally in {**tallies, **averages}.items()}
     if distributed and isinstance(loader.dataset, IterableDataset):
         _check_count(results[names[0]]['images'], loader)
     return results
@@ -158,9 +184,23 @@ def gate_accuracies(task: PairTask, loader, device, autocast: Callable, distribu
     return {name: results[name]['top1'] for name in names}
 
 
+def likenesses(pair) -> list[str]:
+    """Return the names of what the branches of a pair have in common, as `pair_figures` gives it."""
+    return ['agreement', *['alignment'] * (pair.affine is not None)] if len(pair.sides) > 1 else []
+
+
+def pair_figures(model: Any, sides: Sequence[str], project: bool, input: Any) -> dict[Hashable, torch.Tensor]:
+    """Return the logits of `pair_logits`, and what the branches have in common (`likeness`)."""
+    output = model(input, project=project)
+    return {**_logits(output, sides), **likeness(output)}
+
+
 def pair_logits(model: Any, sides: Sequence[str], input: Any) -> dict[Hashable, torch.Tensor]:
     """Return the logits [N, classes] of each branch of a pair, and of two branches' averaged probabilities ('ens')."""
-    output = model(input, project=False)
+    return _logits(model(input, project=False), sides)
+
+
+def _logits(output: PairOutput, sides: Sequence[str]) -> dict[Hashable, torch.Tensor]:
     logits: dict[Hashable, torch.Tensor] = {side: getattr(output, f'logits_{side}').float() for side in sides}
     if len(sides) > 1:
         # Logarithms of the averaged probabilities: as logits they give these probabilities again.

@@ -19,8 +19,8 @@ from ..errors import RunError
 from ..options.train import resume_command
 from .control import GIVE_UP, GO_ON, SAVE, STOP, Stopped
 from .device import agreement, from_all
-from .evaluate import evaluate, gate_accuracies, outputs_of, pair_logits
-from .log import Clock, epoch_costs, epoch_line, epoch_terms, log_result, save_images, write_summary
+from .evaluate import evaluate, gate_accuracies, likenesses, outputs_of, pair_figures
+from .log import Clock, epoch_costs, epoch_line, epoch_terms, log_result, save_images, stage_of, write_summary
 from .optim import branch_lrs
 from .resume import run_state
 from .run import Run
@@ -75,6 +75,7 @@ def train_one_epoch(run: Run) -> int:
     run.task.train()
     run.optimizer.zero_grad()
     for _, *batch in clock.watch(loader.epoch(progress.epoch, first_batch)):
+        watch(run)
         stepped = run.update(progress, *batch)
         progress.skipped = skipped + loader.skipped
         if stepped:
@@ -85,7 +86,7 @@ def train_one_epoch(run: Run) -> int:
         if stepped:
             is_last = progress.batch == len(loader)
             run.tell('updated')
-            look(run, clock, batch[0], is_last)
+            look(run, clock, batch[0])
             decision = decide(run)
             if not is_last:
                 heed(run, decision)
@@ -97,18 +98,30 @@ def train_one_epoch(run: Run) -> int:
     return decision
 
 
-def look(run: Run, clock: Clock, input: torch.Tensor, is_last: bool) -> None:
+def watch(run: Run) -> None:
+    """Have the update of the next batch measured, if it is one to be logged."""
+    asked, done = run.options.run, run.progress.batch // run.options.optimizer.grad_accum_steps
+    terms = asked.log_grad_terms and (run.progress.epoch * run.updates_per_epoch + done) % asked.log_grad_terms == 0
+    looked_at = terms or done % asked.log_interval == 0 or done + 1 == run.updates_per_epoch
+    run.update.measures = run.saver is not None and looked_at
+    run.update.measures_terms = run.update.measures and bool(terms)
+
+
+def look(run: Run, clock: Clock, input: torch.Tensor) -> None:
     """Log an update, if it is one to be logged: here alone the host waits for the device."""
-    update = (run.progress.batch - 1) // run.options.optimizer.grad_accum_steps
-    if run.saver is None or not (is_last or update % run.options.run.log_interval == 0):
+    if not run.update.measures:
         return
     seconds, waited = clock.averages()
+    criterion = run.task.criterion
     run.tell('log', {
         **run.update.read(run.progress),
+        **{f'weight_{term.name.removesuffix("_loss")}': criterion.weight_of(term) for term in criterion.all_terms},
         **{f'lr_{side}': lr for side, lr in branch_lrs(run.optimizer).items()},
         'images_per_second': run.options.loader.batch_size * run.processes.world_size / seconds,
         'seconds': seconds,
         'data_seconds': waited,
+        **({'stage': stage} if (stage := stage_of(run)) else {}),
+        **({'memory': torch.cuda.max_memory_allocated() / 2**20} if run.device.type == 'cuda' else {}),
     })
     if run.options.run.save_images:
         save_images(run, input)
@@ -242,17 +255,19 @@ def validate(run: Run) -> dict[str, Any]:
     for ema in (False, True)[:1 + run.evaluates_ema]:
         model: Any = run.task.get_eval_model(ema=ema)
         found = evaluate(
-            partial(pair_logits, model.eval(), run.pair.sides),
+            partial(pair_figures, model.eval(), run.pair.sides, run.pair.affine is not None),
             outputs_of(run.pair.sides),
             run.loader_eval,
             run.device,
             run.autocast,
             run.processes.distributed,
+            means=likenesses(run.pair),
             after_batch=run.control.watch if stream else lambda: heed(run, run.control.decide()),
         )
+        prefix = 'ema_' if ema else ''
         for output, figures in found.items():
-            prefix = 'ema_' if ema else ''
-            metrics.update((f'{prefix}{metric}_{output}', figures[metric]) for metric in ('loss', 'top1', 'top5'))
+            metrics.update((f'{prefix}{output}' if metric == 'mean' else f'{prefix}{metric}_{output}', figures[metric])
+                           for metric in ('mean', 'loss', 'top1', 'top5') if metric in figures)
     bad = [name for name, value in metrics.items() if 'loss' in name and not math.isfinite(value)]
     if bad:
         _logger.warning(f'Epoch {run.progress.epoch}: not finite: {", ".join(bad)}; it is no best epoch for them')

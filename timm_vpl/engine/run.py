@@ -22,7 +22,7 @@ from ..options.train import Options
 from . import models, optim
 from .checkpoint import Saver
 from .control import Control
-from .evaluate import outputs_of
+from .evaluate import likenesses, outputs_of
 from .resume import Start
 from .step import Progress, Update
 from .trained import create_teacher
@@ -131,6 +131,7 @@ class Run:
     def columns(self) -> list[str]:
         """Names of the evaluation metrics, as columns and for --eval-metric."""
         names = [f'{metric}_{name}' for name in outputs_of(self.pair.sides) for metric in ('loss', 'top1', 'top5')]
+        names += likenesses(self.pair)
         return ['top1', *names, *(f'ema_{name}' for name in names if self.evaluates_ema)]
 
     @property

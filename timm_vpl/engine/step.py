@@ -9,6 +9,7 @@ import torch
 
 from ..compat import found_bad
 from ..core.task import PairTask
+from .measures import gradient_norms, likeness, term_norms
 from .optim import only
 
 _logger = logging.getLogger('train')
@@ -69,6 +70,8 @@ class Update:
     skip: bool = False
     limit: int = 10
     error: str | None = field(default=None, init=False)  # why the run has to end
+    measures: bool = field(default=False, init=False)  # whether the next update is measured, for `read`
+    measures_terms: bool = field(default=False, init=False)  # likewise, the gradient of each of its terms
 
     def __post_init__(self):
         # Looks at gradients in one pass; some torch has no such kernel for MPS.
@@ -79,6 +82,7 @@ class Update:
         self._found: list[torch.Tensor] = []  # for each phase, whether a gradient is bad
         self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._last: torch.Tensor | None = None  # mean losses of the last update
+        self._measured: dict[str, torch.Tensor] = {}  # of the last update that was measured
         self._names: list[str] = []
         self._counts = self._row = self._longest = torch.zeros(0, device=device)
 
@@ -103,6 +107,8 @@ class Update:
                 with self.autocast():
                     result = self.task(input, target, sample_ids, phase=phase)
                 loss = result['loss'] / size
+                if is_last and self.measures:
+                    self._measure(result)
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
                 self._collect(result)
                 if is_last:
@@ -119,6 +125,13 @@ class Update:
                 (buffer, buffer.clone()) for name, buffer in self.task.trainable_module.named_buffers()
                 if 'running_' in name]
 
+    def _measure(self, result: dict[str, Any]):
+        means = {name: values.detach().mean() for name, values in likeness(result['output']).items()}
+        self._measured.update(means)
+        if self.measures_terms:
+            scale = 1. if self.scaler is None else self.scaler.scale(torch.ones((), device=self.task.device))
+            self._measured.update(term_norms(self.task, result, scale))
+
     def _collect(self, result: dict[str, Any]):
         for name, value in result.items():
             if name.endswith('loss'):
@@ -130,6 +143,8 @@ class Update:
         scaler = self.scaler or self._unit
         with only(self.optimizer, learners):
             scaler.unscale_(self.optimizer)
+            if self.measures:
+                self._measured.update(gradient_norms(self.task, learners))
             found = found_bad(scaler, self.optimizer) if self.scaler is None and scaler.is_enabled() else None
             if found is not None:
                 self._found.append(found)
@@ -166,14 +181,18 @@ class Update:
                 buffer.copy_(torch.where(left_out, before, buffer))
 
     def read(self, progress: Progress) -> dict[str, float]:
-        """Return the mean losses of the last update; say what is not finite, in `error` if the run has to end.
+        """Return the mean losses of the last update, and what was measured of one; the host waits for the device.
 
-        The host waits for the device.
+        What is not finite is said, in `error` if the run has to end.
         """
         if self._last is None:
             return {}
-        numbers = torch.cat([self._last, self._counts, self._longest]).tolist()
-        losses, counts, longest = numbers[:len(self._last)], numbers[len(self._last):-1], int(numbers[-1])
+        measured, self._measured = self._measured, {}
+        kept = (value.to(self._last).view(1) for value in measured.values())
+        parts = [self._last, self._counts, self._longest, *kept]
+        numbers = iter(torch.cat(parts).tolist())
+        losses, counts, [longest], *values = ([next(numbers) for _ in range(len(part))] for part in parts)
+        longest = int(longest)
         most = int(max(counts))
         if most:
             # What went bad first is bad most often.
@@ -188,4 +207,5 @@ class Update:
                 _logger.warning(f'{line}; {left_out} left out, at most {longest} in a row')
         self._counts.zero_()
         self._longest.copy_(self._row)
-        return dict(zip(self._names, losses, strict=False))
+        found = dict(zip(self._names, losses, strict=False))
+        return {**found, **{name: value for name, [value] in zip(measured, values, strict=True)}}

@@ -327,6 +327,9 @@ class Run(Output):
     deterministic: bool = option(
         False, 'let a GPU compute the same bits each time, at some cost', how=True, resume='warned', timm=ABSENT)
     log_interval: Count = option(50, 'updates between two log lines', how=True)
+    log_grad_terms: Whole = option(
+        0, 'updates between two measures of the gradient that each term gives each branch', shown='none', how=True,
+        timm=ABSENT)
     val_interval: Count = option(1, 'epochs between two validations', how=True, resume='warned')
     recovery_interval: Whole = option(0, 'updates between two recovery checkpoints', shown='none', how=True)
     recovery_minutes: NonNegative = option(
@@ -349,7 +352,9 @@ class Run(Output):
         'top1', 'what the best checkpoint is best in: top1 (mean of the branches) or a column of the summary',
         metavar='METRIC', how=True, resume='fixed')
     export: bool = option(True, 'export each branch, from its best epoch, at the end of the run', how=True, timm=ABSENT)
-    log_wandb: bool = option(False, 'log to Weights & Biases', how=True)
+    log_tensorboard: bool = option(
+        False, 'write TensorBoard event files to the folder of the run (extra: tensorboard)', how=True, timm=ABSENT)
+    log_wandb: bool = option(False, 'log to Weights & Biases (extra: wandb)', how=True)
     wandb_project: str | None = option(None, 'name of the project there', metavar='NAME', how=True, idle=(_NO_WANDB,))
     wandb_tags: tuple[str, ...] = option((), 'tags of the run there', metavar='TAG', how=True, idle=(_NO_WANDB,))
     wandb_resume_id: str = option('', 'run to continue there', metavar='ID', how=True, recipe=False, idle=(_NO_WANDB,))

@@ -1,0 +1,58 @@
+"""What is measured of an update that is looked at: its gradients, and how far the branches agree."""
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..core.pair import PairOutput
+from ..core.task import PairTask
+
+
+def _norm(gradients: Iterable[torch.Tensor | None]) -> torch.Tensor:
+    """Return the norm of gradients taken as one vector; None is zero."""
+    norms = [gradient.float().norm() for gradient in gradients if gradient is not None]
+    return torch.stack(norms).norm() if norms else torch.zeros(())
+
+
+def gradient_norms(task: PairTask, sides: str) -> dict[str, torch.Tensor]:
+    """Return the norm of each branch's gradient, `grad_norm_SIDE`, of the branches that learn in a phase."""
+    return {
+        f'grad_norm_{side}': _norm(parameter.grad for parameter in parameters)
+        for side, parameters in task.clip_groups().items() if side in sides}
+
+
+def term_norms(task: PairTask, result: dict[str, Any], scale: torch.Tensor | float = 1.) -> dict[str, torch.Tensor]:
+    """Return the norm of the gradient that each weighted term gives each branch, `grad_TERM_SIDE`.
+
+    It is that of this process's batch. Each term and branch costs a backward pass.
+
+    Args:
+        task: The task.
+        result: What it returned for the batch, with its graph.
+        scale: Factor that keeps gradients of half precision from vanishing.
+    """
+    found = {}
+    for term in task.criterion.active_terms():
+        value = result.get(term.name)
+        if value is None or not value.requires_grad:
+            continue
+        weighted = value * (task.criterion.weight_of(term) * scale)
+        for side, parameters in task.clip_groups().items():
+            learning = [parameter for parameter in parameters if parameter.requires_grad]
+            gradients = torch.autograd.grad(weighted, learning, retain_graph=True, allow_unused=True)
+            found[f'grad_{term.name.removesuffix("_loss")}_{side}'] = _norm(gradients) / scale
+    return found
+
+
+def likeness(output: PairOutput) -> dict[str, torch.Tensor]:
+    """Return for each image (N,) what two branches have in common, as far as the output tells.
+
+    `agreement` is 100 where both predict the same class, else 0; `alignment` the cosine of the two embeddings.
+    """
+    found = {}
+    if output.logits_a is not None and output.logits_b is not None:
+        found['agreement'] = 100. * (output.logits_a.argmax(dim=-1) == output.logits_b.argmax(dim=-1))
+    if output.embed_a is not None and output.embed_b is not None and output.embed_a.shape == output.embed_b.shape:
+        found['alignment'] = F.cosine_similarity(output.embed_a.float(), output.embed_b.float(), dim=-1)
+    return found
