@@ -143,7 +143,8 @@ def evaluate(
         seen += len(target)
         if after_batch is not None:
             after_batch()
-    results = {name: tally.compute(distributed) for name, tally in {**tallies, **averages}.items()}
+    results = {name: tally.compute(distributed) for name, tally in tallies.items()}
+    results.update((name, average.compute(distributed)) for name, average in averages.items())
     if distributed and isinstance(loader.dataset, IterableDataset):
         _check_count(results[names[0]]['images'], loader)
     return results
@@ -192,7 +193,9 @@ def likenesses(pair) -> list[str]:
 def pair_figures(model: Any, sides: Sequence[str], project: bool, input: Any) -> dict[Hashable, torch.Tensor]:
     """Return the logits of `pair_logits`, and what the branches have in common (`likeness`)."""
     output = model(input, project=project)
-    return {**_logits(output, sides), **likeness(output)}
+    figures = _logits(output, sides)
+    figures.update(likeness(output))
+    return figures
 
 
 def pair_logits(model: Any, sides: Sequence[str], input: Any) -> dict[Hashable, torch.Tensor]:
