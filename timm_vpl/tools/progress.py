@@ -56,7 +56,7 @@ class Bars:
         """Show the mean losses of an update, the pace, and the time that is left."""
         waiting = 100 * figures['data_seconds'] / figures['seconds']
         self._epoch.set_postfix_str(
-            f'{figures["images_per_second"]:.0f} images/s, data {waiting:.0f} %  {_terms(figures)}', refresh=False)
+            f'{figures["images_per_second"]:.0f} images/s, data {waiting:.0f} %  {_terms(figures)}')
         self._show_left(run)
 
     def validated(self, run, row: dict[str, Any]) -> None:
