@@ -1,6 +1,5 @@
 """Loaders: torch's, with timm's transforms, mixup and prefetching; every draw is seeded by its place in the run."""
 import copy
-import logging
 import multiprocessing
 import os
 import signal
@@ -19,13 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from ..compat import guard_posterize
 from ..core.processes import Processes
 from ..errors import UsageError
-from ..options.parser import show
 from ..options.sections import Loader
 from ..options.train import Options
 from .images import Images, Split, StreamImages
 from .order import SeededCollate, SeededDataset, SeededErasing, SeededSampler
-
-_logger = logging.getLogger('train')
 
 
 def init_worker(worker_id: int) -> None:
@@ -230,12 +226,9 @@ class PairEvalLoader:
 
 def create_eval_loaders(loader: Loader, images: Split, configs: dict[str, dict], processes: Processes):
     """Create the validation loader of a pair, one for both where the branches' images are prepared alike."""
-    first, last = list(configs.values())[0], list(configs.values())[-1]
-    differing = [key for key, value in first.items() if value != last[key]]
-    if not differing:
+    first, *others = configs.values()
+    if all(config == first for config in others):
         return create_eval_loader(loader, images, first, processes)
-    _logger.info('Validation reads each image twice, as the branches want other images: ' + ', '.join(
-        f'{key} {show(first[key])} and {show(last[key])}' for key in differing))
     return PairEvalLoader({
         side: create_eval_loader(loader, images, config, processes) for side, config in configs.items()})
 

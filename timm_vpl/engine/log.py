@@ -14,6 +14,7 @@ import torchvision
 
 from ..errors import first_line
 from ..files import replacing
+from ..options.parser import show
 from .evaluate import outputs_of
 from .optim import learning_rates
 from .step import Progress
@@ -57,6 +58,10 @@ def log_plan(run) -> None:
         _logger.info(
             f'Branch {side}: {options.branches[side].model}, {count / 1e6:.2f} M parameters, LR {lrs[side]:.3g}, '
             f'images {" x ".join(map(str, run.configs[side]["input_size"]))}')
+    first, last = (run.configs[side] for side in (run.pair.sides[0], run.pair.sides[-1]))
+    differing = [f'{key} {show(value)} and {show(last[key])}' for key, value in first.items() if value != last[key]]
+    if differing:
+        _logger.info(f'Validation reads each image twice, as the branches want other images: {", ".join(differing)}')
     if run.pair.affine is not None:
         _logger.info(
             f'Affine layer on side {run.pair.affine_side}: {run.pair.affine.in_features} -> '

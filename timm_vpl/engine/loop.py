@@ -237,10 +237,15 @@ def try_validation(run: Run) -> None:
     first = replace(images, reader=Part(images.reader, range(count)))
     batches = create_eval_loaders(replace(loader, workers=0), first, run.configs, Processes(run.device))
     with agreement(run.processes), torch.random.fork_rng(devices=[]):
-        model: Any = run.task.get_eval_model()
-        evaluate(
-            partial(pair_logits, model.eval(), run.pair.sides), outputs_of(run.pair.sides), batches, run.device,
-            run.autocast)
+        evaluate_pair(run, batches)
+
+
+def evaluate_pair(run: Run, loader: Any, ema: bool = False, **kwargs: Any) -> dict[Any, dict[str, Any]]:
+    """Evaluate the pair, or its EMA, in one pass over a loader; `kwargs` are further arguments of `evaluate`."""
+    model: Any = run.task.get_eval_model(ema=ema)
+    return evaluate(
+        partial(pair_figures, model.eval(), run.pair.sides, run.pair.affine is not None),
+        outputs_of(run.pair.sides), loader, run.device, run.autocast, means=likenesses(run.pair), **kwargs)
 
 
 def validate(run: Run) -> dict[str, Any]:
@@ -253,17 +258,9 @@ def validate(run: Run) -> dict[str, Any]:
     stream = isinstance(run.loader_eval.dataset, IterableDataset)
     metrics: dict[str, Any] = {}
     for ema in (False, True)[:1 + run.evaluates_ema]:
-        model: Any = run.task.get_eval_model(ema=ema)
-        found = evaluate(
-            partial(pair_figures, model.eval(), run.pair.sides, run.pair.affine is not None),
-            outputs_of(run.pair.sides),
-            run.loader_eval,
-            run.device,
-            run.autocast,
-            run.processes.distributed,
-            means=likenesses(run.pair),
-            after_batch=run.control.watch if stream else lambda: heed(run, run.control.decide()),
-        )
+        found = evaluate_pair(
+            run, run.loader_eval, ema, distributed=run.processes.distributed,
+            after_batch=run.control.watch if stream else lambda: heed(run, run.control.decide()))
         prefix = 'ema_' if ema else ''
         for output, figures in found.items():
             metrics.update((f'{prefix}{output}' if metric == 'mean' else f'{prefix}{metric}_{output}', figures[metric])
