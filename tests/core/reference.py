@@ -20,22 +20,24 @@ def soft_targets(target, num_classes, smoothing=0.):
             for label in target.tolist()]
 
 
-def ce(logits, target, smoothing=0.):
-    """Eq. 1-2: cross-entropy."""
+def ce(logits, target, smoothing=0., weights=None):
+    """Eq. 1-2: cross-entropy; each class may have a weight."""
+    weights = [1.] * logits.shape[1] if weights is None else weights
     total = 0.
     for row, label in zip(logits.unbind(), soft_targets(target, logits.shape[1], smoothing), strict=True):
-        for y, log_p in zip(label, log_softmax(row), strict=True):
-            total = total - y * log_p
+        for w, y, log_p in zip(weights, label, log_softmax(row), strict=True):
+            total = total - w * y * log_p
     return total / len(logits)
 
 
-def binary_ce(logits, target, smoothing=0.):
-    """Mean binary cross-entropy over images and classes."""
+def binary_ce(logits, target, smoothing=0., weights=None):
+    """Mean binary cross-entropy over images and classes, each of which may have a weight."""
+    weights = [1.] * logits.shape[1] if weights is None else weights
     total = 0.
     for row, label in zip(logits.unbind(), soft_targets(target, logits.shape[1], smoothing), strict=True):
-        for y, z in zip(label, row.unbind(), strict=True):
+        for w, y, z in zip(weights, label, row.unbind(), strict=True):
             p = 1 / (1 + torch.exp(-z))
-            total = total - y * torch.log(p) - (1 - y) * torch.log(1 - p)
+            total = total - w * (y * torch.log(p) + (1 - y) * torch.log(1 - p))
     return total / logits.numel()
 
 

@@ -13,11 +13,13 @@ import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
 
 from timm_vpl import PairOutput, StagedLoss, VPLLoss
+from timm_vpl.core.losses import WeightedCrossEntropy
 from timm_vpl.core.terms import Term, base_term, kl_loss, submodel_loss, token_loss
 
 TERMS = ('ce_a_loss', 'ce_b_loss', 'contrastive_loss', 'kl_loss')
 LEAVES = ('logits_a', 'logits_b', 'embed_a', 'embed_b', 'stopped_a', 'stopped_b')
 SIDES = ('a', 'b', 'both')
+WEIGHTS = torch.tensor([0.5, 2., 0., 1., 4.])
 ONE_STAGE = {'epochs': 10, 'x': 0, 'y': 0}
 
 
@@ -218,6 +220,11 @@ def test_zero_weight_turns_a_term_off(off, weights):
     ('smoothing', LabelSmoothingCrossEntropy(0.1), lambda z, y: reference.ce(z, y, 0.1)),
     ('bce', BinaryCrossEntropy(0.1), lambda z, y: reference.binary_ce(z, y, 0.1)),
     ('bce soft', BinaryCrossEntropy(0.1), lambda z, y: reference.binary_ce(z, y, 0.1)),
+    ('weights', WeightedCrossEntropy(WEIGHTS), lambda z, y: reference.ce(z, y, 0., WEIGHTS.tolist())),
+    ('weights smooth', WeightedCrossEntropy(WEIGHTS, 0.1), lambda z, y: reference.ce(z, y, 0.1, WEIGHTS.tolist())),
+    ('weights soft', WeightedCrossEntropy(WEIGHTS), lambda z, y: reference.ce(z, y, 0., WEIGHTS.tolist())),
+    ('bce weights', BinaryCrossEntropy(0.1, weight=WEIGHTS), lambda z, y: reference.binary_ce(
+        z, y, 0.1, WEIGHTS.tolist())),
     ('function', lambda z, y: (z * z).mean(), lambda z, y: (z * z).sum() / z.numel()),
 ])
 def test_base_loss_serves_both_branches(name, base_loss, loop):

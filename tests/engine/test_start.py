@@ -76,6 +76,7 @@ def test_a_hub_out_of_reach_is_told_at_once(tmp_path, capsys, monkeypatch, caplo
 
 
 def test_validation_is_tried_before_the_first_epoch(digits_folder, tmp_path, capsys, caplog):
+    caplog.set_level('INFO')
     data = shutil.copytree(digits_folder, tmp_path / 'data')
     for path in (data / 'validation').rglob('*.png'):
         path.write_bytes(b'no image')
@@ -86,12 +87,13 @@ def test_validation_is_tried_before_the_first_epoch(digits_folder, tmp_path, cap
 
 
 def test_export_is_tried_before_the_first_epoch(digits_folder, tmp_path, capsys, caplog, monkeypatch):
+    caplog.set_level('INFO')
     monkeypatch.setitem(METHODS, 'my own', METHODS['vpl'])  # no name of a folder
     argv = [digits_folder, *PAIR, *SMALL, '--method', 'my own', '--output', tmp_path / 'output']
     line = error_line(capsys, *argv, '--export')
     assert 'expected at most 96 letters' in line and line.endswith('; --no-export trains without an export')
     assert 'Train:' not in caplog.text
-    assert status_of(train, [*argv, '--epochs', '1']) == 0
+    assert status_of(train, [*argv, '--epochs', '1']) == 0 and 'Train:' in caplog.text
 
 
 @pytest.mark.parametrize('workers', ['0', '2'])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
@@ -33,6 +34,34 @@ def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         raise ValueError(f'target has shape {tuple(target.shape)} and type {target.dtype}, expected class indices '
                          f'{tuple(logits.shape[:1])} or distributions {tuple(logits.shape)}')
     return F.cross_entropy(logits, target.to(logits.dtype) if target.is_floating_point() else target)
+
+
+class WeightedCrossEntropy(nn.Module):
+    """Cross-entropy whose classes have weights, as a base loss: the mean over the images, also of hard labels.
+
+    L = -1/N sum_i sum_j w_j y_ij log softmax(z_i)_j,  y smoothed: (1 - s) y_ij + s / C
+
+    torch's CrossEntropyLoss with `weight` divides by N for soft targets, but by the sum of w for class indices: then
+    the mean over processes would not be the loss of the whole batch.
+
+    Args:
+        weight: w (C,).
+        smoothing: s.
+    """
+
+    def __init__(self, weight: torch.Tensor, smoothing: float = 0.):
+        super().__init__()
+        self.register_buffer('weight', weight)
+        self.smoothing = smoothing
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(
+            logits,
+            target.to(logits.dtype) if target.is_floating_point() else target,
+            self.get_buffer('weight').to(logits.dtype),
+            reduction='none',
+            label_smoothing=self.smoothing,
+        ).mean()
 
 
 def kl_divergence(logits: torch.Tensor, reference: torch.Tensor, rho: float = 1.0) -> torch.Tensor:

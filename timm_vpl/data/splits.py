@@ -9,8 +9,10 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data.readers.class_map import load_class_map
+from timm.loss import load_class_weights
 
 from ..errors import UsageError, first_line
 from ..options.sections import Source
@@ -84,16 +86,54 @@ def split_card(dataset: Split) -> dict[str, Any]:
         'images', a number or None; 'classes', the images of each in the order of their indices; 'not_read', the number
         of files by the reason why, or by their ending.
     """
-    reader, names, classes = dataset.reader, class_names(dataset), {}
-    targets = np.asarray(getattr(reader, 'targets', ()))
-    if targets.ndim == 1 and targets.dtype.kind in 'iu':
-        counts = np.bincount(targets, minlength=len(names or ())).tolist()
-        classes = dict(zip(names or map(str, range(len(counts))), counts, strict=False))
+    reader, names = dataset.reader, class_names(dataset)
+    counts = _class_counts(dataset, len(names or ()))
+    classes = dict(zip(names or map(str, range(len(counts))), counts, strict=False))
     return {
         'images': reader.num_samples if dataset.source.is_stream else len(dataset),
         'classes': classes,
         'not_read': dict(getattr(reader, 'not_read', {})),
     }
+
+
+def class_weights(asked: str, train: Split) -> torch.Tensor:
+    """Return a weight for each class, float32, as --class-weights asks, and log their range.
+
+    Args:
+        asked: 'balanced', N / (C n_c) of C classes with n_c of the N images, so that the mean over the images is 1; or
+            a file of numbers, with commas or blanks between them, or timm's JSON.
+        train: The training images; their `num_classes` is known.
+
+    Raises:
+        UsageError: A class has no image, the data do not tell, or a file that does not hold the weights.
+    """
+    where, number = f'--class-weights {asked}', train.num_classes or 0
+    names = class_names(train) or []
+    names += map(str, range(len(names), number))
+    if asked == 'balanced':
+        counts = _class_counts(train, number)
+        if not any(counts):
+            raise UsageError(f'{where}: the data set does not tell the images of each class; a file gives weights')
+        if 0 in counts:
+            raise UsageError(f'{where}: class {names[counts.index(0)]} has no training image')
+        weights = torch.tensor([sum(counts) / (number * count) for count in counts])
+    else:
+        try:
+            weights = torch.atleast_1d(torch.as_tensor(load_class_weights(asked)))
+        except (ArithmeticError, OSError, RuntimeError, TypeError, ValueError) as e:
+            raise UsageError(f'{where}: {first_line(e)}') from e
+        if len(weights) != number:
+            raise UsageError(f'{where}: {len(weights)} weights, the data has {number} classes')
+    least, most = int(weights.argmin()), int(weights.argmax())
+    _logger.info(one_line(f'{where}: {weights[least]:.3g} ({names[least]}) to {weights[most]:.3g} ({names[most]})'))
+    return weights
+
+
+def _class_counts(dataset: Split, number: int) -> list[int]:
+    """Return the images of at least so many classes; [] or zeros where the data set does not tell."""
+    targets = np.asarray(getattr(dataset.reader, 'targets', ()))
+    known = targets.ndim == 1 and targets.dtype.kind in 'iu'
+    return np.bincount(targets, minlength=number).tolist() if known else []
 
 
 def _log_card(where, split, card):

@@ -21,6 +21,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from ..compat import let_scaler_skip
 from ..core.criterion import StagedLoss
+from ..core.losses import WeightedCrossEntropy
 from ..core.methods import METHODS, Setting
 from ..core.pair import PairWrapper
 from ..core.seeding import seed_all
@@ -182,12 +183,14 @@ def create_criterion(
         student: str | None = None,
         num_classes: int = 0,
         width: Callable[[str, str], int] = lambda side, feature: 0,
+        class_weights: torch.Tensor | None = None,
 ) -> StagedLoss:
     """Create the criterion of --method, on timm's classification loss.
 
     Args:
         epochs: Number of epochs that the learning rate scheduler runs.
         device: Where the loss is computed.
+        class_weights: Weight of each class in the labels' loss.
     """
     asked, base_loss = options.augmentation, None
     if asked.bce_loss or METHODS[options.method].bce:
@@ -197,8 +200,11 @@ def create_criterion(
             soft_targets=asked.mixes,
             bce_target_thresh=asked.bce_target_thresh,
             bce_sum=asked.bce_sum,
+            class_weight=class_weights,
             pos_weight=asked.bce_pos_weight,
         )
+    elif class_weights is not None:
+        base_loss = WeightedCrossEntropy(class_weights, 0. if asked.mixes else asked.smoothing)
     elif asked.smoothing and not asked.mixes:
         base_loss = create_classification_loss('ce', smoothing=asked.smoothing)
     if base_loss is not None:

@@ -16,7 +16,7 @@ from ..core.task import PairTask
 from ..data.identity import data_identity
 from ..data.images import Split
 from ..data.loaders import create_eval_loaders, create_train_loader
-from ..data.splits import create_split, resolve_classes, withhold
+from ..data.splits import class_weights, create_split, resolve_classes, withhold
 from ..errors import UsageError
 from ..options.train import Options
 from . import models, optim
@@ -63,13 +63,15 @@ class Run:
         pair = models.create_pair(options, self.configs, num_classes, processes, teacher)
         models.check_pretrained_classes(options, pair, self.class_names)
         train, gate = _gate_images(options, train)
+        asked = options.augmentation.class_weights
+        self.class_weights = class_weights(asked, train) if asked else None  # float32, of the base terms
         self.loader_train = create_train_loader(options, train, data_config, num_classes, processes)
         self.loader_eval = create_eval_loaders(options.loader, held_out, self.configs, processes)
         self.updates_per_epoch = math.ceil(len(self.loader_train) / options.optimizer.grad_accum_steps)
         criterion = optim.create_criterion(
             options, optim.schedule_epochs(options, self.updates_per_epoch), processes.device,
             models.student_of(options, {side: pair.branch(side) for side in pair.sides}), num_classes,
-            models.feature_width(pair, teacher, self.configs))
+            models.feature_width(pair, teacher, self.configs), self.class_weights)
         # Images by which terms with a gate compare the branches.
         gate_configs = {**self.configs, 'teacher': data_config} if teacher else self.configs
         self.loader_gate = create_eval_loaders(

@@ -161,6 +161,10 @@ def _create_output_dir(run, data_config, recipe) -> str:
         if start.path and not options.run.experiment:
             _logger.info(f'New folder {output_dir}: --output and --experiment continue in the old one')
         contents = {'train': split_card(run.loader_train.images), 'validation': split_card(run.loader_eval.dataset)}
+        if run.class_weights is not None:
+            names = run.class_names or map(str, range(run.pair.num_classes))
+            weights = [round(weight, 6) for weight in run.class_weights.tolist()]
+            contents['train']['class_weights'] = dict(zip(names, weights, strict=False))
         data = {**run.data, 'contents': contents}
         environments = _environments(output_dir) if start.path else []
         now = environment(run.device)

@@ -60,6 +60,8 @@ def _check_run(options: 'Options') -> None:
     run = options.run
     files = {f'{name}_{side}': getattr(branch, name) for side, branch in options.branches.items()
              for name in ('initial_checkpoint', 'pretrained_path')}
+    if options.augmentation.class_weights != 'balanced':
+        files['class_weights'] = options.augmentation.class_weights
     for dest, path in {**files, 'resume': '' if is_auto(run.resume) else run.resume}.items():
         if path and not os.path.isfile(path):
             raise UsageError(f'{flag_of(dest)} {path}: no such file')

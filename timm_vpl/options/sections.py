@@ -266,6 +266,10 @@ class Augmentation:
         'batch', 'one mix a batch, a pair of images or an image', choices=('batch', 'pair', 'elem'), idle=(_NO_MIXUP,))
     mixup_off_epoch: Whole = option(0, 'epoch from which mixup and cutmix are off', shown='never', idle=(_NO_MIXUP,))
     smoothing: BelowOne = option(0.1, 'label smoothing')
+    class_weights: str | None = option(
+        None, "weights of the classes in the labels' loss, not in the terms between networks: balanced, images / "
+        "(classes * images of the class), or a file of one number a class, in the classes' order",
+        metavar='FILE', resume='fixed')
     train_interpolation: str = option(
         'random', 'interpolation of training images', choices=('random', *INTERPOLATIONS), metavar='NAME')
 

@@ -179,6 +179,7 @@ def _recipe(args: dict[str, Any]) -> dict[str, Any]:
     """Return the options that say what was trained, without the files of a machine."""
     entries = build_parser().entries
     return {
-        key: _source(value) if key in ('model_a', 'model_b') else value
+        key: _source(value) if key in ('model_a', 'model_b')
+        else os.path.basename(str(value)) if key == 'class_weights' else value
         for key, value in args.items()
         if key in entries and entries[key].in_card and (key == 'seed' or value != entries[key].default)}

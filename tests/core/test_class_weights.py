@@ -1,0 +1,134 @@
+"""Weights of classes: from the counts or a file, in the labels' loss alone, the same on one process and on two."""
+import json
+
+import pytest
+import reference
+import torch
+import yaml
+from runs import PAIR, SMALL, error_line, last, rows, run, torchrun
+
+from timm_vpl import PairOutput
+from timm_vpl.core.methods import METHODS
+from timm_vpl.data.splits import class_weights, create_split
+from timm_vpl.engine.optim import create_criterion
+from timm_vpl.options.train import parse_args
+
+COUNTS = {'class0': 12, 'class1': 2, 'class2': 4, 'class3': 6}
+BALANCED = [24 / (4 * count) for count in COUNTS.values()]
+
+
+@pytest.fixture
+def imbalanced(digits_folder, tmp_path):
+    """The digits with fewer training images of some classes."""
+    data = tmp_path / 'imbalanced'
+    (data / 'train').mkdir(parents=True)
+    (data / 'validation').symlink_to(digits_folder / 'validation')
+    images = sorted(digits_folder.glob('train/*/*.png'))
+    for name, count in COUNTS.items():
+        (data / 'train' / name).mkdir()
+        own = [path for path in images if path.parent.name == name]
+        for i in range(count):
+            (data / 'train' / name / f'{i}.png').symlink_to(own[i % len(own)])
+    return data
+
+
+def split_of(data, num_classes=4):
+    dataset = create_split(parse_args([str(data), *PAIR]).data, 'train', 3)
+    dataset.num_classes = num_classes
+    return dataset
+
+
+def test_balanced(imbalanced, tmp_path):
+    weights = class_weights('balanced', split_of(imbalanced))
+    assert weights.dtype == torch.float32 and weights.tolist() == pytest.approx(BALANCED)
+    assert sum(w * count for w, count in zip(weights.tolist(), COUNTS.values(), strict=True)) == pytest.approx(24)
+
+
+@pytest.mark.parametrize('name, text', [
+    ('w.txt', '2\n0.5\n0\n1e0\n'), ('w.csv', '2, 0.5,0, 1'), ('w.json', json.dumps({'class_weight': [2, 0.5, 0, 1]}))])
+def test_files(name, text, imbalanced, tmp_path):
+    (tmp_path / name).write_text(text)
+    assert class_weights(str(tmp_path / name), split_of(imbalanced)).tolist() == [2, 0.5, 0, 1]
+
+
+@pytest.mark.parametrize('text, words', [
+    (None, 'no such file'), ('1 1 1', '3 weights, the data has 4 classes'), ('1', '1 weights, the data has 4 classes'),
+    ('1 1 1 -1', 'must be finite and non-negative'), ('1 1 1 nan', 'must be finite and non-negative'),
+    ('1 1 1 x', "'x'"), ('', 'non-empty'), ('\x80', ''),
+])
+def test_files_that_hold_no_weights(text, words, imbalanced, tmp_path, capsys):
+    path = tmp_path / 'w.txt'
+    if text is not None:
+        path.write_bytes(text.encode('latin-1'))
+    line = error_line(capsys, imbalanced, *PAIR, *SMALL, '--class-weights', path, '--output', tmp_path / 'output')
+    assert line.startswith(f'--class-weights {path}: ') and words in line and not (tmp_path / 'output').exists()
+
+
+def test_classes_that_can_not_be_balanced(imbalanced, tmp_path, capsys):
+    argv = [imbalanced, *PAIR, *SMALL, '--class-weights', 'balanced']
+    assert error_line(capsys, *argv, '--num-classes', '5') == (
+        '--class-weights balanced: class 4 has no training image')
+    dataset = split_of(imbalanced)
+    del dataset.reader.targets, dataset.reader.samples
+    with pytest.raises(Exception, match='does not tell the images of each class; a file gives weights'):
+        class_weights('balanced', dataset)
+
+
+@pytest.mark.parametrize('method, options', [
+    ('vpl', []), ('vpl', ['--bce-loss']), ('vpl', ['--mixup', '0.2']), ('dml', []), ('cosub', ['--drop-path', '0.1'])])
+def test_only_the_labels_loss_has_weights(method, options, imbalanced):
+    models = PAIR if 2 in METHODS[method].models else PAIR[2:]
+    asked = parse_args([str(imbalanced), *models, '--method', method, '--epochs', '10', *options])
+    generator = torch.Generator().manual_seed(0)
+    logits_a, logits_b, embed_a, embed_b = (
+        torch.randn(6, 4, generator=generator, dtype=torch.float64) for _ in range(4))
+    target = torch.tensor([0, 1, 1, 2, 3, 0])
+    if '--mixup' in options:
+        target = torch.rand(6, 4, generator=generator, dtype=torch.float64).softmax(1)
+    found = []
+    for weights in (None, torch.tensor(BALANCED)):
+        criterion = create_criterion(asked, 10, torch.device('cpu'), num_classes=4, class_weights=weights)
+        criterion.set_epoch(5)
+        found.append(criterion.terms(PairOutput(logits_a, logits_b, embed_a, embed_b), target))
+    plain, weighted = found
+    loss = reference.binary_ce if '--bce-loss' in options or method == 'cosub' else reference.ce
+    smoothing = 0. if '--mixup' in options else 0.1
+    assert len(plain) > 3
+    for name in plain.keys() - {'loss'}:
+        if name.startswith('ce_'):
+            logits = logits_a if name == 'ce_a_loss' else logits_b
+            assert weighted[name].item() == pytest.approx(
+                loss(logits, target, smoothing, torch.tensor(BALANCED).tolist()).item(), rel=1e-6)
+        else:
+            assert torch.equal(weighted[name], plain[name])
+
+
+def test_a_run_with_weights(imbalanced, tmp_path, caplog, capsys):
+    caplog.set_level('INFO')
+    options = ['--class-weights', 'balanced', '--epochs', '1']
+    folder = run(imbalanced, tmp_path, *options, name='balanced')
+    assert '--class-weights balanced: 0.5 (class0) to 3 (class1)' in caplog.text
+    data = yaml.safe_load((folder / 'data.yaml').read_text())
+    assert data['contents']['train']['class_weights'] == pytest.approx(dict(zip(COUNTS, BALANCED, strict=True)))
+    assert yaml.safe_load((folder / 'args.yaml').read_text())['class_weights'] == 'balanced'
+    plain = run(imbalanced, tmp_path, '--epochs', '1', name='plain')
+    assert rows(folder)[0]['train_ce_a_loss'] != rows(plain)[0]['train_ce_a_loss']
+    (tmp_path / 'w.txt').write_text(' '.join(map(str, BALANCED)))
+    file = run(imbalanced, tmp_path, '--class-weights', str(tmp_path / 'w.txt'), '--epochs', '1', name='file')
+    assert all(torch.equal(value, last(file)['state_dict'][key]) for key, value in last(folder)['state_dict'].items())
+    line = error_line(capsys, imbalanced, *PAIR, *SMALL, '--epochs', '1', '--resume', folder)
+    assert '--class-weights balanced before, now none' in line
+
+
+def test_weights_on_two_processes(imbalanced, tmp_path):
+    # As `test_two_processes_train_as_one`.
+    models = ['--model-a', 'test_convnext', '--model-b', 'test_vit']
+    quiet = ['--opt', 'sgd', '--lr', '0.02', '--aa', 'none', '--reprob', '0', '--class-weights', 'balanced']
+    one = run(imbalanced, tmp_path, *quiet, name='one', models=models)
+    torchrun(2, imbalanced, *models, *SMALL, *quiet, '-b', '4', '--output', tmp_path, '--experiment', 'two')
+    for term in ('ce_a', 'ce_b'):
+        one_row, two_row = (float(rows(folder)[0][f'train_{term}_loss']) for folder in (one, tmp_path / 'two'))
+        assert two_row == pytest.approx(one_row, rel=1e-4)
+    state, other = last(one)['state_dict'], last(tmp_path / 'two')['state_dict']
+    for key in state:
+        torch.testing.assert_close(state[key], other[key], rtol=1e-3, atol=1e-4, msg=key)
