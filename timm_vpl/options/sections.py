@@ -269,7 +269,7 @@ class Augmentation:
     class_weights: str | None = option(
         None, "weights of the classes in the labels' loss, not in the terms between networks: balanced, images / "
         "(classes * images of the class), or a file of one number a class, in the classes' order",
-        metavar='FILE', resume='fixed')
+        metavar='FILE', resume='fixed', timm=ABSENT)
     train_interpolation: str = option(
         'random', 'interpolation of training images', choices=('random', *INTERPOLATIONS), metavar='NAME')
 
