@@ -125,7 +125,7 @@ def test_depth_out_of_range(name, depth):
 
 
 @pytest.mark.parametrize(('options', 'message'), [
-    (['--freeze-depth', '6'], r'--freeze-depth-a: 6 layer groups: model_a (ResNet) has 5 before its head'),
+    (['--freeze-depth', '6'], r'--freeze-depth: 6 layer groups: model_a (ResNet) has 5 before its head'),
     (['--freeze-depth-b', '8'], r'--freeze-depth-b: 8 layer groups: model_b (VisionTransformer) has 7 before its head'),
     (['--freeze-depth-b', '-1'], '--freeze-depth-b'),
     (['--freeze-depth', 'all'], '--freeze-depth'),
