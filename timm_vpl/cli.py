@@ -39,6 +39,12 @@ def command(name: str, argv: list[str], prog: str) -> int:
         if name == 'validate':
             from .tools.validate import validate_models
             validate_models(options)
+        elif name == 'predict':
+            from .tools.predict import predict_images
+            return predict_images(options)
+        elif name == 'inspect':
+            from .tools.inspect import inspect_models
+            inspect_models(options)
         elif name == 'export':
             from .tools.export import export_branches
             export_branches(options)
@@ -76,6 +82,8 @@ USAGE = """usage: timm-vpl COMMAND [options]
 commands:
   train     train a pair of timm models, or one
   validate  measure the accuracy of trained models
+  predict   say what trained models see in images
+  inspect   compare two models, or the branches of a pair, image by image
   export    write each branch as a plain timm model, and push it to the Hub
   report    compare runs
   study     train each row of a plan with each seed, and say which is best

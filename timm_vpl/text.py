@@ -1,4 +1,5 @@
 """Text of others (names of data, of classes, of models, versions, paths) where it is shown: it stays text."""
+import html as _html
 import re
 from typing import Any
 
@@ -20,6 +21,11 @@ def markdown(text: Any) -> str:
     line = one_line(text)
     is_plain = re.fullmatch(r'[\w ,.:;+=/%()±-]*', line) and not re.search(r'://|www\.|\b_|_\b', line, re.IGNORECASE)
     return line if is_plain else code(line)
+
+
+def html(text: Any) -> str:
+    """Return text as it is shown in HTML, in an element or in a quoted attribute."""
+    return _html.escape(one_line(text))
 
 
 def code(text: Any) -> str:

@@ -41,6 +41,8 @@ def find_split(data_dir: str, split: str, flag: str, whole: bool, endings: str |
     if os.path.isdir(root) and (own or whole):
         images, not_read = scan_folder(
             root, set(endings.lower().split(';')) if endings else get_img_extensions(as_set=True))
+        not_read[LOOSE] += len(images.pop('.'))
+        not_read = +not_read
     if own or whole and not any(os.sep in folder for folder in images or ()):
         return root, images, not_read
     # timm falls back to all that is there, which would train and validate on the same images.
@@ -52,12 +54,13 @@ def find_split(data_dir: str, split: str, flag: str, whole: bool, endings: str |
     raise UsageError(f'{flag} {split}: no such folder or tar in {root}, which has {entries or "none"}')
 
 
-def scan_folder(root: str, types: set[str]) -> tuple[dict[str, list[str]], Counter[str]]:
+def scan_folder(root: str, types: set[str], flag: str = '--data-dir') -> tuple[dict[str, list[str]], Counter[str]]:
     """Return the paths of the images of each folder in a folder, and how many files are not read, by reason.
 
     Args:
-        root: The folder; images that lie in itself are not read.
+        root: The folder; it is '.' itself.
         types: Endings of images.
+        flag: Option or argument that names it.
 
     Raises:
         UsageError: A folder can't be read, or holds itself by a link, which timm would read 40 times.
@@ -72,7 +75,7 @@ def scan_folder(root: str, types: set[str]) -> tuple[dict[str, list[str]], Count
                 status = os.stat(folder)
                 here = (status.st_dev, status.st_ino)
                 if here in above:
-                    raise UsageError(f'--data-dir: {folder} is a link to a folder that it lies in; remove it')
+                    raise UsageError(f'{flag}: {folder} is a link to a folder that it lies in; remove it')
                 paths = images[os.path.relpath(folder, root)] = []
                 with os.scandir(folder) as entries:
                     for entry in entries:
@@ -89,9 +92,27 @@ def scan_folder(root: str, types: set[str]) -> tuple[dict[str, list[str]], Count
                             paths.append(entry.path)
                 shown.update(len(paths))
     except OSError as e:
-        raise UsageError(f'--data-dir: {e.filename} can not be read ({e.strerror})') from e
-    not_read[LOOSE] += len(images.pop('.'))
-    return images, +not_read
+        raise UsageError(f'{flag}: {e.filename} can not be read ({e.strerror})') from e
+    return images, not_read
+
+
+def find_images(path: str, flag: str) -> list[str]:
+    """Return the paths of all images below a folder, in natural order; of a file, its own.
+
+    Args:
+        path: The folder, or the file, whatever its ending.
+        flag: Argument that names it.
+
+    Raises:
+        UsageError: The folder holds no image, or can't be read.
+    """
+    if not os.path.isdir(path):
+        return [path]
+    images, not_read = scan_folder(path, get_img_extensions(as_set=True), flag)
+    found = sorted((each for paths in images.values() for each in paths), key=lambda path: (natural_key(path), path))
+    if not found:
+        raise UsageError(f'{flag} {path}: holds no image; not read: {dict(not_read)}')
+    return found
 
 
 def _kind(entry: os.DirEntry) -> str:

@@ -66,7 +66,7 @@ class Images(Dataset):
                 image, target = self._read(index)
                 break
             except READ_ERRORS as e:
-                cause = 'no image that Pillow knows' if isinstance(e, UnidentifiedImageError) else first_line(e)
+                cause = _cause(e)
                 if self._num_warnings < MAX_WARNINGS:
                     self._num_warnings += 1
                     last = '; further ones are only counted' if self._num_warnings == MAX_WARNINGS else ''
@@ -101,12 +101,37 @@ class Images(Dataset):
             }.get(type(e), f'{type(e).__name__} {first_line(e)}')
             raise RunError(f'data: {self._describe(index)}: {cause}') from e
 
-    def _describe(self, index):
+    def name(self, index: int) -> str | None:
+        """Return the name of an image's file, None where it has none."""
         try:
             name = self.reader.filename(index)
         except (KeyError, TypeError):
-            name = None
-        return f'index {index}' if name is None else f'{" ".join(str(name).splitlines())} (index {index})'
+            return None
+        return name if name is None else ' '.join(str(name).splitlines())
+
+    def _describe(self, index):
+        name = self.name(index)
+        return f'index {index}' if name is None else f'{name} (index {index})'
+
+
+class LoneImages(Images):
+    """Images without labels, for none of which another stands in: one that can't be read is blank, and `replaced`."""
+
+    def __getitem__(self, index):
+        try:
+            image = self._read(index)[0]
+        except READ_ERRORS:
+            self.replaced[index] = True
+            image = Image.new(self.mode, (1, 1))
+        return self.transform(image), 0
+
+    def failure(self, index: int) -> str:
+        """Return why an image can't be read."""
+        try:
+            self._read(index)
+        except READ_ERRORS as e:
+            return _cause(e)
+        return 'it could be read only later'
 
 
 class StreamImages(IterableImageDataset):
@@ -132,8 +157,16 @@ class StreamImages(IterableImageDataset):
                 raise RunError(f'data: a sample of the stream has {e}') from e
             yield image, label
 
+    @staticmethod
+    def name(index: int) -> None:
+        """Return None: images of a stream have no names."""
+
 
 Split = Images | StreamImages
+
+
+def _cause(error: Exception) -> str:
+    return 'no image that Pillow knows' if isinstance(error, UnidentifiedImageError) else first_line(error)
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

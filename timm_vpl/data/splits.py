@@ -50,7 +50,7 @@ def create_split(
     Raises:
         UsageError: The data can't be read as asked.
     """
-    mode = _image_mode(data, channels)
+    mode = image_mode(data.input_img_mode, channels)
     class_map = read_class_map(data.class_map, data.data_dir or '') if data.class_map else None
     flag = flag or ('--train-split' if is_training else '--val-split')
     request = Request(data, split, batch_size, seed, is_training, whole, flag, mode, class_map)
@@ -68,8 +68,13 @@ def create_split(
     return dataset
 
 
-def _image_mode(data: Source, in_chans: int) -> str:
-    mode = data.input_img_mode or ('L' if in_chans == 1 else 'RGB')
+def image_mode(mode: str | None, in_chans: int) -> str:
+    """Return the mode of images of so many channels, the one that is asked for (--input-img-mode) if any.
+
+    Raises:
+        UsageError: It has other channels.
+    """
+    mode = mode or ('L' if in_chans == 1 else 'RGB')
     try:
         bands = len(Image.new(mode, (1, 1)).getbands())
     except ValueError as e:

@@ -29,20 +29,23 @@ class RealLabelsEvaluator(ClassificationEvaluator):
 
 
 class Tally:
-    """All that is counted of one output: loss and top-k; by sets of labels too; by classes too.
+    """All that is counted of one output: loss and top-k; by sets of labels too; by classes and by images too.
 
     Args:
         device: Where the outputs are.
         max_samples: Images of this process, the others pad its share.
         real_labels: Count by sets of labels.
         per_class: Number of classes, to count each by itself.
+        per_image: Keep what is said of each image.
     """
 
-    def __init__(self, device, max_samples: int | None, real_labels: bool, per_class: int | None):
+    def __init__(
+            self, device, max_samples: int | None, real_labels: bool, per_class: int | None, per_image: bool = False):
         self.plain = ClassificationEvaluator(device, max_samples=max_samples)
         self.real = RealLabelsEvaluator(device) if real_labels else None
         # Images of each class, and those of them whose first prediction is right.
         self.classes = None if per_class is None else torch.zeros(per_class, 2, dtype=torch.int64, device=device)
+        self.said: list[tuple] | None = [] if per_image else None  # label, prediction, its probability: a batch each
 
     def update(self, output: torch.Tensor, target: torch.Tensor, real_labels: torch.Tensor | None) -> None:
         """Count a batch of logits (N, classes) and class indices (N,)."""
@@ -50,8 +53,11 @@ class Tally:
         self.plain.update(output, target)
         if self.real is not None:
             self.real.update(output, real_labels)
+        target = target[:self.plain.num_samples - before]
+        if self.said is not None:
+            confidence, prediction = output[:len(target)].float().softmax(dim=-1).max(dim=-1)
+            self.said.append((target, prediction, confidence))
         if self.classes is not None:
-            target = target[:self.plain.num_samples - before]
             right = output[:len(target)].argmax(dim=-1) == target
             self.classes.index_add_(0, target, torch.stack([torch.ones_like(target), right.long()], dim=1))
 
@@ -70,6 +76,8 @@ class Tally:
             figures.update((metric, math.nan) for metric in tuple(figures) if 'top' in metric)
         elif self.classes is not None:
             figures['classes'] = self.classes.cpu()
+        if self.said:
+            figures['said'] = tuple(torch.cat(part).cpu() for part in zip(*self.said, strict=True))
         return figures
 
 
@@ -102,6 +110,7 @@ def evaluate(
         distributed: bool = False,
         real_labels: torch.Tensor | None = None,
         per_class: int | None = None,
+        per_image: bool = False,
         means: Sequence[Hashable] = (),
         after_batch: Callable[[], None] | None = None,
 ) -> dict[Hashable, dict[str, Any]]:
@@ -116,20 +125,22 @@ def evaluate(
         distributed: Sum the counts of all processes; samples that pad a process's share are left out.
         real_labels: Sets of labels [images, labels] of the whole data set in its order, padded with -1.
         per_class: Number of classes, to count each by itself.
+        per_image: Keep what each name says of each image of this process.
         means: Names of further numbers (N,) that `forward` returns, of which the 'mean' is taken.
         after_batch: Called after each batch.
 
     Returns:
         By name 'images', 'loss', 'top1' and 'top5' (percent); with `real_labels` also 'real_images', 'real_top1' and
-        'real_top5'; with `per_class` also 'classes' (classes, 2), images and right ones. Logits that are no numbers
-        predict nothing: where the loss is not finite, all accuracies are NaN, and there are no 'classes'.
+        'real_top5'; with `per_class` also 'classes' (classes, 2), images and right ones; with `per_image` also 'said':
+        label, prediction and its probability (images,) each. Logits that are no numbers predict nothing: where the loss
+        is not finite, all accuracies are NaN, and there are no 'classes'.
     """
     if real_labels is not None:
         if distributed:  # the images of a process, as timm's sampler deals them
             real_labels = real_labels[torch.distributed.get_rank()::torch.distributed.get_world_size()]
         real_labels = real_labels.to(device)
     limit = evaluation_sample_limit(loader)
-    tallies = {name: Tally(device, limit, real_labels is not None, per_class) for name in names}
+    tallies = {name: Tally(device, limit, real_labels is not None, per_class, per_image) for name in names}
     averages = {name: Mean(device) for name in means}
     seen = 0
     for input, target in loader:
@@ -206,7 +217,14 @@ def pair_logits(model: Any, sides: Sequence[str], input: Any) -> dict[Hashable, 
 def _logits(output: PairOutput, sides: Sequence[str]) -> dict[Hashable, torch.Tensor]:
     logits: dict[Hashable, torch.Tensor] = {side: getattr(output, f'logits_{side}').float() for side in sides}
     if len(sides) > 1:
-        # Logarithms of the averaged probabilities: as logits they give these probabilities again.
-        log_p = torch.stack([logits[side].log_softmax(dim=-1) for side in sides])
-        logits['ens'] = log_p.logsumexp(dim=0) - math.log(len(sides))
+        logits['ens'] = ensemble(*logits.values())
     return logits
+
+
+def ensemble(*logits: torch.Tensor) -> torch.Tensor:
+    """Return the logarithms of the averaged probabilities [N, classes]: as logits they give these probabilities again.
+
+    Args:
+        *logits: Logits [N, classes] of each model.
+    """
+    return torch.stack([each.log_softmax(dim=-1) for each in logits]).logsumexp(dim=0) - math.log(len(logits))

@@ -1,14 +1,14 @@
 """The options of the smaller commands, a class each."""
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..core.names import SIDES
 from ..core.option import Count, CropPct, Number, Positive, Whole, option
 from ..errors import UsageError
 from .checks import check_dataset, check_trained
-from .parser import OptionParser
+from .parser import OptionParser, flag_of
 from .sections import INTERPOLATIONS, Output, Source
 from .train import name_data_dir
 
@@ -38,26 +38,18 @@ class Export:
 @dataclass(frozen=True)
 class _Trained:
     model: str = option(
-        '', 'folder of a run or checkpoint (both branches, raw and averaged), exported folder, hf-hub:ID or timm name',
-        metavar='MODEL', positional=True)
+        '', 'folder of a run or checkpoint (both branches), exported folder, hf-hub:ID or timm name', metavar='MODEL',
+        positional=True)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The one model."""
+        return (self.model,)
 
 
 @dataclass(frozen=True)
-class Validate(Output, Source, _Trained):  # MODEL comes before DIR
-    """Dataset parameters."""
-    val_split: str = option('validation', 'split to validate on', '--split', metavar='NAME')
-    val_num_samples: Count | None = option(None, 'images, where the data set does not tell', '--num-samples')
-    real_labels: str | None = option(
-        None, "score ImageNet's validation images by their ReaL labels too (timm's, or those of a JSON file)",
-        const='', metavar='FILE')
-    imagenet_v2: bool = option(False, 'the folders are the class numbers 0 to 999, as ImageNet-V2 has them')
-    file_list: str | None = option(None, 'validate only on the files that this file names, one a line', metavar='FILE')
-    per_class: str | None = option(
-        None, "each class's accuracy too: the mean and the lowest on screen, all in a CSV file if one is named",
-        const='', metavar='FILE')
-    check_data: str | None = option(
-        None, 'name the images that lie in the training split too, by the content of their files; of another name than '
-        "'train' if one is given", const='train', metavar='SPLIT')
+class Forward(Output):
+    """Options."""
     in_chans: Count | None = option(None, 'channels of the images', shown="the model's")
     img_size: Count | None = option(None, 'height and width of the images', shown="the model's")
     input_size: tuple[Count, Count, Count] | None = option(
@@ -68,14 +60,65 @@ class Validate(Output, Source, _Trained):  # MODEL comes before DIR
     interpolation: str = option('', 'interpolation', shown="the model's", choices=('', *INTERPOLATIONS), metavar='NAME')
     batch_size: Count = option(256, 'images a step, of each process', '-b')
     channels_last: bool = option(False, 'use the channels-last memory layout')
-    results_file: str | None = option(
-        None, 'CSV or JSON file for the results', shown='validation.csv, in the folder of a run', metavar='FILE')
     device: str | None = option(None, 'device', shown='cuda, then mps, then cpu', metavar='DEVICE')
     amp: bool = option(False, 'run in mixed precision')
     amp_dtype: str = option('float16', 'the lower precision', choices=('float16', 'bfloat16'))
     workers: Whole = option(4, 'processes that load data', '-j')
     pin_mem: bool = option(False, 'pin the memory of the loader')
     local_rank: Whole = option(0, '', '--local_rank')
+
+
+@dataclass(frozen=True)
+class Evaluation(Forward, Source):  # DIR comes after a model, and before what Forward has
+    """Dataset parameters."""
+    val_split: str = option('validation', 'split to validate on', '--split', metavar='NAME')
+    val_num_samples: Count | None = option(None, 'images, where the data set does not tell', '--num-samples')
+    imagenet_v2: bool = option(False, 'the folders are the class numbers 0 to 999, as ImageNet-V2 has them')
+    file_list: str | None = option(None, 'take only the files that this file names, one a line', metavar='FILE')
+
+
+@dataclass(frozen=True)
+class Validate(Evaluation, _Trained):  # MODEL comes before DIR
+    """Dataset parameters."""
+    real_labels: str | None = option(
+        None, "score ImageNet's validation images by their ReaL labels too (timm's, or those of a JSON file)",
+        const='', metavar='FILE')
+    per_class: str | None = option(
+        None, "each class's accuracy too: the mean and the lowest on screen, all in a CSV file if one is named",
+        const='', metavar='FILE')
+    check_data: str | None = option(
+        None, 'name the images that lie in the training split too, by the content of their files; of another name than '
+        "'train' if one is given", const='train', metavar='SPLIT')
+    results_file: str | None = option(
+        None, 'CSV or JSON file for the results', shown='validation.csv, in the folder of a run', metavar='FILE')
+
+
+@dataclass(frozen=True)
+class _Models:
+    models: tuple[str, ...] = option(
+        (), 'a pair (folder of a run, or checkpoint), or two models, each as `validate` takes it', metavar='MODEL',
+        positional=True)
+
+
+@dataclass(frozen=True)
+class Inspect(Evaluation, _Models):
+    """Dataset parameters."""
+    results_file: str | None = option(None, 'CSV or JSON file for the accuracy of each class', metavar='FILE')
+    contact_sheet: str | None = option(
+        None, 'PNG file for the images on which the models disagree, the most confident first', metavar='FILE')
+    html: str | None = option(None, 'file for one HTML page of all of it', metavar='FILE')
+    num_images: Count = option(24, 'images to show at most')
+
+
+@dataclass(frozen=True)
+class Predict(Forward, _Trained):
+    """Options."""
+    images: tuple[str, ...] = option((), 'image, or folder to search for images', metavar='IMAGE', positional=True)
+    input_img_mode: str | None = option(None, 'mode that images are converted to', shown='RGB', metavar='MODE')
+    topk: Count | None = option(None, 'classes to name of each image', shown='5, in a CSV 1')
+    label_type: str = option('description', "how to name ImageNet's classes", choices=('name', 'description'))
+    results_file: str | None = option(
+        None, 'CSV or JSON file for the results', shown='on screen, of a folder as CSV', metavar='FILE')
 
 
 @dataclass(frozen=True)
@@ -100,7 +143,9 @@ class Study(Output):
 
 # Of each command: the class of its options, and what it does.
 COMMANDS: dict[str, tuple[type, str]] = {
-    'validate': (Validate, 'Validate trained models: loss, top-1 and top-5 accuracy.'),
+    'validate': (Validate, 'Validate trained models, raw and averaged weights: loss, top-1 and top-5 accuracy.'),
+    'predict': (Predict, 'Say what trained models see in images.'),
+    'inspect': (Inspect, 'Compare two models, or the branches of a pair, image by image.'),
     'export': (
         Export, 'Write each branch of a trained pair as a folder that timm loads without this package.'),
     'report': (Report, 'Compare finished runs: accuracy over seeds, cost, speed of convergence.'),
@@ -122,23 +167,35 @@ def parse_command(name: str, argv: Sequence[str], prog: str = '') -> Any:
     """
     section = COMMANDS[name][0]
     given = name_data_dir(command_parser(name, prog).parse(argv))
-    options = section(**{field.name: given[field.name] for field in fields(section) if field.name in given})
-    if section is Validate:
-        _check_validate(options)
+    options: Any = section(**{field.name: given[field.name] for field in fields(section) if field.name in given})
+    if section is Inspect and not (options.data_dir or options.dataset) and len(options.models) > 1:
+        *models, data_dir = options.models  # no option says what the data are
+        options = replace(options, models=tuple(models), data_dir=data_dir)
+    for model in getattr(options, 'models', ()):
+        check_trained('MODEL', model)
+    if isinstance(options, Evaluation):
+        _check_evaluation(options)
+    suffixes = {'results_file': ('.csv', '.json'), 'contact_sheet': ('.png',), 'html': ('.html', '.htm')}
+    for name in suffixes:
+        if getattr(options, name, None):
+            _check_file(flag_of(name), getattr(options, name), *suffixes[name])
     return options
 
 
-def _check_validate(options: Validate) -> None:
-    check_trained('MODEL', options.model)
-    check_dataset(options, ('val_split', *(['check_data'] if options.check_data else [])))
-    others = {'--class-map': options.class_map != '', '--real-labels': options.real_labels is not None}
+def _check_evaluation(options: Evaluation) -> None:
+    real_labels, check_data = (getattr(options, name, None) for name in ('real_labels', 'check_data'))
+    check_dataset(options, ('val_split', *(['check_data'] if check_data else [])))
+    others = {'--class-map': options.class_map != '', '--real-labels': real_labels is not None}
     for flag in [flag for flag, given in others.items() if given and options.imagenet_v2]:
         raise UsageError(f'--imagenet-v2: says what the labels are, it can not go with {flag}')
-    for flag, path in (('--real-labels', options.real_labels), ('--file-list', options.file_list)):
+    for flag, path in (('--real-labels', real_labels), ('--file-list', options.file_list)):
         if path and not os.path.isfile(path):
             raise UsageError(f'{flag} {path}: no such file')
-    file = options.results_file or 'validation.csv'
-    if os.path.splitext(file)[1].lower() not in ('.csv', '.json'):
-        raise UsageError(f'--results-file {file}: ends neither in .csv nor in .json')
+
+
+def _check_file(flag: str, file: str, *suffixes: str) -> None:
+    """Refuse a file to write whose name or folder can't be right."""
+    if os.path.splitext(file)[1].lower() not in suffixes:
+        raise UsageError(f'{flag} {file}: ends {"neither" if suffixes[1:] else "not"} in {" nor in ".join(suffixes)}')
     if not os.path.isdir(os.path.dirname(file) or '.'):
-        raise UsageError(f'--results-file {file}: no such folder')
+        raise UsageError(f'{flag} {file}: no such folder')

@@ -1,7 +1,8 @@
 """Tables: as Markdown, as columns on the screen, as CSV and JSON files."""
+import contextlib
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,24 @@ def write_rows(path: str | Path, columns: Sequence[str], rows: list[dict[str, An
         RunError: It can't be written.
     """
     rows = [{column: row[column] for column in columns if column in row} for row in rows]
+    with writing(path, newline='', encoding='utf-8', errors='backslashreplace') as file:  # names that are no text
+        if str(path).lower().endswith('.json'):
+            file.write(json.dumps(rows, indent=2) + '\n')
+        else:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, mode: str = 'w', **kwargs) -> Iterator:
+    """Open a file as `replacing` does.
+
+    Raises:
+        RunError: It can't be written.
+    """
     try:
-        with replacing(str(path), newline='', encoding='utf-8') as file:
-            if str(path).lower().endswith('.json'):
-                file.write(json.dumps(rows, indent=2) + '\n')
-            else:
-                writer = csv.DictWriter(file, columns)
-                writer.writeheader()
-                writer.writerows(rows)
+        with replacing(str(path), mode, **kwargs) as file:
+            yield file
     except OSError as e:
         raise RunError(f'{path}: can not be written: {e.strerror}') from e

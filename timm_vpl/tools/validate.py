@@ -3,6 +3,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -30,7 +31,7 @@ from ..engine.evaluate import PAD, evaluate
 from ..engine.models import try_images
 from ..engine.trained import TrainedModel, load_branches, load_trained
 from ..errors import UsageError
-from ..options.commands import Validate
+from ..options.commands import Evaluation, Forward, Validate
 from ..options.sections import Loader
 from ..text import one_line
 from .runs import COLUMNS, VALIDATION
@@ -50,14 +51,14 @@ Row = dict[str, Any]  # of the results, by column
 # Classes: the data's labels as indices of a model's classes
 
 
-def _model_classes(trained: TrainedModel) -> dict[str, int] | None:
-    """Return a model's classes with their indices: those that it names, or ImageNet's if it has as many."""
+def model_classes(trained: TrainedModel) -> dict[str, int]:
+    """Return a model's classes with their indices: those that it names, or ImageNet's if it has as many, or none."""
     names = trained.class_names
     if names:
         by_index = names.items() if isinstance(names, dict) else enumerate(names)
         return {name: int(index) for index, name in by_index}
     subset = infer_imagenet_subset(trained.model)
-    return {wnid: index for index, wnid in enumerate(ImageNetInfo(subset).label_names())} if subset else None
+    return {wnid: index for index, wnid in enumerate(ImageNetInfo(subset).label_names())} if subset else {}
 
 
 def target_indices(trained: TrainedModel, names: list[str] | None, data: str) -> list[int] | None:
@@ -74,7 +75,7 @@ def target_indices(trained: TrainedModel, names: list[str] | None, data: str) ->
     num_classes = trained.model.num_classes
     if names is None:
         return None
-    classes = _model_classes(trained) or {}
+    classes = model_classes(trained)
     if not trained.class_names and not classes.keys() >= set(names):
         if len(names) != num_classes:
             raise UsageError(
@@ -153,7 +154,7 @@ def real_label_sets(dataset: Images, path: str, trained: TrainedModel, names: li
     Raises:
         UsageError: An image that is none of the 50,000, a file of something else, or classes that are not ImageNet's.
     """
-    wnids, classes = ImageNetInfo().label_names(), _model_classes(trained)
+    wnids, classes = ImageNetInfo().label_names(), model_classes(trained)
     if not classes and names and len(names) == trained.model.num_classes:
         classes = {name: index for index, name in enumerate(names)}
     if not classes or not classes.keys() & set(wnids):
@@ -179,13 +180,21 @@ def real_label_sets(dataset: Images, path: str, trained: TrainedModel, names: li
 # The command
 
 
+class Data(NamedTuple):
+    """A split with the labels that a model has for its classes."""
+    images: Any
+    name: str
+    classes: list[str] | None  # in the order of their indices in the data
+    class_names: dict[int, str]  # by the index that the model has
+
+
 class Pass(NamedTuple):
     """Models that share one pass over the data, and the data as they need it."""
     models: list[TrainedModel]
     loader: Any
     data: str
     real_labels: torch.Tensor | None
-    class_names: list[str]
+    class_names: dict[int, str]
 
 
 def validate_models(options: Validate) -> list[Row]:
@@ -200,7 +209,7 @@ def validate_models(options: Validate) -> list[Row]:
     set_output(options.quiet, options.no_progress, processes.rank == 0)
     try:
         with agreement(processes):
-            models = [_prepare(trained, options) for trained in load_all(options.model)]
+            models = [prepare(trained, options) for trained in load_all(options.model)]
             passes = [
                 _create_pass(options, list(group), processes)
                 for _, group in groupby(models, key=lambda trained: (trained.data_config, trained.class_names))]
@@ -214,7 +223,7 @@ def validate_models(options: Validate) -> list[Row]:
             torch.distributed.destroy_process_group()
     rows = [row for of_model, _ in results for row in of_model]
     if processes.rank == 0:
-        print('\n'.join([*_table(rows), *(_class_line(classes) for _, classes in results if classes)]))
+        print('\n'.join([*_table(rows), *(class_line(_name(each[0]), each) for _, each in results if each)]))
         write_results(options, rows)
         if options.per_class:
             write_rows(options.per_class, CLASS_COLUMNS, [row for _, classes in results for row in classes])
@@ -237,7 +246,7 @@ def load_all(source: str) -> list[TrainedModel]:
     return models
 
 
-def _prepare(trained: TrainedModel, options: Validate) -> TrainedModel:
+def prepare(trained: TrainedModel, options: Forward) -> TrainedModel:
     """Return a model with the data configuration that it has under the options, and resized for it if need be.
 
     Without options it is that of timm's validate script: a model's images in testing may be larger than in training.
@@ -267,15 +276,22 @@ def _prepare(trained: TrainedModel, options: Validate) -> TrainedModel:
     return trained._replace(data_config=config)
 
 
-def _create_pass(options: Validate, models: list[TrainedModel], processes: Processes) -> Pass:
-    """Create what one pass over the data needs, for models of the same data configuration and classes."""
-    trained = models[0]
+def open_data(options: Evaluation, trained: TrainedModel) -> Data:
+    """Open the split that the options name, or the part of it that they list.
+
+    Args:
+        options: Options.
+        trained: The model whose labels the images get.
+
+    Raises:
+        UsageError: The data can't be read as asked, or its classes are not the model's.
+    """
     dataset: Any = create_split(
         options, options.val_split, trained.data_config['input_size'][0], options.batch_size,
         whole=options.val_split == 'validation')
     root = getattr(dataset.reader, 'root', None)
     data = os.path.normpath(root) if root else f'{options.dataset}/{options.val_split}'
-    names = class_names(dataset)
+    names, indices = class_names(dataset), None
     if not (options.class_map and names):  # whose indices are the model's
         if options.imagenet_v2:
             names = _imagenet_v2_names(names or [''], data)
@@ -283,46 +299,74 @@ def _create_pass(options: Validate, models: list[TrainedModel], processes: Proce
         if indices is not None:
             dataset.label_map = indices.__getitem__
     dataset.num_classes = trained.model.num_classes
-    part = dataset
+    own = dict(enumerate(names or ()))
+    if trained.class_names or indices is not None or not own:
+        own = {index: name for name, index in model_classes(trained).items()}
     if options.file_list:
-        part = select_files(dataset, options.file_list, data)
+        dataset = select_files(dataset, options.file_list, data)
         data = f'{data} ({os.path.basename(options.file_list)})'
-    real_labels = None if options.real_labels is None else real_label_sets(part, options.real_labels, trained, names)
-    asked = Loader(options.batch_size, workers=options.workers, pin_mem=options.pin_mem)
-    loader = create_eval_loader(asked, part, trained.data_config, processes)
-    return Pass(models, loader, data, real_labels, list(trained.class_names or names or []))
+    return Data(dataset, data, names, own)
+
+
+def loader_options(options: Forward) -> Loader:
+    """Return the options of the loader."""
+    return Loader(options.batch_size, workers=options.workers, pin_mem=options.pin_mem)
+
+
+def _create_pass(options: Validate, models: list[TrainedModel], processes: Processes) -> Pass:
+    """Create what one pass over the data needs, for models of the same data configuration and classes."""
+    data = open_data(options, models[0])
+    real_labels = None if options.real_labels is None else real_label_sets(
+        data.images, options.real_labels, models[0], data.classes)
+    loader = create_eval_loader(loader_options(options), data.images, models[0].data_config, processes)
+    return Pass(models, loader, data.name, real_labels, data.class_names)
+
+
+def create_forward(options: Forward, models: dict[Any, TrainedModel], device: Any) -> tuple[Callable, Callable]:
+    """Return a forward pass, which gives the logits of each model by name, and its autocast, as the options say.
+
+    Args:
+        options: Options.
+        models: The models by name; they are moved.
+        device: Where the batches are: images [N, C, H, W], or those of each name.
+    """
+    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+    dtype = torch.float16 if options.amp_dtype == 'float16' else torch.bfloat16
+    moved = {name: trained.model.to(device, memory_format=memory_format) for name, trained in models.items()}
+
+    def forward(input):
+        images = input if isinstance(input, dict) else dict.fromkeys(moved, input)
+        return {name: model(images[name].contiguous(memory_format=memory_format)) for name, model in moved.items()}
+
+    return forward, partial(torch.autocast, device.type, dtype=dtype) if options.amp else nullcontext
 
 
 def _run_pass(options: Validate, each: Pass, processes: Processes) -> list[tuple[list[Row], list[Row]]]:
     """Evaluate the models of a pass and return of each its rows of the results, and of the results by class."""
-    device = processes.device
-    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-    dtype = torch.float16 if options.amp_dtype == 'float16' else torch.bfloat16
-    models = [trained.model.to(device, memory_format=memory_format) for trained in each.models]
-
-    def forward(input):
-        input = input.contiguous(memory_format=memory_format)
-        return {i: model(input) for i, model in enumerate(models)}
-
+    forward, autocast = create_forward(options, dict(enumerate(each.models)), processes.device)
     started = time.perf_counter()
     with bar('Validate', 'batches', len(each.loader)) as shown:
         results = evaluate(
             forward,
-            range(len(models)),
+            range(len(each.models)),
             each.loader,
-            device,
-            autocast=partial(torch.autocast, device.type, dtype=dtype) if options.amp else nullcontext,
+            processes.device,
+            autocast=autocast,
             distributed=processes.distributed,
             real_labels=each.real_labels,
-            per_class=None if options.per_class is None else models[0].num_classes,
+            per_class=None if options.per_class is None else each.models[0].model.num_classes,
             after_batch=shown.update,
         )
     seconds = time.perf_counter() - started
-    skipped = sum(from_all(processes, int(each.loader.dataset.replaced.sum())))
-    if skipped:
-        labels = '' if each.real_labels is None else ', and their ReaL labels'
-        _logger.warning(f'{each.data}: {skipped} images could not be read; others took their places{labels}')
+    warn_of_replaced(each.data, sum(from_all(processes, int(each.loader.dataset.replaced.sum()))), each.real_labels)
     return [_rows(options, each, trained, results[i], seconds) for i, trained in enumerate(each.models)]
+
+
+def warn_of_replaced(data: str, number: int, real_labels: torch.Tensor | None = None) -> None:
+    """Warn where images of the data were replaced."""
+    if number:
+        labels = '' if real_labels is None else ', and their ReaL labels'
+        _logger.warning(f'{data}: {number} images could not be read; others took their places{labels}')
 
 
 def _rows(
@@ -353,10 +397,9 @@ def _rows(
         {**model, 'set': name, **{
             metric: figures.get(f'{prefix}{metric}') for metric in ('images', 'loss', 'top1', 'top5')}}
         for name, prefix in sets.items()]
-    names = dict(enumerate(each.class_names))
     counts = figures['classes'].tolist() if 'classes' in figures else ()
     classes = [
-        {**model, 'class': names.get(index, str(index)), 'images': images, 'top1': 100 * right / images}
+        {**model, 'class': each.class_names.get(index, str(index)), 'images': images, 'top1': 100 * right / images}
         for index, (images, right) in enumerate(counts) if images]
     return rows, classes
 
@@ -364,13 +407,16 @@ def _rows(
 # Results
 
 
-def _class_line(classes: list[Row]) -> str:
+def class_line(name: str, classes: list[Row]) -> str:
     """Return a line for a model: the mean of its classes' accuracies, and the lowest of them."""
     rows = sorted(classes, key=lambda row: row['top1'])
-    name = ' '.join(filter(None, (rows[0][column] for column in ('model', 'branch', 'weights'))))
     mean = sum(row['top1'] for row in rows) / len(rows)
     lowest = ', '.join(f'{row["class"]} {row["top1"]:.1f} ({row["images"]})' for row in rows[:5])
-    return f'{name}: mean top-1 of {len(rows)} classes {mean:.3f}, lowest: {lowest}'
+    return one_line(f'{name}: mean top-1 of {len(rows)} classes {mean:.3f}, lowest: {lowest}')
+
+
+def _name(row: Row) -> str:
+    return ' '.join(filter(None, (row[column] for column in ('model', 'branch', 'weights'))))
 
 
 def _table(rows: list[Row]) -> list[str]:

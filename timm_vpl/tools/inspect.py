@@ -1,0 +1,230 @@
+"""The command `timm-vpl inspect`: two models, or the branches of a pair, on the same images."""
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
+
+from ..core.names import SIDES
+from ..data.loaders import create_eval_loaders
+from ..engine.evaluate import evaluate, outputs_of
+from ..engine.models import loader_config
+from ..errors import RunError, UsageError
+from ..options.commands import Inspect
+from ..text import one_line
+from . import web
+from .tables import screen_table, write_rows, writing
+from .together import class_order, forward_together, load_sides, start_alone
+from .validate import Row, class_line, loader_options, open_data, warn_of_replaced
+
+_logger = logging.getLogger('inspect')
+CLASS_COLUMNS = ('class', 'images', 'top1_a', 'top1_b', 'difference', 'top1_ens')
+SHOWN = 10  # classes on the screen, and confusions
+TILE, LINE, GAP = 160, 16, 8  # pixels of the contact sheet: side of an image, height of a line of text, between images
+Tile = tuple[Image.Image, list[str]]  # an image and the lines below it
+Part = str | tuple[str, tuple, list[tuple], int]  # a line, or a table: title, header, rows, columns of text
+
+
+def calibration_error(confidence: torch.Tensor, right: torch.Tensor, bins: int = 15) -> float:
+    """Return the expected calibration error, in percent.
+
+    ECE = sum over m of |B_m| / n * |acc(B_m) - conf(B_m)|, where B_m are the images whose confidence lies in
+    ((m - 1) / M, m / M]: Guo et al., On Calibration of Modern Neural Networks, ICML 2017, equation 3 (M = 15).
+
+    Args:
+        confidence: Probability of each prediction (n,).
+        right: Whether it is right (n,).
+        bins: M.
+    """
+    bin = torch.bucketize(confidence.double(), torch.arange(1, bins, dtype=torch.float64) / bins)
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, bin, right.double() - confidence.double())
+    return 100 * gaps.abs().sum().item() / len(confidence)
+
+
+def confusions(target: torch.Tensor, predicted: torch.Tensor) -> list[tuple[int, int, int]]:
+    """Return (class, predicted class, images) of wrong predictions, the most frequent first."""
+    wrong = predicted != target
+    counts = Counter(zip(target[wrong].tolist(), predicted[wrong].tolist(), strict=True))
+    return [(*pair, count) for pair, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+
+
+class Disagreements:
+    """The images on which two models disagree; those are kept on which the less confident one is most confident.
+
+    Args:
+        number: Images to keep.
+        configs: Data configuration of both models' images, by side; of two sizes the larger are kept.
+    """
+
+    def __init__(self, number: int, configs: dict[str, dict[str, Any]]):
+        config = loader_config(configs)
+        self.side = next(side for side in configs if configs[side] is config)
+        self.mean, self.std = (torch.tensor(config[name])[:, None, None] for name in ('mean', 'std'))
+        self.number, self.seen = number, 0
+        self.kept: list[torch.Tensor] = []  # confidence, or -1 where they agree; index; pixels
+
+    def add(self, input: Any, first: torch.Tensor, second: torch.Tensor) -> None:
+        """Look at a batch: images [N, C, H, W], or those of each side, and the logits [N, classes] of both models."""
+        images = input[self.side] if isinstance(input, dict) else input
+        (sure, said), (other_sure, other) = (logits.softmax(dim=-1).max(dim=-1) for logits in (first, second))
+        score = torch.minimum(sure, other_sure).masked_fill(said == other, -1)
+        pixels = (images * self.std.to(images) + self.mean.to(images)).mul(255).round().clamp(0, 255).byte()
+        batch = [score, torch.arange(len(score), device=score.device) + self.seen, pixels]
+        joined = [torch.cat(parts) for parts in zip(self.kept, batch, strict=True)] if self.kept else batch
+        best = joined[0].argsort(descending=True, stable=True)[:self.number]
+        self.kept, self.seen = [part[best] for part in joined], self.seen + len(score)
+
+    def images(self) -> Iterator[tuple[int, Image.Image]]:
+        """Yield index and image of those on which they disagree, the most confident first."""
+        for score, index, pixels in zip(*(part.cpu() for part in self.kept), strict=True):
+            if score >= 0:
+                yield int(index), thumbnail(to_pil_image(pixels[:3 if len(pixels) >= 3 else 1]).convert('RGB'))
+
+
+def thumbnail(image: Image.Image) -> Image.Image:
+    """Return an image of TILE x TILE; a small one shows its pixels."""
+    small = max(image.size) < TILE
+    return ImageOps.pad(image, (TILE, TILE), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+
+
+def contact_sheet(title: str, tiles: list[Tile], columns: int = 6) -> Image.Image:
+    """Return images with their lines, side by side below a title; a line that is too long loses its middle."""
+    drawn = []
+    for image, lines in tiles:
+        tile = ImageOps.expand(image, (0, 0, 0, (1 + len(lines)) * LINE), 'white')
+        for i, line in enumerate(lines):
+            _write(tile, line, (0, TILE + i * LINE))
+        drawn.append(pil_to_tensor(tile))
+    grid = to_pil_image(make_grid(drawn, nrow=columns, padding=GAP, pad_value=255))
+    return _write(ImageOps.expand(grid, (0, LINE, 0, 0), 'white'), title, (GAP, GAP // 2))
+
+
+def _write(image: Image.Image, line: str, place: tuple[int, int]) -> Image.Image:
+    font: Any = ImageFont.load_default(13)
+    texts = (one_line(line, length) for length in range(120, 0, -1))
+    fits = next((text for text in texts if font.getlength(text) <= image.width - place[0]), '')
+    ImageDraw.Draw(image).text(place, fits, fill='black', font=font)
+    return image
+
+
+# The command
+
+
+def inspect_models(options: Inspect) -> list[Row]:
+    """Compare two models as the options of `timm-vpl inspect` say; print and write what is found.
+
+    Returns:
+        The accuracy of each class that the data has.
+
+    Raises:
+        UsageError: The options, the models and the data do not go together.
+        RunError: Something can't be read or written, or an output is no number.
+    """
+    processes = start_alone(options)
+    models = load_sides(options, options.models)
+    if len(models) < 2:
+        raise UsageError(f'{options.models[0]}: holds one model, name a second one to compare it with')
+    data = open_data(options, models['a'])
+    order = class_order(models, data.class_names, data.classes)
+    configs = {side: trained.data_config for side, trained in models.items()}
+    loader = create_eval_loaders(loader_options(options), data.images, configs, processes)
+    forward, autocast = forward_together(options, models, order, processes.device)
+    disagreements = Disagreements(options.num_images, configs)
+
+    def watched(input):
+        logits = forward(input)
+        disagreements.add(input, logits['a'], logits['b'])
+        return logits
+
+    classes = models['a'].model.num_classes
+    figures = evaluate(
+        watched, outputs_of(SIDES), loader, processes.device, autocast, per_class=classes, per_image=True)
+    for side, trained in models.items():
+        if not math.isfinite(figures[side]['loss']):
+            raise RunError(f'{trained.source}: {trained.label}: the loss is not finite, so there is nothing to compare')
+    replaced = data.images.replaced.nonzero().flatten().tolist()
+    warn_of_replaced(data.name, len(replaced))
+    found = Comparison(figures, [data.class_names.get(index, str(index)) for index in range(classes)])
+    tiles = [
+        (image, found.said_of(index, data.images.name(index) or f'index {index}'))
+        for index, image in disagreements.images() if index not in replaced]
+    names = {side: f'{side}: {trained.label}, {trained.source}' for side, trained in models.items()}
+    title = f'{data.name}: {figures["a"]["images"]} images'
+    print(one_line(title))
+    for part in found.parts(names, SHOWN):
+        print(part if isinstance(part, str) else '\n'.join(['', part[0], *screen_table(*part[1:])]))
+    _write_files(options, found, names, tiles, title)
+    return found.classes
+
+
+def _write_files(options: Inspect, found: 'Comparison', names: dict[str, str], tiles: list[Tile], title: str) -> None:
+    if options.results_file:
+        write_rows(options.results_file, CLASS_COLUMNS, found.classes)
+    if options.contact_sheet and not tiles:
+        _logger.warning(f'--contact-sheet {options.contact_sheet}: not written, the models agree on all images')
+    elif options.contact_sheet:
+        with writing(options.contact_sheet, 'wb') as file:
+            contact_sheet('; '.join(names.values()), tiles).save(file, 'PNG')
+    if options.html:
+        with writing(options.html, encoding='utf-8') as file:
+            file.write(web.page(title, found.parts(names), 'Images on which they disagree', tiles))
+
+
+class Comparison:
+    """What two models, and the average of their probabilities, say of the same images.
+
+    Args:
+        figures: What `evaluate` counted of 'a', 'b' and 'ens', by class and by image.
+        labels: Names of the classes.
+    """
+
+    def __init__(self, figures: dict[Any, dict[str, Any]], labels: list[str]):
+        self.figures, self.labels = figures, labels
+        self.target = figures['a']['said'][0]
+        self.said, self.sure = ({name: figures[name]['said'][i] for name in figures} for i in (1, 2))
+        self.right = {name: said == self.target for name, said in self.said.items()}
+        self.classes: list[Row] = []  # those that the data has
+        for label, *counts in zip(labels, *(figures[name]['classes'].tolist() for name in figures), strict=True):
+            images = counts[0][0]
+            if images:
+                row = {f'top1_{name}': 100 * right / images for name, (_, right) in zip(figures, counts, strict=True)}
+                difference = row['top1_b'] - row['top1_a']
+                self.classes.append({'class': label, 'images': images, 'difference': difference, **row})
+
+    def said_of(self, index: int, name: str) -> list[str]:
+        """Return the lines of an image of this name: its class, what each model takes it for and how sure it is."""
+        said = [f'{side}: {self.labels[self.said[side][index]]} {self.sure[side][index]:.2f}' for side in SIDES]
+        return [f'true: {self.labels[self.target[index]]}', *said, name]
+
+    def parts(self, names: dict[str, str], limit: int | None = None) -> Iterator[Part]:
+        """Yield all that is told, of so many classes; `names` say what a and b are."""
+        def percent(part):
+            return f'{100 * part.double().mean().item():.2f} %'
+
+        yield from map(one_line, names.values())
+        yield 'Accuracy', ('', 'top-1 %', 'top-5 %', 'loss', 'ECE %'), [
+            (name, f'{each["top1"]:.2f}', f'{each["top5"]:.2f}', f'{each["loss"]:.3f}',
+             f'{calibration_error(self.sure[name], self.right[name]):.2f}') for name, each in self.figures.items()], 1
+        a, b = (self.right[side] for side in SIDES)
+        shares = {'both right': a & b, 'only a': a & ~b, 'only b': b & ~a, 'neither': ~(a | b)}
+        yield f'The models agree on {percent(self.said["a"] == self.said["b"])} of the images; ' + ', '.join(
+            f'{name} {percent(share)}' for name, share in shares.items()) + '.'
+        better = max(SIDES, key=lambda side: self.figures[side]['top1'])
+        gain = self.figures['ens']['top1'] - self.figures[better]['top1']
+        yield f'Their averaged probabilities (ens): {gain:+.2f} points of top-1 against {better}, the better one.'
+        yield 'Classes, the largest differences first', ('class', 'images', 'a %', 'b %', 'ens %', 'b - a'), [
+            (one_line(row['class'], 40), row['images'], *(f'{row[f"top1_{name}"]:.1f}' for name in self.figures),
+             f'{row["difference"]:+.1f}')
+            for row in sorted(self.classes, key=lambda row: -abs(row['difference']))[:limit]], 1
+        for side in SIDES:
+            yield class_line(side, [{**row, 'top1': row[f'top1_{side}']} for row in self.classes])
+        for side in SIDES:
+            yield f'Confusions of {side}', ('class', 'taken for', 'images', '% of class'), [
+                (one_line(self.labels[true], 40), one_line(self.labels[said], 40), count,
+                 f'{100 * count / int((self.target == true).sum()):.1f}')
+                for true, said, count in confusions(self.target, self.said[side])[:SHOWN]], 2

@@ -1,0 +1,103 @@
+"""The command `timm-vpl predict`: what trained models see in images."""
+import csv
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
+
+from ..data.folders import find_images
+from ..data.images import LoneImages
+from ..data.loaders import create_eval_loaders
+from ..data.sources import SOURCES, FolderReader
+from ..data.splits import image_mode
+from ..engine.evaluate import outputs_of
+from ..engine.trained import TrainedModel
+from ..errors import RunError
+from ..options.commands import Predict
+from ..text import one_line
+from .tables import screen_table, write_rows
+from .together import class_order, forward_together, load_sides, start_alone
+from .validate import loader_options, model_classes
+
+Row = dict[str, Any]  # of an image and a rank: the label and the probability of each output
+
+
+def predict_images(options: Predict) -> int:
+    """Predict as the options of `timm-vpl predict` say; print or write the results.
+
+    Returns:
+        The exit status: 1 where an image could not be read.
+
+    Raises:
+        UsageError: The options, the models and the images do not go together.
+        RunError: Something can't be read or written, or an output is no number.
+    """
+    processes = start_alone(options)
+    paths = [path for each in options.images for path in find_images(each, 'IMAGE')]
+    models = load_sides(options, options.models)
+    first, outputs = next(iter(models.values())), outputs_of(tuple(models))
+    configs = {side: trained.data_config for side, trained in models.items()}
+    images = LoneImages(
+        FolderReader('', [(path, 0) for path in paths], {}), SOURCES[''],
+        image_mode(options.input_img_mode, first.data_config['input_size'][0]))
+    loader = create_eval_loaders(loader_options(options), images, configs, processes)
+    names = {index: name for name, index in model_classes(first).items()}
+    order = class_order(models, names) if len(models) > 1 else None
+    forward, autocast = forward_together(options, models, order, processes.device)
+
+    as_csv = bool(options.results_file) or any(map(os.path.isdir, options.images))
+    topk = min(options.topk or (1 if as_csv else 5), first.model.num_classes)
+    parts = [f'{part}_{name}' if name else part for name in outputs for part in ('label', 'prob')]
+    columns = ['file', *(['rank'] if topk > 1 else []), *parts]
+    screen = csv.DictWriter(sys.stdout, columns, extrasaction='ignore', lineterminator='\n')
+    if not options.results_file:
+        print(','.join(columns) if as_csv else '\n'.join(f'{side}: {models[side].label}' for side in models))
+    results: list[Row] = []
+    labels = _labels(first, names, options.label_type)
+    for index, rows in enumerate(_predict(forward, autocast, loader, topk, labels)):
+        rows = [{'file': paths[index], 'rank': rank, **row} for rank, row in enumerate(rows, start=1)]
+        if images.replaced[index]:
+            print(one_line(f'{paths[index]}: can not be read ({images.failure(index)})'), file=sys.stderr)
+        elif options.results_file:
+            results += rows
+        elif as_csv:
+            screen.writerows({key: one_line(value) for key, value in row.items()} for row in rows)
+        else:
+            cells = [
+                [one_line(row[part], 40) if part.startswith('label') else f'{row[part]:.3f}' for part in parts]
+                for row in rows]
+            print('\n'.join(['', one_line(paths[index]), *screen_table(parts, cells, texts=len(parts))]))
+    if options.results_file:
+        write_rows(options.results_file, columns, results)
+    return int(bool(images.replaced.any()))
+
+
+def _labels(trained: TrainedModel, names: dict[int, str], label_type: str) -> list[str]:
+    """Return what to call each class of a model."""
+    labels = [names.get(index, str(index)) for index in range(trained.model.num_classes)]
+    if label_type == 'name':
+        return labels
+    subset = infer_imagenet_subset(trained.model) or 'imagenet-1k'
+    known: Any = ImageNetInfo(subset).label_descriptions(as_dict=True)
+    return [known.get(label, label) for label in labels]
+
+
+@torch.inference_mode()
+def _predict(
+        forward: Callable, autocast: Callable, loader: Any, topk: int, labels: Sequence[str]) -> Iterator[list[Row]]:
+    """Yield the rows of each image, the most probable class first."""
+    for input, _ in loader:
+        with autocast():
+            top = {name: logits.softmax(dim=-1).topk(topk) for name, logits in forward(input).items()}
+        columns: dict[str, list[list]] = {}
+        for name, (probabilities, indices) in top.items():
+            if not probabilities.isfinite().all():
+                raise RunError(f'the outputs of branch {name or "the model"} are no numbers')
+            suffix = f'_{name}' if name else ''
+            columns[f'label{suffix}'] = [[labels[index] for index in row] for row in indices.tolist()]
+            columns[f'prob{suffix}'] = [[round(value, 6) for value in row] for row in probabilities.tolist()]
+        for of_image in zip(*columns.values(), strict=True):
+            yield [dict(zip(columns, ranked, strict=True)) for ranked in zip(*of_image, strict=True)]

@@ -1,0 +1,107 @@
+"""One model, or two side by side, over the same images: how `predict` and `inspect` run them."""
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from timm.utils import setup_default_logging
+
+from ..core.names import SIDES
+from ..core.processes import Processes
+from ..engine.device import init_device
+from ..engine.evaluate import ensemble
+from ..engine.trained import TrainedModel, load_trained
+from ..errors import UsageError
+from ..options.commands import Forward
+from .validate import create_forward, model_classes, prepare
+
+
+def start_alone(options: Forward) -> Processes:
+    """Start a command that is one process."""
+    if not logging.getLogger().handlers:
+        setup_default_logging()
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise UsageError('this command is one process, start it without torchrun')
+    return init_device(options.device, options.workers)
+
+
+def load_sides(options: Forward, sources: Sequence[str]) -> dict[str, TrainedModel]:
+    """Load one model or two, ready for their images: of two 'a' and 'b', of one its side, or ''.
+
+    Args:
+        options: Options.
+        sources: What holds them: a pair, or two models; a branch has averaged weights where they were evaluated.
+
+    Raises:
+        UsageError: They are more, or take other channels or other numbers of classes.
+    """
+    found = [prepare(trained, options) for source in sources for trained in load_trained(source)]
+    if len(found) == 1:
+        return {found[0].side or '': found[0]}
+    if len(found) > 2:
+        raise UsageError(
+            f'{" ".join(sources)}: hold {len(found)} models; name a pair, or two (one of a pair: its export/NAME)')
+    for what, of in (('channels', _channels), ('classes', lambda trained: trained.model.num_classes)):
+        first, second = map(of, found)
+        if first != second:
+            raise UsageError(f'{found[1].source}: has {second} {what}, {found[0].source} has {first}')
+    return dict(zip(SIDES, found, strict=True))
+
+
+def _channels(trained: TrainedModel) -> int:
+    return trained.data_config['input_size'][0]
+
+
+def class_order(
+        models: dict[str, TrainedModel],
+        names: dict[int, str],
+        classes: Sequence[str] | None = None,
+) -> list[int] | None:
+    """Return the second model's index of each class of the first; None where they are the same.
+
+    Args:
+        models: Two models.
+        names: Classes of the first by its indices.
+        classes: Those of the data, whose indices a model has that does not name its own.
+
+    Raises:
+        UsageError: They know other classes.
+    """
+    first, second = models.values()
+    if first.class_names == second.class_names:
+        return None
+    indices = model_classes(second)
+    if not second.class_names and not indices.keys() >= set(classes or ()):
+        indices = {name: index for index, name in enumerate(classes or ())}
+    order = [indices.get(names.get(index, ''), -1) for index in range(first.model.num_classes)]
+    if -1 in order:
+        name = names.get(order.index(-1), order.index(-1))
+        raise UsageError(f'{second.source}: does not know the class {name!r}, which {first.source} has')
+    return order
+
+
+def forward_together(
+        options: Forward,
+        models: dict[str, TrainedModel],
+        order: list[int] | None,
+        device: Any,
+) -> tuple[Callable, Callable]:
+    """Return a forward pass, which gives the logits of each model and of two their average ('ens'), and its autocast.
+
+    Args:
+        options: Options.
+        models: One model or two, by side; they are moved.
+        order: The second one's index of each class, None where it is the same.
+        device: Where the batches are: images [N, C, H, W], or those of each side.
+    """
+    forward, autocast = create_forward(options, models, device)
+
+    def together(input):
+        logits = {side: output.float() for side, output in forward(input).items()}
+        if order is not None:
+            logits['b'] = logits['b'][:, order]
+        if len(logits) > 1:
+            logits['ens'] = ensemble(*logits.values())
+        return logits
+
+    return together, autocast
