@@ -21,6 +21,8 @@ DESTS = sorted(PARSERS['train'].entries)
 WORDS = {
     'train': ['--dataset', 'digits', '--model-a', 'resnet18', '--model-b', 'vit_tiny_patch16_224'],
     'validate': ['resnet18', '--dataset', 'digits'],
+    'predict': ['resnet18', 'image.png'],
+    'inspect': ['resnet18', 'resnet34', '--dataset', 'digits'],
     'export': ['run'],
     'report': ['run'],
     'study': ['plan.yaml'],

@@ -52,7 +52,10 @@ def save_model(folder, name='test_vit', num_classes=1000, class_names=None, **kw
     """Write a model with random weights as a user of timm would, and return it."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=num_classes, **kwargs).eval()
-    data_config = {**resolve_model_data_config(model), 'input_size': (3, 32, 32)}
+    channels = kwargs.get('in_chans', 3)
+    data_config = {**resolve_model_data_config(model), 'input_size': (channels, 32, 32)}
+    if channels == 1:
+        data_config.update(mean=(0.5,), std=(0.5,))
     save_for_hf(
         model, str(folder), data_config=data_config, model_config={'label_names': class_names} if class_names else None)
     return model
@@ -420,6 +423,15 @@ def test_accuracy_of_each_class(capsys, digits_folder, run_dir, tmp_path):
     assert {row['class']: (row['images'], float(row['top1'])) for row in results(file)} == expected
     mean = sum(float(row['top1']) for row in results(file)) / 4
     assert ' '.join(table[2]).startswith(f'local-dir:{folder}: mean top-1 of 4 classes {mean:.3f}, lowest: ')
+
+
+def test_classes_of_a_part_of_imagenet_have_their_own_names(capsys, imagenet_part, tmp_path):
+    """The model does not name its classes, and the data has some of them."""
+    root = imagenet_part[0]
+    path = tmp_path / 'classes.csv'
+    validate(capsys, root / 'model', root / 'val', '--per-class', path, '--results-file', tmp_path / 'x.csv')
+    images = {folder.name: str(len(list(folder.iterdir()))) for folder in (root / 'val').iterdir()}
+    assert {row['class']: row['images'] for row in results(path)} == images
 
 
 def test_branches_of_one_preparation_share_a_pass(capsys, digits_folder, run_dir, tmp_path, monkeypatch):

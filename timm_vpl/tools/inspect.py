@@ -66,23 +66,26 @@ class Disagreements:
         self.side = next(side for side in configs if configs[side] is config)
         self.mean, self.std = (torch.tensor(config[name])[:, None, None] for name in ('mean', 'std'))
         self.number, self.seen = number, 0
-        self.kept: list[torch.Tensor] = []  # confidence, or -1 where they agree; index; pixels
+        self.kept: list[torch.Tensor] = []  # confidence, or -1 where they agree; index; images
 
     def add(self, input: Any, first: torch.Tensor, second: torch.Tensor) -> None:
         """Look at a batch: images [N, C, H, W], or those of each side, and the logits [N, classes] of both models."""
         images = input[self.side] if isinstance(input, dict) else input
         (sure, said), (other_sure, other) = (logits.softmax(dim=-1).max(dim=-1) for logits in (first, second))
         score = torch.minimum(sure, other_sure).masked_fill(said == other, -1)
-        pixels = (images * self.std.to(images) + self.mean.to(images)).mul(255).round().clamp(0, 255).byte()
-        batch = [score, torch.arange(len(score), device=score.device) + self.seen, pixels]
-        joined = [torch.cat(parts) for parts in zip(self.kept, batch, strict=True)] if self.kept else batch
-        best = joined[0].argsort(descending=True, stable=True)[:self.number]
-        self.kept, self.seen = [part[best] for part in joined], self.seen + len(score)
+        found = self._best([score, torch.arange(len(score), device=score.device) + self.seen, images])
+        self.kept = self._best([torch.cat(parts) for parts in zip(self.kept, found, strict=False)] or found)
+        self.seen += len(score)
+
+    def _best(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        best = parts[0].argsort(descending=True, stable=True)[:self.number]
+        return [part[best] for part in parts]
 
     def images(self) -> Iterator[tuple[int, Image.Image]]:
         """Yield index and image of those on which they disagree, the most confident first."""
-        for score, index, pixels in zip(*(part.cpu() for part in self.kept), strict=True):
+        for score, index, image in zip(*(part.cpu() for part in self.kept), strict=True):
             if score >= 0:
+                pixels = (255 * (image * self.std + self.mean)).round().clamp(0, 255).byte()
                 yield int(index), thumbnail(to_pil_image(pixels[:3 if len(pixels) >= 3 else 1]).convert('RGB'))
 
 
