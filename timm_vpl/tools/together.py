@@ -1,11 +1,9 @@
 """One model, or two side by side, over the same images: how `predict` and `inspect` run them."""
-import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from timm.utils import setup_default_logging
-
+from ..bars import set_output
 from ..core.names import SIDES
 from ..core.processes import Processes
 from ..engine.device import init_device
@@ -18,8 +16,7 @@ from .validate import create_forward, model_classes, prepare
 
 def start_alone(options: Forward) -> Processes:
     """Start a command that is one process."""
-    if not logging.getLogger().handlers:
-        setup_default_logging()
+    set_output(options.quiet, options.no_progress)
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise UsageError('this command is one process, start it without torchrun')
     return init_device(options.device, options.workers)
