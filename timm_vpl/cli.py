@@ -50,7 +50,7 @@ def command(name: str, argv: list[str], prog: str) -> int:
             export_branches(options)
         elif name == 'report':
             from .tools.report import make_report
-            print(make_report(options.run_dirs, options.format))
+            print(make_report(options.run_dirs, options.format, options.plot, options.html))
         else:
             from .tools.study import run_study
             return run_study(options)

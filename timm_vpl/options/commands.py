@@ -126,6 +126,9 @@ class Report:
     """Options."""
     run_dirs: tuple[str, ...] = option((), 'folder of a run', metavar='RUN_DIR', positional=True)
     format: str = option('md', 'format of the table', choices=('md', 'json'))
+    plot: str | None = option(
+        None, 'draw the curves of the rows, or of the only run, to a PNG or SVG file (extra: plot)', metavar='FILE')
+    html: str | None = option(None, 'write the report with its curves as one HTML page', metavar='FILE')
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,9 @@ def parse_command(name: str, argv: Sequence[str], prog: str = '') -> Any:
         check_trained('MODEL', model)
     if isinstance(options, Evaluation):
         _check_evaluation(options)
-    suffixes = {'results_file': ('.csv', '.json'), 'contact_sheet': ('.png',), 'html': ('.html', '.htm')}
+    suffixes = {
+        'results_file': ('.csv', '.json'), 'contact_sheet': ('.png',), 'html': ('.html', '.htm'),
+        'plot': ('.png', '.svg')}
     for name in suffixes:
         if getattr(options, name, None):
             _check_file(flag_of(name), getattr(options, name), *suffixes[name])

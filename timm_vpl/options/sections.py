@@ -356,6 +356,7 @@ class Run(Output):
         'top1', 'what the best checkpoint is best in: top1 (mean of the branches) or a column of the summary',
         metavar='METRIC', how=True, resume='fixed')
     export: bool = option(True, 'export each branch, from its best epoch, at the end of the run', how=True, timm=ABSENT)
+    curves: bool = option(True, 'draw curves.png after each validation (extra: plot)', how=True, timm=ABSENT)
     log_tensorboard: bool = option(
         False, 'write TensorBoard event files to the folder of the run (extra: tensorboard)', how=True, timm=ABSENT)
     log_wandb: bool = option(False, 'log to Weights & Biases (extra: wandb)', how=True)

@@ -195,6 +195,17 @@ def resume_command(options: Options, folder: str) -> str:
     return shlex.join([*python, *prog.split(), *tokens, '--resume', folder])
 
 
+def train_command(values: Mapping[str, Any]) -> str:
+    """Return the command that trains by these options, as args.yaml holds them; what is at its default is left out."""
+    tokens = []
+    for dest, value in values.items():
+        entry = build_parser().entries.get(dest)
+        if entry and value is not None:
+            default = values.get(dest[:-2], entry.default) if entry.side in SIDES else entry.default
+            tokens += option_tokens(entry, _as_text(value)) if show(value) != show(default) else []
+    return shlex.join(['timm-vpl', 'train', *tokens])
+
+
 def _as_text(value: Any) -> Any:
     """Return a value as a recipe would hold it."""
     if isinstance(value, (list, tuple)):

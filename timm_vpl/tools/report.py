@@ -1,7 +1,7 @@
 """The report: finished runs side by side, differences paired by seed, as Markdown (the paper's tables) or JSON."""
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
 from pathlib import Path
@@ -13,10 +13,14 @@ from ..core.methods import METHODS
 from ..errors import UsageError
 from ..options.parser import show
 from ..options.train import METHOD_OPTIONS
+from ..text import html as as_html
 from ..text import markdown
 from .comparison import paired_difference
-from .runs import COSTS, Run, data_title, make_recipe, own_options, read_run, terms_off
-from .tables import markdown_table
+from .curves import BAND, group_panels, run_panels, run_title
+from .page import make_page, write_page
+from .plots import INSTALL, can_plot, draw_file
+from .runs import COSTS, Run, data_title, differing, make_recipe, own_options, read_run, terms_off
+from .tables import Part, markdown_page
 
 METRICS = {'top1': 'top-1', 'top5': 'top-5'}
 _SET_TITLES = {'real': 'ReaL', 'v2': 'V2'}
@@ -24,8 +28,8 @@ COLLAPSED = 2 / 3  # of the median of its row: below that a run has collapsed
 SAME_COST = 0.1  # relative difference of FLOPs that counts as the same
 
 
-def make_report(run_dirs: list[str], format: str = 'md') -> str:
-    """Return the comparison of runs as text.
+def make_report(run_dirs: Sequence[str], format: str = 'md', plot: str | None = None, html: str | None = None) -> str:
+    """Return the comparison of runs as text, and draw it.
 
     Runs that agree in all options that count are a group, averaged over its runs. Unfinished runs are listed and never
     averaged in. Paths of the same run, and copies of it, count once.
@@ -33,17 +37,33 @@ def make_report(run_dirs: list[str], format: str = 'md') -> str:
     Args:
         run_dirs: Folders of runs.
         format: 'md'; or 'json' for a record a branch of a group, with numbers that are not rounded.
+        plot: PNG or SVG file for the curves: those of the groups; of one run alone, as its curves.png.
+        html: HTML file for all of it.
 
     Raises:
-        UsageError: A folder is not that of a run, or none is there.
+        UsageError: A folder is not that of a run, or none is there; matplotlib is missing.
+        RunError: A file can't be read or written.
     """
+    if plot and not can_plot():
+        raise UsageError(f'--plot {plot}: needs the package matplotlib ({INSTALL})')
     runs = read_runs(run_dirs)
-    records = make_records(make_groups(run for run in runs if not run.progress))
-    shown = to_json if format == 'json' else to_markdown
-    return shown(records, [run for run in runs if run.progress]).rstrip('\n')
+    unfinished = [run for run in runs if run.progress]
+    groups = make_groups(run for run in runs if not run.progress)
+    records = make_records(groups)
+    alone = runs[0] if len(runs) == 1 and runs[0].rows else None
+    if plot:
+        panels = run_panels(alone.rows.values(), alone.options) if alone else group_panels(records, groups)
+        if not panels:
+            raise UsageError(f'--plot {plot}: none of the runs is finished')
+        data = dict.fromkeys(record['data'] for record in records)
+        draw_file(panels, plot, *([run_title(alone.options)] if alone else ['; '.join(data), BAND]))
+    if html:
+        panels = run_panels(alone.rows.values(), alone.options) if alone else group_panels(records, groups, terms=True)
+        write_page(html, make_page(report_parts(records, unfinished, as_html), panels, groups, unfinished))
+    return to_json(records, unfinished) if format == 'json' else to_markdown(records, unfinished)
 
 
-def read_runs(run_dirs: list[str]) -> list[Run]:
+def read_runs(run_dirs: Sequence[str]) -> list[Run]:
     """Return the runs of these folders, each once.
 
     Raises:
@@ -100,22 +120,17 @@ def make_groups(runs: Iterable[Run], names: Mapping[str, str] = MappingProxyType
         run = group.runs[0]
         alike = [other.runs[0].recipe for other in groups if other.place == group.place]
         # What another option switches off is not told, where that one tells the groups apart.
-        told = {name for name in _differing(*alike)
+        told = {name for name in differing(*alike)
                 if len({repr(recipe[name]) for recipe in alike if name in recipe}) > 1}
         shown = [{name: recipe.get(name) for name in told} for recipe in alike]
         if any(shown.count(each) > 1 for each in shown):
-            told = {*_differing(*alike)}
+            told = {*differing(*alike)}
         values = {**run.recipe, 'teacher': run.options.get('teacher')}
         parts = ', '.join(
             f'{name}={show(values.get(name))}'
             for name in sorted({*own_options(run), *told}.difference(terms_off(run))))
         group.name = names.get(str(run.path)) or (f'{run.framework} ({parts})' if parts else run.framework)
     return groups
-
-
-def _differing(*recipes: dict[str, Any]) -> list[str]:
-    names = sorted({name for recipe in recipes for name in recipe})
-    return [name for name in names if any(recipe.get(name) != recipes[0].get(name) for recipe in recipes)]
 
 
 # Differences to training alone
@@ -155,7 +170,7 @@ def find_baselines(group: Group, index: int, groups: list[Group]) -> dict[str, B
     found: dict[str, list[tuple]] = {'epochs': [], 'flops': []}
     for solo in groups if group.method != 'solo' else ():
         names = [
-            name for name in _differing(recipe, solo.runs[0].recipe)
+            name for name in differing(recipe, solo.runs[0].recipe)
             if name not in (*METHOD_OPTIONS, 'method', 'branch') and not name.endswith(('_a', '_b'))]
         if solo.method != 'solo' or {'data', 'model'}.intersection(names):
             continue
@@ -289,48 +304,67 @@ def to_json(records: list[dict[str, Any]], unfinished: list[Run]) -> str:
 
 def to_markdown(records: list[dict[str, Any]], unfinished: list[Run]) -> str:
     """Return the page of tables: for each data set accuracy, each branch, cost and convergence."""
-    records = [_as_markdown(record) for record in records]
-    lines: list[str] = []
+    return '\n'.join(markdown_page(report_parts(records, unfinished, markdown))).rstrip('\n')
+
+
+def report_parts(
+        records: list[dict[str, Any]], unfinished: list[Run], safe: Callable[[Any], str]) -> Iterator[Part]:
+    """Yield the parts of the page.
+
+    Args:
+        records: The records.
+        unfinished: Runs that are not finished.
+        safe: Makes text of others safe in the page's format.
+    """
+    records = [_safe(record, safe) for record in records]
     for data, of_data in groupby(records, key=lambda r: r['data']):  # which they are sorted by
         groups = [list(branches) for _, branches in groupby(of_data, key=lambda r: r['runs'])]
         rows = [r for branches in groups for r in branches]
         models = list(dict.fromkeys(r['model'] for r in sorted(rows, key=lambda r: r['branch'])))
-        lines += [
-            f'## {data}', '', 'Top-1 (percent) of the last epoch, mean ± standard deviation (runs).', '',
-            *_summary(groups, models), '### Each branch', '', *_branches(rows, models), '### Cost', '', *_costs(groups),
-            *_convergence(rows)]
+        yield 'h2', data
+        yield 'p', 'Top-1 (percent) of the last epoch, mean ± standard deviation (runs).'
+        yield 'table', _summary(groups, models)
+        yield 'h3', 'Each branch'
+        yield 'table', _branches(rows, models, safe)
+        yield 'h3', 'Cost'
+        yield 'table', _costs(groups)
+        reached = _convergence(rows)
+        if reached[1]:
+            yield 'h3', "Until solo's final top-1"
+            yield 'table', reached
     if unfinished:
-        lines += ['## Unfinished, in no figure of this report', '', *markdown_table(
-            ['Run', 'Framework', 'Models', 'Progress'],
-            [(*map(markdown, (run.path, run.framework, ' + '.join(run.models))), run.progress) for run in unfinished])]
+        yield 'h2', 'Unfinished, in no figure of this report'
+        yield 'table', (['Run', 'Framework', 'Models', 'Progress'], [
+            (*map(safe, (run.path, run.framework, ' + '.join(run.models))), run.progress) for run in unfinished])
     if records:
-        lines += ['## Notes', '', *(f'- {note}' for note in dict.fromkeys(_notes(records)))]
-    return '\n'.join(lines)
+        yield 'h2', 'Notes'
+        yield 'ul', list(dict.fromkeys(_notes(records, safe)))
 
 
 _PLACE = ('Epochs', 'Framework', 'Models')
+Table = tuple[list, list[tuple]]  # header and rows
 
 
-def _as_markdown(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record whose names are safe in Markdown, with its cells of the columns _PLACE."""
-    names = {name: markdown(record[name]) for name in ('framework', 'model', 'data')}
-    models = ' + '.join(markdown(record[name]) for name in ('model_a', 'model_b') if record[name])
+def _safe(record: dict[str, Any], safe: Callable[[Any], str]) -> dict[str, Any]:
+    """Return a record whose names are safe in a page, with its cells of the columns _PLACE."""
+    names = {name: safe(record[name]) for name in ('framework', 'model', 'data')}
+    models = ' + '.join(safe(record[name]) for name in ('model_a', 'model_b') if record[name])
     return {**record, **names, 'place': (record['num_epochs'], names['framework'], models)}
 
 
-def _summary(groups, models) -> list[str]:
+def _summary(groups, models) -> Table:
     """Return a table of the last top-1: a row a group, a column a model."""
-    return markdown_table([*_PLACE, *models], [
+    return [*_PLACE, *models], [
         (*branches[0]['place'],
          *(' / '.join(_shown(r['top1']) for r in branches if r['model'] == name) or None for name in models))
-        for branches in groups])
+        for branches in groups]
 
 
-def _branches(records, models) -> list[str]:
+def _branches(records, models, safe) -> Table:
     shown = dict.fromkeys(name for r in records for name in r['figures'])
     names = sorted(shown, key=lambda name: name.startswith('best '))
-    return markdown_table(
-        [*_PLACE, 'Model', 'Weights', *map(markdown, names), 'median (collapsed)', 'best epoch',
+    return (
+        [*_PLACE, 'Model', 'Weights', *map(safe, names), 'median (collapsed)', 'best epoch',
          'Δ solo, same epochs', 'Δ solo, same FLOPs'],
         [(*r['place'], r['model'], r['weights'],
           *(_shown(r['figures'][name]) if name in r['figures'] else None for name in names),
@@ -339,7 +373,7 @@ def _branches(records, models) -> list[str]:
          for r in sorted(records, key=lambda r: (r['num_epochs'], models.index(r['model'])))])
 
 
-def _costs(groups) -> list[str]:
+def _costs(groups) -> Table:
     rows = []
     for branches in groups:
         r = branches[0]
@@ -351,21 +385,21 @@ def _costs(groups) -> list[str]:
             _scaled(seconds, _TIME), _scaled(seconds and seconds / r['num_epochs'], _TIME),
             hours and (f'{hours:.2f}' if hours >= 1 else f'{hours:.3g}'),
             f'{seconds / sum(solos):.2f}' if all((seconds, *solos)) else None))
-    return markdown_table([
-        *_PLACE, 'Processes', 'FLOPs', 'Image-passes', 'Time', 'Time an epoch', 'Device-hours', "Time / solo's"], rows)
+    return [
+        *_PLACE, 'Processes', 'FLOPs', 'Image-passes', 'Time', 'Time an epoch', 'Device-hours', "Time / solo's"], rows
 
 
-def _convergence(records) -> list[str]:
+def _convergence(records) -> Table:
     rows = [
         (*r['place'], r['model'], f'{solo["solo_top1"]:.2f}', solo['reached_epochs'] or 'not reached',
          *(_scaled(solo[f'{who}_{cost}'], units) for who in ('reached', 'solo')
            for cost, units in (('flops', _COUNT), ('seconds', _TIME))))
         for r in records if 'solo_top1' in (solo := r['baselines'].get('epochs', {}))]
-    return [] if not rows else ["### Until solo's final top-1", '', *markdown_table([
-        *_PLACE, 'Model', "Solo's top-1", 'After epochs', 'FLOPs', 'Time', "Solo's FLOPs", "Solo's time"], rows)]
+    return [
+        *_PLACE, 'Model', "Solo's top-1", 'After epochs', 'FLOPs', 'Time', "Solo's FLOPs", "Solo's time"], rows
 
 
-def _notes(records) -> list[str]:
+def _notes(records, safe) -> list[str]:
     notes = [
         'The best epoch (counted from 0, as in summary.csv) has the highest top-1 on the evaluation set itself, which '
         'flatters it: compare last epochs.',
@@ -383,14 +417,14 @@ def _notes(records) -> list[str]:
         what = f'{r["framework"]}, {r["model"]}, {r["num_epochs"]} epochs'
         for kind, baseline in r['baselines'].items():
             if baseline['differs']:
-                notes.append(f'{what}: its baseline of the same {kind}, {markdown(baseline["name"])}, differs in '
-                             f'{markdown(", ".join(baseline["differs"]))}.')
+                notes.append(f'{what}: its baseline of the same {kind}, {safe(baseline["name"])}, differs in '
+                             f'{safe(", ".join(baseline["differs"]))}.')
             if baseline['reason']:
-                notes.append(f'{what}: no difference to {markdown(baseline["name"])}: {markdown(baseline["reason"])}.')
+                notes.append(f'{what}: no difference to {safe(baseline["name"])}: {safe(baseline["reason"])}.')
         if r['teacher_flops']:
             notes.append(f'{what}: the training of its teacher took {_scaled(r["teacher_flops"], _COUNT)} more FLOPs.')
         if len(set(r['seeds'])) < r['n']:
-            notes.append(f'{what}: the seeds are not all different ({markdown(", ".join(map(str, r["seeds"])))}).')
+            notes.append(f'{what}: the seeds are not all different ({safe(", ".join(map(str, r["seeds"])))}).')
         if r['subsets']:
             notes.append(f'{r["data"]}: the seeds are trained on different images.')
     return notes

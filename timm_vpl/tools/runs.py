@@ -231,6 +231,12 @@ def make_recipe(options: dict[str, Any], sides: tuple[str, ...], teacher: Run | 
     return recipe
 
 
+def differing(*recipes: dict[str, Any]) -> list[str]:
+    """Return the options in which recipes differ."""
+    names = sorted({name for recipe in recipes for name in recipe})
+    return [name for name in names if any(recipe.get(name) != recipes[0].get(name) for recipe in recipes)]
+
+
 def _data(run: Run) -> tuple:
     """Return what runs of one row have in common of their data; their training images may be several subsets."""
     dataset, folder = str(run.options.get('dataset') or ''), str(run.options.get('data_dir') or '')

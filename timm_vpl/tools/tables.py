@@ -10,6 +10,38 @@ from ..errors import RunError, first_line
 from ..files import replacing
 
 
+# A page: its parts as (kind, content), where a heading ('h2', 'h3') or a paragraph ('p') is text, a list ('ul') lines,
+# a table (header, rows). All text is as the page's format wants it.
+Part = tuple[str, Any]
+
+
+def markdown_page(parts: Iterable[Part]) -> list[str]:
+    """Return the lines of a page in Markdown."""
+    lines: list[str] = []
+    for kind, content in parts:
+        if kind == 'table':
+            lines += markdown_table(*content)
+        else:
+            marks = {'h2': '## ', 'h3': '### ', 'p': '', 'ul': '- '}
+            lines += [*(f'{marks[kind]}{text}' for text in (content if kind == 'ul' else [content])), '']
+    return lines
+
+
+def html_page(parts: Iterable[Part]) -> list[str]:
+    """Return the lines of the same in HTML."""
+    lines: list[str] = []
+    for kind, content in parts:
+        if kind == 'table':
+            head, *body = (''.join(f'<{cell}>{"-" if text is None else text}</{cell}>' for text in row)
+                           for cell, row in (('th', content[0]), *(('td', row) for row in content[1])))
+            lines += ['<div class="wide"><table>', f'<thead><tr>{head}</tr></thead>',
+                      *(f'<tr>{row}</tr>' for row in body), '</table></div>']
+        else:
+            inside = ''.join(f'<li>{text}</li>' for text in content) if kind == 'ul' else content
+            lines.append(f'<{kind}>{inside}</{kind}>')
+    return lines
+
+
 def markdown_table(header: Sequence, rows: Iterable[Iterable]) -> list[str]:
     """Return the lines of a table in Markdown, and an empty one; None is shown as a dash."""
     head, *body = (f'| {" | ".join("-" if cell is None else str(cell) for cell in row)} |' for row in (header, *rows))

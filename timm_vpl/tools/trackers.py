@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import UsageError, first_line
 from ..options.train import Options, recipe_values
 from .export import ExportObserver
+from .plots import CURVES, INSTALL, can_plot, draw_run
 from .progress import Bars, Lines
 
 _logger = logging.getLogger('train')
@@ -103,6 +104,28 @@ class Wandb(Tracker):
 TRACKERS = {'log_tensorboard': (TensorBoard, 'tensorboard'), 'log_wandb': (Wandb, 'wandb')}
 
 
+class CurvesObserver:
+    """Draws curves.png in the folder of a run: after each validation, and when it ends."""
+
+    def start(self, run) -> None:
+        """Say where there will be none."""
+        if not can_plot():
+            _logger.info(f'No {CURVES}: it needs matplotlib ({INSTALL})')
+
+    def validated(self, run, row: dict[str, Any]) -> None:
+        """Draw all epochs so far, if this one was validated."""
+        if row['eval_top1'] != '':
+            self.end(run)
+
+    def end(self, run) -> None:
+        """Draw all epochs; where that fails, say so."""
+        try:
+            if can_plot() and run.rows:
+                draw_run(run.output_dir, run.rows, run.options.flat())
+        except Exception as e:  # a picture is no reason to end a run, whatever failed
+            _logger.warning(f'{CURVES}: can not be drawn ({first_line(e)})')
+
+
 def observers_of(options: Options) -> list[Any]:
     """Return the observers that the options ask for; on a terminal bars show how far the run is.
 
@@ -118,4 +141,5 @@ def observers_of(options: Options) -> list[Any]:
                                  f"'timm-vpl[{package}]')")
             trackers.append(tracker())
     bars = sys.stderr.isatty() and not (run.quiet or run.no_progress)
-    return [Bars() if bars else Lines(), *[ExportObserver()] * run.export, *trackers]
+    return [
+        Bars() if bars else Lines(), *[ExportObserver()] * run.export, *[CurvesObserver()] * run.curves, *trackers]
