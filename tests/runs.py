@@ -18,7 +18,7 @@ PAIR = ['--model-a', 'test_resnet', '--model-b', 'test_vit']
 SMALL = [
     '--img-size', '32', '-b', '8', '--epochs', '2', '--warmup-epochs', '0', '--lr', '0.001', '--workers', '0',
     '--device', 'cpu', '--checkpoint-hist', '2', '--model-ema-decay', '0.5', '--no-export',
-    '--interpolation', 'bicubic',
+    '--interpolation', 'bicubic', '--no-curves',
 ]
 NOISE = ['--drop', '0.2', '--drop-path', '0.2', '--aa', 'rand-m5-n1', '--reprob', '0.5', '--seed', '7']
 

@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAIR = ['--model-a', 'test_resnet', '--model-b', 'test_vit']
 DIGITS = ['--dataset', 'digits', *PAIR]
 TRAIN = ['train', *DIGITS, '--img-size', '32', '-b', '8', '--workers', '0', '--device', 'cpu',
-         '--epochs', '1', '--warmup-epochs', '0', '--output', 'output']
+         '--epochs', '1', '--warmup-epochs', '0', '--output', 'output', '--no-curves']
 EVAL = ['--dataset', 'digits', '--workers', '0', '--device', 'cpu']
 CANARY = 'hf_CANARYcanaryCANARYcanaryCANARY12'
 

@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from .errors import RunError
+
 
 @contextlib.contextmanager
 def replacing(path: str, mode: str = 'w', **kwargs) -> Iterator:
@@ -25,6 +27,16 @@ def replacing(path: str, mode: str = 'w', **kwargs) -> Iterator:
         replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, mode: str = 'w', **kwargs) -> Iterator:
+    """Do as `replacing`; raise RunError, a line with the path, where the file can't be written."""
+    try:
+        with replacing(str(path), mode, **kwargs) as file:
+            yield file
+    except OSError as e:
+        raise RunError(f'{path}: can not be written: {e.strerror or e}') from e
 
 
 def replace(src: str | Path, dst: str | Path) -> None:

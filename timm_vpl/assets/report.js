@@ -34,7 +34,7 @@
     const color = line => line.color === '#000000' ? 'currentColor' : line.color;
     const stroke = line => ({stroke: color(line), 'stroke-width': line.thin ? 1 : 2.2, 'stroke-dasharray': line.dash});
     const epochs = [...new Set(panel.lines.flatMap(line => line.x))].sort((one, two) => one - two);
-    const all = [epochs[0] - 0.5, epochs[epochs.length - 1] + 0.5], hidden = new Set();
+    const all = [Math.min(0, epochs[0]) - 0.5, epochs[epochs.length - 1] + 0.5], hidden = new Set();
     let view = null, scaleX = null, pressed = null;
 
     const figure = add(root, 'figure'), head = add(figure, 'figcaption');
@@ -102,7 +102,7 @@
         add(svg, 'line', {x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value), class: 'grid'});
         add(svg, 'text', {x: LEFT - 6, y: y(value) + 4, 'text-anchor': 'end'}, Number(value.toPrecision(6)));
       }
-      for (const epoch of ticks(from, to, width / 90).filter(Number.isInteger))
+      for (const epoch of ticks(from, to, width / 70).filter(Number.isInteger))
         add(svg, 'text', {x: x(epoch), y: HEIGHT - BOTTOM + 17, 'text-anchor': 'middle'}, epoch);
       add(svg, 'text', {x: (LEFT + width) / 2, y: HEIGHT - 5, 'text-anchor': 'middle'}, 'epoch');
       add(svg, 'text', {

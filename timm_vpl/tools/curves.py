@@ -118,8 +118,9 @@ def run_panels(rows: Iterable[Mapping[str, Any]], options: Mapping[str, Any]) ->
              DASHES[kinds.index(_kind(_term(name))) % len(DASHES)])
         for name in terms]
     lrs = [line(f'lr_{side}', side, BRANCH[side]) for side in SIDES if f'lr_{side}' in cells]
+    title = 'Accuracy of averaged weights (EMA, thick) and raw ones (thin)' if averaged else 'Accuracy'
     panels = [
-        Panel('Accuracy of averaged weights (EMA, thick) and raw ones (thin)' if averaged else 'Accuracy', 'top-1 (%)', top1, spans),
+        Panel(title, 'top-1 (%)', top1, spans),
         Panel('Terms of the loss, unweighted', 'loss', losses, spans, '#.3g'),
         Panel('Learning rate', 'learning rate', lrs, spans, '#.3g')]
     return [panel for panel in panels if panel.lines]
@@ -168,54 +169,72 @@ def _title(term: str, options: Mapping[str, Any]) -> str:
     return f'{term} → {options[f"{term}_to"]}' if options.get(f'{term}_to') else term
 
 
-def group_panels(records: Sequence[Mapping[str, Any]], groups: Sequence[Any], terms: bool = False) -> list[Panel]:
-    """Return a panel for each branch in which the rows of a report lie over each other, over seeds.
+class _Overlay:
+    """Panels in which the rows of a report lie over each other, and what a row looks like in each of them."""
 
-    A line is the mean of a row's runs at the epochs at which each was validated, its band goes from the lowest to the
-    highest of them.
+    def __init__(self, records: Sequence[Mapping[str, Any]], groups: Sequence[Any]):
+        by_runs = {tuple(str(run.path) for run in group.runs): group.runs for group in groups}
+        self.rows = [(record, _row_label(record, records), by_runs[tuple(record['runs'])]) for record in records]
+        self.looks = list(dict.fromkeys(label for _, label, _ in self.rows))
+        self.unit = 'top-1 (%), EMA' if {record['weights'] for record in records} == {'ema'} else 'top-1 (%)'
+        self.several = len({record['data'] for record in records}) > 1
+        self.panels: dict[str, Panel] = {}
 
-    Args:
-        records: Records of the report (`make_records`), in their order.
-        groups: The groups that they are of.
-        terms: Whether to add a panel for the average of the branches and one for each term of the loss.
-    """
-    by_runs = {tuple(str(run.path) for run in group.runs): group for group in groups}
-    rows = [(record, by_runs[tuple(record['runs'])]) for record in records]
-    weights = {record['weights'] for record in records}
-    unit = 'top-1 (%), EMA' if weights == {'ema'} else 'top-1 (%)'
-    labels = [_row_label(record, records) for record in records]
-    looks = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-    panels: dict[tuple, Panel] = {}
-
-    def add(title: str, number: int, value: Callable[[Any, int], Any], **look: Any) -> None:
-        record, runs = rows[number][0], rows[number][1].runs
+    def add(self, title: str, row: tuple, value: Callable[[Any, int], Any], **look: Any) -> None:
+        """Add a line: the mean of a row's runs at the epochs at which each has a value, and their range."""
+        record, label, runs = row
         x = [epoch for epoch in runs[0].rows if all(value(run, epoch) is not None for run in runs)]
         values = [[value(run, epoch) for run in runs] for epoch in x]
         if not values:
             return
-        panel = panels.setdefault((title, record['data']), Panel(title, lines=[], **look))
-        i, edges = looks[labels[number]], (min, max) if len(runs) > 1 else ()
-        panel.lines.append(Line(
-            labels[number], x, list(map(fmean, values)), ROWS[i % len(ROWS)], DASHES[i // len(ROWS) % len(DASHES)],
-            False, *([edge(each) for each in values] for edge in edges), runs=len(runs)))
+        title = f'{title}, {record["data"]}' if self.several else title
+        turn, i = divmod(self.looks.index(label), len(ROWS))
+        low, high = (list(map(min, values)), list(map(max, values))) if len(runs) > 1 else ([], [])
+        self.panels.setdefault(title, Panel(title, lines=[], **look)).lines.append(Line(
+            label, x, list(map(fmean, values)), ROWS[i], DASHES[turn % len(DASHES)], False, low, high, len(runs)))
 
-    for number, (record, group) in enumerate(rows):
-        index = group.runs[0].sides.index(record['branch'])
-        add(record['model'], number, lambda run, epoch, i=index: run.figure(run.sides[i], epoch), unit=unit, late=True)
-    firsts = [number for number, (_, group) in enumerate(rows) if group not in [other for _, other in rows[:number]]]
-    for number in firsts if terms else ():
-        add('average of the branches', number, lambda run, epoch: run.figure('ens', epoch), unit=unit, late=True)
-    for number in firsts if terms else ():
-        for name in filter(_term, rows[number][1].runs[0].rows[0]):
-            add(_term(name), number, lambda run, epoch, name=name: run.rows[epoch].get(name), unit='loss', format='#.3g')
-    if len({data for _, data in panels}) > 1:
-        for (title, data), panel in panels.items():
-            panel.title = f'{title}, {data}'
-    return list(panels.values())
+
+def _top1(number: int) -> Callable[[Any, int], Any]:
+    return lambda run, epoch: run.figure(run.sides[number], epoch)
+
+
+def _cell(column: str) -> Callable[[Any, int], Any]:
+    return lambda run, epoch: run.rows[epoch].get(column)
+
+
+def group_panels(records: Sequence[Mapping[str, Any]], groups: Sequence[Any]) -> list[Panel]:
+    """Return a panel for each model, in which the rows of a report lie over each other.
+
+    Args:
+        records: Records of the report (`make_records`), in their order.
+        groups: The groups that they are of.
+    """
+    overlay = _Overlay(records, groups)
+    for row in overlay.rows:
+        record, _, runs = row
+        overlay.add(record['model'], row, _top1(runs[0].sides.index(record['branch'])), unit=overlay.unit, late=True)
+    return list(overlay.panels.values())
+
+
+def term_panels(records: Sequence[Mapping[str, Any]], groups: Sequence[Any]) -> list[Panel]:
+    """Return the further panels of a report: the average of the branches, and each term of the loss."""
+    overlay = _Overlay(records, groups)
+    rows = list({id(runs): (record, label, runs) for record, label, runs in overlay.rows}.values())
+    for row in rows:
+        overlay.add('average of the branches', row, lambda run, epoch: run.figure('ens', epoch), unit=overlay.unit,
+                    late=True)
+    for row in rows:
+        for name in filter(_term, row[2][0].rows[0]):
+            overlay.add(_term(name), row, _cell(name), unit='loss', format='#.3g')
+    return list(overlay.panels.values())
 
 
 def _row_label(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    """Return the name of a row, with its epochs where rows of several lengths have that name."""
-    name = record['framework']
-    several = len({other['num_epochs'] for other in records if other['framework'] == name}) > 1
-    return f'{name}, {record["num_epochs"]} epochs' if several else name
+    """Return the name of a row, and what else tells it from the others of that name."""
+    named = [other for other in records if other['framework'] == record['framework']]
+    pairs = {(other['model'], other['model_a'], other['model_b']) for other in named}
+    further = {
+        f'{record["num_epochs"]} epochs': len({other['num_epochs'] for other in named}) > 1,
+        f'{record["model_a"]} + {record["model_b"]}': len({model for model, *_ in pairs}) < len(pairs),
+        record['branch']: record['model_a'] == record['model_b']}
+    return ', '.join([record['framework'], *(text for text, wanted in further.items() if wanted)])

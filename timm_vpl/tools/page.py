@@ -2,14 +2,14 @@
 import base64
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from ..errors import RunError
-from ..files import replacing
+from ..errors import UsageError
 from ..options.parser import show
 from ..options.train import train_command
 from ..text import html, one_line
@@ -64,22 +64,17 @@ def make_page(parts: Iterable[Part], panels: Sequence[Panel], groups: Sequence[A
         data=json.dumps(data, allow_nan=False).replace('<', r'\u003c'))
 
 
-def write_page(path: str, page: str) -> None:
-    """Write a page; an old one stays until it is whole.
-
-    Raises:
-        RunError: It can't be written.
-    """
-    try:
-        with replacing(path, encoding='utf-8') as file:
-            file.write(page)
-    except OSError as e:
-        raise RunError(f'--html {path}: can not be written ({e.strerror})') from e
-
-
 def _hash(text: str) -> str:
     """Return what the Content-Security-Policy calls the one style, the one script that may be."""
     return f'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'
+
+
+def _command(run: Run) -> str:
+    """Return the command that repeats a run: with its options, or its args.yaml where one of them can't be told."""
+    try:
+        return train_command(run.options)
+    except UsageError:
+        return shlex.join(['timm-vpl', 'train', '--config', str(run.path / 'args.yaml')])
 
 
 def _run_parts(groups: Sequence[Any], runs: Sequence[Run]) -> Iterable[Part]:
@@ -96,7 +91,7 @@ def _run_parts(groups: Sequence[Any], runs: Sequence[Run]) -> Iterable[Part]:
     yield 'p', 'Options at their defaults are left out.'
     for run in runs:
         yield 'p', f'{html(run.path)}: {html(run.framework)}, seed {html(run.options.get("seed"))}'
-        yield 'pre', html(train_command(run.options))
+        yield 'pre', html(_command(run))
     environments: dict[str, tuple[dict, list[Run]]] = {}
     for run in runs:
         for environment in run.environment:

@@ -7,19 +7,18 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
 
-from ..errors import RunError
-from ..files import replacing
+from ..files import writing
 from ..text import one_line
 from .curves import Line, Panel, run_panels, run_title
 
 CURVES = 'curves.png'
 INSTALL = "pip install 'timm-vpl[plot]'"
-WIDTH, LEFT, TOP, GAP, FOOT = 8., 0.75, 0.3, 0.55, 0.5  # inches
+WIDTH, LEFT, TOP, GAP, FOOT = 8., 0.75, 0.1, 0.55, 0.5  # inches
 FONT, LABEL_FONT = 9.5, 8.5  # points
 LABEL_CHARS = 36
 _LETTER, _LINE = LABEL_FONT * 0.56 / 72, LABEL_FONT * 1.25 / 72  # of a label, inches
 _SWATCH = 0.6  # inches from the axes to a label
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     'font.size': FONT, 'axes.titlesize': FONT, 'axes.labelsize': FONT, 'xtick.labelsize': LABEL_FONT,
     'ytick.labelsize': LABEL_FONT, 'text.parse_math': False, 'axes.spines.top': False, 'axes.spines.right': False,
     'axes.edgecolor': '#777777', 'svg.hashsalt': 'timm-vpl', 'font.family': 'DejaVu Sans'}
@@ -47,11 +46,10 @@ def draw(panels: Sequence[Panel], file: IO[bytes], format: str, title: str, capt
     right = _SWATCH + 0.1 + _LETTER * max(len(text) for each in labels for label in each for text in label)
     heights = [max(2.6 if panel.late or panel is panels[0] else 1.3, 0.2 + sum(map(len, each)) * _LINE)
                for panel, each in zip(panels, labels, strict=True)]
-    width, foot = WIDTH - LEFT - right, FOOT + (0.25 if caption else 0)
     spans = [_span_texts(panel) if panel is panels[0] else [] for panel in panels]
-    gaps = [GAP + 0.17 * max(map(len, texts), default=0) for texts in spans]
-    gaps[0] -= 0.2  # no axis above
-    height = TOP + sum(heights) + sum(gaps) + foot
+    strips = [0.17 * max(map(len, texts), default=0) for texts in spans]  # above the axes
+    width, foot = WIDTH - LEFT - right, FOOT + (0.25 if caption else 0)
+    height = TOP + sum(heights) + sum(strips) + GAP * len(panels) + foot
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of letters that the font lacks, in names
         matplotlib.rcdefaults()
@@ -60,11 +58,11 @@ def draw(panels: Sequence[Panel], file: IO[bytes], format: str, title: str, capt
         figure.text(0.1 / WIDTH, 1 - 0.1 / height, one_line(title, 90), va='top', weight='bold', size=FONT + 1)
         figure.text(0.1 / WIDTH, 0.08 / height, caption, va='bottom', size=LABEL_FONT, color=_GREY)
         top = height - TOP
-        for panel, each, texts, tall, gap in zip(panels, labels, spans, heights, gaps, strict=True):
-            top -= gap + tall
+        for panel, each, texts, tall, strip in zip(panels, labels, spans, heights, strips, strict=True):
+            top -= GAP + strip + tall
             axes = figure.add_axes((LEFT / WIDTH, top / height, width / WIDTH, tall / height))
             _draw_panel(axes, panel, texts)
-            axes.set_title(panel.title, loc='left', y=1 + 0.17 * max(map(len, texts), default=0) / tall)
+            axes.set_title(panel.title, loc='left', y=1 + strip / tall)
             axes.yaxis.set_label_coords(-0.52 / width, 0.5)
             _write_labels(axes, panel, each, width, tall)
         axes.set_xlabel('epoch')
@@ -78,11 +76,8 @@ def draw_file(panels: Sequence[Panel], path: str, title: str, caption: str = '')
     Raises:
         RunError: It can't be written.
     """
-    try:
-        with replacing(path, 'wb') as file:
-            draw(panels, file, os.path.splitext(path)[1][1:].lower(), title, caption)
-    except OSError as e:
-        raise RunError(f'{path}: can not be written ({e.strerror})') from e
+    with writing(path, 'wb') as file:
+        draw(panels, file, os.path.splitext(path)[1][1:].lower(), title, caption)
 
 
 def draw_run(folder: str, rows: Iterable[Mapping[str, Any]], options: Mapping[str, Any]) -> None:
@@ -90,12 +85,14 @@ def draw_run(folder: str, rows: Iterable[Mapping[str, Any]], options: Mapping[st
     draw_file(run_panels(rows, options), os.path.join(folder, CURVES), run_title(options))
 
 
+class _Wrapper(textwrap.TextWrapper):
+    wordsep_re = re.compile(r'(\s+)|(?<=,)(?=\S)')  # after a comma too
+
+
 def _label(line: Line, panel: Panel) -> list[str]:
     """Return the lines of a line's label: its last value, and what it is."""
     runs = f' ({line.runs})' if line.runs > 1 else ''
-    wrapper = textwrap.TextWrapper(LABEL_CHARS)
-    wrapper.wordsep_re = re.compile(r'(\s+)|(?<=,)(?=\S)')  # after a comma too
-    return wrapper.wrap(f'{line.last:{panel.format}}{runs}  {one_line(line.label, 100)}')
+    return _Wrapper(LABEL_CHARS).wrap(f'{line.last:{panel.format}}{runs}  {one_line(line.label, 100)}')
 
 
 def _span_texts(panel: Panel) -> list[list[str]]:
@@ -115,7 +112,8 @@ def _draw_panel(axes: Any, panel: Panel, span_texts: list[list[str]]) -> None:
                   va='bottom', size=LABEL_FONT - 0.5, color=_GREY)
     for line in panel.lines:
         y = [float('nan') if y is None else y for y in line.y]
-        axes.plot(line.x, y, **_style(line), marker='o' if len(y) <= 20 else '', markersize=2 if line.thin else 3)
+        axes.plot(line.x, y, **_style(line), label=line.label, marker='o' if len(y) <= 20 else '',
+                  markersize=2 if line.thin else 3)
         if line.low:
             axes.fill_between(line.x, line.low, line.high, color=line.color, alpha=0.1, linewidth=0)
     if panel.is_log:

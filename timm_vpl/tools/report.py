@@ -11,13 +11,14 @@ from typing import Any
 
 from ..core.methods import METHODS
 from ..errors import UsageError
+from ..files import writing
 from ..options.parser import show
 from ..options.train import METHOD_OPTIONS
 from ..text import html as as_html
 from ..text import markdown
 from .comparison import paired_difference
-from .curves import BAND, group_panels, run_panels, run_title
-from .page import make_page, write_page
+from .curves import BAND, group_panels, run_panels, run_title, term_panels
+from .page import make_page
 from .plots import INSTALL, can_plot, draw_file
 from .runs import COSTS, Run, data_title, differing, make_recipe, own_options, read_run, terms_off
 from .tables import Part, markdown_page
@@ -51,15 +52,17 @@ def make_report(run_dirs: Sequence[str], format: str = 'md', plot: str | None = 
     groups = make_groups(run for run in runs if not run.progress)
     records = make_records(groups)
     alone = runs[0] if len(runs) == 1 and runs[0].rows else None
-    if plot:
-        panels = run_panels(alone.rows.values(), alone.options) if alone else group_panels(records, groups)
-        if not panels:
-            raise UsageError(f'--plot {plot}: none of the runs is finished')
-        data = dict.fromkeys(record['data'] for record in records)
-        draw_file(panels, plot, *([run_title(alone.options)] if alone else ['; '.join(data), BAND]))
+    panels = run_panels(alone.rows.values(), alone.options) if alone else group_panels(records, groups)
+    if plot and not panels:
+        raise UsageError(f'--plot {plot}: none of the runs is finished')
+    if plot and alone:
+        draw_file(panels, plot, run_title(alone.options))
+    elif plot:
+        draw_file(panels, plot, '; '.join(dict.fromkeys(record['data'] for record in records)), BAND)
     if html:
-        panels = run_panels(alone.rows.values(), alone.options) if alone else group_panels(records, groups, terms=True)
-        write_page(html, make_page(report_parts(records, unfinished, as_html), panels, groups, unfinished))
+        panels += [] if alone else term_panels(records, groups)
+        with writing(html, encoding='utf-8') as file:
+            file.write(make_page(report_parts(records, unfinished, as_html), panels, groups, unfinished))
     return to_json(records, unfinished) if format == 'json' else to_markdown(records, unfinished)
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunError, first_line
-from ..files import replacing
-
+from ..files import writing
 
 # A page: its parts as (kind, content), where a heading ('h2', 'h3') or a paragraph ('p') is text, a list ('ul') lines,
 # a table (header, rows). All text is as the page's format wants it.
@@ -95,17 +94,3 @@ def write_rows(path: str | Path, columns: Sequence[str], rows: list[dict[str, An
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
-
-
-@contextlib.contextmanager
-def writing(path: str | Path, mode: str = 'w', **kwargs) -> Iterator:
-    """Open a file as `replacing` does.
-
-    Raises:
-        RunError: It can't be written.
-    """
-    try:
-        with replacing(str(path), mode, **kwargs) as file:
-            yield file
-    except OSError as e:
-        raise RunError(f'{path}: can not be written: {e.strerror}') from e
