@@ -98,6 +98,15 @@ def test_stages_are_shaded_and_say_what_is_learnt():
     assert run_panels(alone.rows.values(), alone.options)[0].spans == []
 
 
+def test_a_first_epoch_has_whole_ticks():
+    run = read_run(RUN)
+    figure, (losses, lrs), _ = drawn(run_panels(list(run.rows.values())[:1], run.options))
+    assert set(losses) == {'ce_a', 'ce_b', 'contrastive'} and set(lrs) == {'a', 'b'}
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        assert [x for x in axes.get_xticks() if low <= x <= high] == [0]
+
+
 def test_a_term_that_is_off_leaves_a_gap():
     rows = [{'epoch': e, 'train_ce_a_loss': 2., 'train_kl_b_loss': '' if e == 1 else 1., 'lr_a': .1} for e in range(3)]
     (losses, lrs) = run_panels(rows, {'method': 'pair', 'model_a': 'x', 'model_b': 'y'})

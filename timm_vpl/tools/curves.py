@@ -13,7 +13,9 @@ INK, BLUE, RED, GREEN, ORANGE, PURPLE, SKY = (
     '#000000', '#0072B2', '#D55E00', '#009E73', '#E69F00', '#CC79A7', '#56B4E9')
 BRANCH = {'a': BLUE, 'b': RED}
 ROWS = (INK, BLUE, RED, GREEN, ORANGE, PURPLE, SKY)
-BAND = "A line is the mean of a row's runs (of so many), its band goes from the lowest of them to the highest."
+BAND = (
+    "A line is the mean of a row's runs (of so many), its band goes from the lowest of them to the highest. Low values "
+    'of the first half of the epochs may lie below what is shown.')
 DASHES = ('', '6 2', '2 1.5', '7 2 1.5 2')  # lengths of line and gap
 
 

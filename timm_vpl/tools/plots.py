@@ -48,7 +48,8 @@ def draw(panels: Sequence[Panel], file: IO[bytes], format: str, title: str, capt
                for panel, each in zip(panels, labels, strict=True)]
     spans = [_span_texts(panel) if panel is panels[0] else [] for panel in panels]
     strips = [0.17 * max(map(len, texts), default=0) for texts in spans]  # above the axes
-    width, foot = WIDTH - LEFT - right, FOOT + (0.25 if caption else 0)
+    caption = textwrap.fill(caption, 108)
+    width, foot = WIDTH - LEFT - right, FOOT + (0.1 + _LINE * (caption.count('\n') + 1) if caption else 0)
     height = TOP + sum(heights) + sum(strips) + GAP * len(panels) + foot
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of letters that the font lacks, in names
@@ -119,11 +120,11 @@ def _draw_panel(axes: Any, panel: Panel, span_texts: list[list[str]]) -> None:
     if panel.is_log:
         axes.set_yscale('log')
     bottom, top = panel.bounds
-    margin = 0.04 * (top - bottom or 1)
+    margin = 0.04 * (top - bottom or abs(top) or 1)
     axes.set_ylim(*((bottom * 0.8, top * 1.25) if panel.is_log else (bottom - margin, top + margin)))
     xs = [x for line in panel.lines for x in line.x]
     axes.set_xlim(min(xs + [0]) - 0.5, max(xs) + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=(1, 2, 5, 10)))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1, steps=(1, 2, 5, 10)))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if panel.is_log else MaxNLocator(6, steps=(1, 2, 5, 10)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f'{y:.6g}'))
