@@ -15,10 +15,11 @@ from ..data.loaders import create_eval_loaders
 from ..engine.evaluate import evaluate, outputs_of
 from ..engine.models import loader_config
 from ..errors import RunError, UsageError
+from ..files import writing
 from ..options.commands import Inspect
 from ..text import one_line
 from . import web
-from .tables import screen_table, write_rows, writing
+from .tables import screen_table, write_rows
 from .together import class_order, forward_together, load_sides, start_alone
 from .validate import Row, class_line, loader_options, open_data, warn_of_replaced
 

@@ -1,8 +1,7 @@
 """Tables: as Markdown, as columns on the screen, as CSV and JSON files."""
-import contextlib
 import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
