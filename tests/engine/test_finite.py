@@ -117,8 +117,9 @@ def test_a_validation_that_is_not_finite_is_no_result(digits_folder, tmp_path, c
     assert f'Epoch 0: not finite: {names}; it is no best epoch for them' in caplog.messages
     row = summary(folder)[0]
     assert {key for key, value in row.items() if value == 'nan'} == {
-        'eval_top1', *(f'eval_{ema}{metric}_{name}' for ema in ('', 'ema_') for metric in ('loss', 'top1', 'top5')
-                       for name in ('a', 'ens'))}
+        'eval_top1', *(f'eval_{ema}{likeness}' for ema in ('', 'ema_') for likeness in ('agreement', 'alignment')),
+        *(f'eval_{ema}{metric}_{name}' for ema in ('', 'ema_') for metric in ('loss', 'top1', 'top5')
+          for name in ('a', 'ens'))}
     checkpoint = last(folder)
     assert checkpoint['saver']['best_branches'] == {'b': (float(row['eval_ema_top1_b']), 0)}
     assert 'metric' not in checkpoint

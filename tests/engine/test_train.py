@@ -23,6 +23,7 @@ def test_run_folder(digits_folder, tmp_path):
     assert [row['epoch'] for row in table] == ['0', '1']
     terms = ['loss', 'ce_a_loss', 'ce_b_loss', 'contrastive_loss', 'kl_loss']
     metrics = [f'{metric}_{name}' for name in ('a', 'b', 'ens') for metric in ('loss', 'top1', 'top5')]
+    metrics += ['agreement', 'alignment']
     assert list(table[0]) == [
         'epoch', *(f'train_{term}' for term in terms), 'eval_top1', *(f'eval_{metric}' for metric in metrics),
         *(f'eval_ema_{metric}' for metric in metrics), 'lr_a', 'lr_b', 'stage', 'num_epochs', 'processes',

@@ -156,9 +156,9 @@ def test_refused_options_pass_where_they_do_nothing(text, passes, digits_folder,
 
 def test_a_mistyped_key_does_not_pass(digits_folder, tmp_path, capsys):
     path = tmp_path / 'recipe.yaml'
-    path.write_text('kl_wieght: 0')
+    path.write_text('smoothin: 0')
     assert refused(capsys, [digits_folder, '-c', path]) == (
-        f'{path}: kl_wieght is not an option, did you mean kl_weight?')
+        f'{path}: smoothin is not an option, did you mean smoothing?')
 
 
 def test_the_rows_tell_of_timms_script(timm_scripts):

@@ -1,4 +1,5 @@
 """What is measured of an update that is looked at: its gradients, and how far the branches agree."""
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -48,11 +49,15 @@ def term_norms(task: PairTask, result: dict[str, Any], scale: torch.Tensor | flo
 def likeness(output: PairOutput) -> dict[str, torch.Tensor]:
     """Return for each image (N,) what two branches have in common, as far as the output tells.
 
-    `agreement` is 100 where both predict the same class, else 0; `alignment` the cosine of the two embeddings.
+    `agreement` is 100 where both predict the same class, else 0, NaN where logits are no numbers; `alignment` the
+    cosine of the two embeddings.
     """
     found = {}
-    if output.logits_a is not None and output.logits_b is not None:
-        found['agreement'] = 100. * (output.logits_a.argmax(dim=-1) == output.logits_b.argmax(dim=-1))
+    first, second = output.logits_a, output.logits_b
+    if first is not None and second is not None:
+        are_numbers = (first.isfinite() & second.isfinite()).all(dim=-1)
+        same = 100. * (first.argmax(dim=-1) == second.argmax(dim=-1))
+        found['agreement'] = same.masked_fill(~are_numbers, math.nan)
     if output.embed_a is not None and output.embed_b is not None and output.embed_a.shape == output.embed_b.shape:
         found['alignment'] = F.cosine_similarity(output.embed_a.float(), output.embed_b.float(), dim=-1)
     return found
