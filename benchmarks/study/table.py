@@ -1,6 +1,7 @@
-"""Print the table of docs/results.md from published runs.
+"""Print the table of docs/results.md, or of docs/finetune.md, from published runs.
 
     python benchmarks/study/table.py docs/results/runs/first_block
+    python benchmarks/study/table.py docs/results/runs/finetune
 """
 import argparse
 from pathlib import Path
@@ -17,8 +18,8 @@ def rows(folder: Path) -> list[tuple[str, ...]]:
     for name in dict.fromkeys(record['framework'] for record in records):
         by_model = {record['model']: record for record in records if record['framework'] == name}
         cells = []
-        for model in ('test_resnet', 'test_vit'):
-            record = by_model.get(model)
+        for model in ('test_resnet', 'test_vit'):  # also where their names are those of exported folders
+            record = next((record for name, record in by_model.items() if name.endswith(model)), None)
             if record is None:
                 cells += ['', '', ''][:2 if model == 'test_resnet' else 3]
                 continue

@@ -21,9 +21,17 @@ def test_the_pages_show_what_the_runs_say():
     assert re.search(rf'`b-flops` \| \d+ \|  \|  \| {best}, ', table)
 
 
+def test_the_page_of_fine_tuning_shows_what_the_runs_say():
+    table = runpy.run_path(str(ROOT / 'benchmarks' / 'study' / 'table.py'))['markdown'](RUNS.with_name('finetune'))
+    page = (ROOT / 'docs' / 'finetune.md').read_text(encoding='utf-8')
+    assert table in page and table.count('(5)') == 7
+    figures = re.findall(r'[+-]\d+\.\d+\s\[.*?\]\s\(\d.*?\)', page.replace(table, ''), re.DOTALL)
+    assert len(figures) == 4 and all(' '.join(figure.split()) in table for figure in figures)
+
+
 def test_published_runs_hold_no_path_of_a_machine():
-    files = [path for path in RUNS.rglob('*') if path.is_file()]
-    assert len(files) >= 4 * 50
+    files = [path for path in RUNS.parent.rglob('*') if path.is_file()]
+    assert len(files) >= 4 * 100
     for path in files:
         assert not re.search(r'(^|[\s:\'"])/\w+', path.read_text()), path
     plan = yaml.safe_load((ROOT / 'benchmarks' / 'study' / 'first_block.yaml').read_text())
