@@ -132,3 +132,16 @@ def test_weights_on_two_processes(imbalanced, tmp_path):
     state, other = last(one)['state_dict'], last(tmp_path / 'two')['state_dict']
     for key in state:
         torch.testing.assert_close(state[key], other[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_a_resumed_run_has_the_weights_that_it_began_with(digits_folder, tmp_path, capsys):
+    weights = tmp_path / 'weights.txt'
+    weights.write_text('1 2 1 1')
+    run(digits_folder, tmp_path, '--class-weights', str(weights), '--stop-epoch', '1')
+    weights.write_text('1 9 1 1')
+    line = error_line(capsys, digits_folder, *PAIR, *SMALL, '--output', tmp_path, '--experiment', 'run',
+                      '--class-weights', weights, '--resume', 'auto')
+    assert '[1.0, 2.0, 1.0, 1.0] class weights before, now [1.0, 9.0, 1.0, 1.0]' in line
+    weights.write_text('0 0 0 0')
+    assert 'all weights are 0' in error_line(
+        capsys, digits_folder, *PAIR, *SMALL, '--output', tmp_path, '--class-weights', weights)

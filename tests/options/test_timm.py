@@ -133,7 +133,7 @@ def test_the_model_of_a_timm_recipe_is_the_other_branch(digits_folder, tmp_path,
         'a': ('test_resnet', {}), 'b': ('test_vit', {'depth': 3})}
     assert refused(capsys, [digits_folder, '-c', path]) == (
         f'{path}: model: test_vit is one model of two: --model-b NAME makes it branch a, the partner of NAME, '
-        f'--model-a NAME makes it branch b')
+        f'--model-a NAME makes it branch b (--model-b "" with --method solo: it is alone)')
     assert refused(capsys, [digits_folder, '-c', path, '--model-a', 'test_resnet']) == (
         '--initial-checkpoint-b /no/where: no such file')
 

@@ -129,6 +129,8 @@ def class_weights(asked: str, train: Split) -> torch.Tensor:
             raise UsageError(f'{where}: {first_line(e)}') from e
         if len(weights) != number:
             raise UsageError(f'{where}: {len(weights)} weights, the data has {number} classes')
+    if not weights.any():
+        raise UsageError(f'{where}: all weights are 0, so that nothing would be learnt from the labels')
     least, most = int(weights.argmin()), int(weights.argmax())
     _logger.info(one_line(f'{where}: {weights[least]:.3g} ({names[least]}) to {weights[most]:.3g} ({names[most]})'))
     return weights

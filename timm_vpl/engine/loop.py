@@ -104,7 +104,7 @@ def watch(run: Run) -> None:
     terms = asked.log_grad_terms and (run.progress.epoch * run.updates_per_epoch + done) % asked.log_grad_terms == 0
     looked_at = terms or done % asked.log_interval == 0 or done + 1 == run.updates_per_epoch
     run.update.measures = run.saver is not None and looked_at
-    run.update.measures_terms = run.update.measures and bool(terms)
+    run.update.measures_terms = bool(terms)  # by all processes together
 
 
 def look(run: Run, clock: Clock, input: torch.Tensor) -> None:

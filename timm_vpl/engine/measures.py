@@ -16,32 +16,38 @@ def _norm(gradients: Iterable[torch.Tensor | None]) -> torch.Tensor:
     return torch.stack(norms).norm() if norms else torch.zeros(())
 
 
+def _learning(task: PairTask) -> dict[str, list[torch.nn.Parameter]]:
+    """Return what each branch trains, without the affine layer and the terms' own layers, which are of no branch."""
+    pair = task.trainable_module
+    return {side: [each for each in pair.branch(side).parameters() if each.requires_grad] for side in pair.sides}
+
+
 def gradient_norms(task: PairTask, sides: str) -> dict[str, torch.Tensor]:
     """Return the norm of each branch's gradient, `grad_norm_SIDE`, of the branches that learn in a phase."""
     return {
         f'grad_norm_{side}': _norm(parameter.grad for parameter in parameters)
-        for side, parameters in task.clip_groups().items() if side in sides}
+        for side, parameters in _learning(task).items() if side in sides}
 
 
 def term_norms(task: PairTask, result: dict[str, Any], scale: torch.Tensor | float = 1.) -> dict[str, torch.Tensor]:
     """Return the norm of the gradient that each weighted term gives each branch, `grad_TERM_SIDE`.
 
-    It is that of this process's batch. Each term and branch costs a backward pass.
+    It is that of this process's batch. Each term and branch costs a backward pass, in which all processes take part:
+    that of gathered embeddings adds up over them.
 
     Args:
         task: The task.
         result: What it returned for the batch, with its graph.
         scale: Factor that keeps gradients of half precision from vanishing.
     """
-    found = {}
+    found, learning = {}, _learning(task)
     for term in task.criterion.active_terms():
         value = result.get(term.name)
         if value is None or not value.requires_grad:
             continue
         weighted = value * (task.criterion.weight_of(term) * scale)
-        for side, parameters in task.clip_groups().items():
-            learning = [parameter for parameter in parameters if parameter.requires_grad]
-            gradients = torch.autograd.grad(weighted, learning, retain_graph=True, allow_unused=True)
+        for side, parameters in learning.items():
+            gradients = torch.autograd.grad(weighted, parameters, retain_graph=True, allow_unused=True)
             found[f'grad_{term.name.removesuffix("_loss")}_{side}'] = _norm(gradients) / scale
     return found
 

@@ -196,8 +196,11 @@ def _check_same_run(run, checkpoint):
         _logger.warning(f'--resume: changed: {line}')
 
 
-def _lengths(run) -> dict[str, int]:
-    return {'batches an epoch': len(run.loader_train), 'epochs in all': run.num_epochs}
+def _lengths(run) -> dict[str, Any]:
+    found: dict[str, Any] = {'batches an epoch': len(run.loader_train), 'epochs in all': run.num_epochs}
+    if run.class_weights is not None:  # of a file, whose name may be the same
+        found['class weights'] = run.class_weights.tolist()
+    return found
 
 
 def _check_data(run, checkpoint: dict[str, Any]) -> list[str]:

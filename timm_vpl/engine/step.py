@@ -71,7 +71,7 @@ class Update:
     limit: int = 10
     error: str | None = field(default=None, init=False)  # why the run has to end
     measures: bool = field(default=False, init=False)  # whether the next update is measured, for `read`
-    measures_terms: bool = field(default=False, init=False)  # likewise, the gradient of each of its terms
+    measures_terms: bool = field(default=False, init=False)  # likewise, the gradient of each term; in all processes
 
     def __post_init__(self):
         # Looks at gradients in one pass; some torch has no such kernel for MPS.
@@ -107,8 +107,8 @@ class Update:
                 with self.autocast():
                     result = self.task(input, target, sample_ids, phase=phase)
                 loss = result['loss'] / size
-                if is_last and self.measures:
-                    self._measure(result)
+                if is_last:
+                    self._measure(result, phase)
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
                 self._collect(result)
                 if is_last:
@@ -125,12 +125,15 @@ class Update:
                 (buffer, buffer.clone()) for name, buffer in self.task.trainable_module.named_buffers()
                 if 'running_' in name]
 
-    def _measure(self, result: dict[str, Any]):
-        means = {name: values.detach().mean() for name, values in likeness(result['output']).items()}
-        self._measured.update(means)
+    def _measure(self, result: dict[str, Any], phase: int):
+        found: dict[str, torch.Tensor] = {}
+        if self.measures and phase == 0:  # before a branch is updated
+            found = {name: values.detach().mean() for name, values in likeness(result['output']).items()}
         if self.measures_terms:
             scale = 1. if self.scaler is None else self.scaler.scale(torch.ones((), device=self.task.device))
-            self._measured.update(term_norms(self.task, result, scale))
+            found.update(term_norms(self.task, result, scale))
+        if self.measures:
+            self._measured.update(found)
 
     def _collect(self, result: dict[str, Any]):
         for name, value in result.items():

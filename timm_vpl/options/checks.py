@@ -65,6 +65,10 @@ def _check_run(options: 'Options') -> None:
     for dest, path in {**files, 'resume': '' if is_auto(run.resume) else run.resume}.items():
         if path and not os.path.isfile(path):
             raise UsageError(f'{flag_of(dest)} {path}: no such file')
+    for side, branch in options.branches.items():
+        if run.log_grad_terms and branch.grad_checkpointing:  # BatchNorm would see the images again
+            raise UsageError(f'--log-grad-terms {run.log_grad_terms}: its backward passes would run the forward of '
+                             f'--grad-checkpointing-{side} again, which moves running statistics; leave one out')
     _check_experiment(run.experiment)
     if run.resume == 'auto' and not run.experiment:
         raise UsageError("--resume auto needs --experiment NAME: without it a run's folder has a new name each time")

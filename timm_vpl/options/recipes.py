@@ -188,13 +188,16 @@ def _from_timm(path: Path, recipe: dict[str, Any], command_line: Mapping[str, An
 
     What it says of its run is left out, what belongs to its model becomes that branch's.
     """
+    recipe = {key.replace('-', '_') if 'model' in recipe else key: value for key, value in recipe.items()}
     model = recipe.get('model')
     if model is None:
         return recipe
+    if not isinstance(model, str) or not model:
+        raise UsageError(f'{path}: model: {model!r} is not the name of a model')
     free = [side for side in SIDES if f'model_{side}' not in {**recipe, **command_line}]
     if len(free) > 1:
         raise UsageError(f'{path}: model: {model} is one model of two: --model-b NAME makes it branch a, the partner '
-                         f'of NAME, --model-a NAME makes it branch b')
+                         f'of NAME, --model-a NAME makes it branch b (--model-b "" with --method solo: it is alone)')
     recipe = {key: value for key, value in recipe.items() if key not in _OF_ITS_RUN}
     own = {key: recipe.pop(key) for key in _OF_ITS_MODEL if key in recipe}
     sides = free or [side for side in SIDES if command_line.get(f'model_{side}') == model]

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
+from ..bars import bar
 from ..core.names import SIDES
 from ..data.loaders import create_eval_loaders
 from ..engine.evaluate import evaluate, outputs_of
@@ -146,8 +147,10 @@ def inspect_models(options: Inspect) -> list[Row]:
         return logits
 
     classes = models['a'].model.num_classes
-    figures = evaluate(
-        watched, outputs_of(SIDES), loader, processes.device, autocast, per_class=classes, per_image=True)
+    with bar('Inspect', 'batches', len(loader)) as shown:
+        figures = evaluate(
+            watched, outputs_of(SIDES), loader, processes.device, autocast, per_class=classes, per_image=True,
+            after_batch=shown.update)
     for side, trained in models.items():
         if not math.isfinite(figures[side]['loss']):
             raise RunError(f'{trained.source}: {trained.label}: the loss is not finite, so there is nothing to compare')

@@ -12,8 +12,8 @@ from ..text import one_line
 from .curves import Line, Panel, run_panels, run_title
 
 CURVES = 'curves.png'
-INSTALL = "pip install 'timm-vpl[plot]'"
-WIDTH, LEFT, TOP, GAP, FOOT = 8., 0.75, 0.1, 0.55, 0.5  # inches
+INSTALL = 'pip install matplotlib'
+WIDTH, LEFT, TOP, GAP, FOOT = 8., 0.9, 0.1, 0.55, 0.5  # inches
 FONT, LABEL_FONT = 9.5, 8.5  # points
 LABEL_CHARS = 36
 _LETTER, _LINE = LABEL_FONT * 0.56 / 72, LABEL_FONT * 1.25 / 72  # of a label, inches

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
+from ..bars import bar
 from ..data.folders import find_images
 from ..data.images import LoneImages
 from ..data.loaders import create_eval_loaders
@@ -54,10 +55,11 @@ def predict_images(options: Predict) -> int:
     columns = ['file', *(['rank'] if topk > 1 else []), *parts]
     screen = csv.DictWriter(sys.stdout, columns, extrasaction='ignore', lineterminator='\n')
     if not options.results_file:
-        print(','.join(columns) if as_csv else '\n'.join(f'{side}: {models[side].label}' for side in models))
+        named = (f'{side}: {trained.label}' if side else trained.label for side, trained in models.items())
+        print(','.join(columns) if as_csv else '\n'.join(named))
     results: list[Row] = []
     labels = _labels(first, names, options.label_type)
-    for index, rows in enumerate(_predict(forward, autocast, loader, topk, labels)):
+    for index, rows in enumerate(_predict(forward, autocast, _shown(loader), topk, labels)):
         rows = [{'file': paths[index], 'rank': rank, **row} for rank, row in enumerate(rows, start=1)]
         if images.replaced[index]:
             print(one_line(f'{paths[index]}: can not be read ({images.failure(index)})'), file=sys.stderr)
@@ -83,6 +85,14 @@ def _labels(trained: TrainedModel, names: dict[int, str], label_type: str) -> li
     subset = infer_imagenet_subset(trained.model) or 'imagenet-1k'
     known: Any = ImageNetInfo(subset).label_descriptions(as_dict=True)
     return [known.get(label, label) for label in labels]
+
+
+def _shown(loader: Any) -> Iterator[Any]:
+    """Yield the batches, with a bar."""
+    with bar('Predict', 'batches', len(loader)) as shown:
+        for batch in loader:
+            yield batch
+            shown.update()
 
 
 @torch.inference_mode()

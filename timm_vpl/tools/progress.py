@@ -8,7 +8,7 @@ from ..engine.log import seconds_left, show_time, stage_of
 
 _logger = logging.getLogger('train')
 
-_FORMAT = '{desc} |{bar:16}| {n_fmt}/{total_fmt}{unit}{postfix}'
+_FORMAT = '{desc} |{bar:8}| {n_fmt}/{total_fmt}{postfix}'
 
 
 def _terms(figures: dict[str, float]) -> str:
@@ -56,7 +56,7 @@ class Bars:
         """Show the mean losses of an update, the pace, and the time that is left."""
         waiting = 100 * figures['data_seconds'] / figures['seconds']
         self._epoch.set_postfix_str(
-            f'{figures["images_per_second"]:.0f} images/s, data {waiting:.0f} %  {_terms(figures)}')
+            f'{_terms(figures)}  {figures["images_per_second"]:.0f} images/s, data {waiting:.0f} %')
         self._show_left(run)
 
     def validated(self, run, row: dict[str, Any]) -> None:

@@ -136,9 +136,9 @@ def observers_of(options: Options) -> list[Any]:
     trackers = []
     for name, (tracker, package) in TRACKERS.items():
         if getattr(run, name):
-            if find_spec(package) is None:
-                raise UsageError(f"--{name.replace('_', '-')}: needs the package {package} (pip install "
-                                 f"'timm-vpl[{package}]')")
+            spec = find_spec(package)
+            if spec is None or spec.loader is None:  # without a loader it is a mere folder of that name
+                raise UsageError(f"--{name.replace('_', '-')}: needs the package {package} (pip install {package})")
             trackers.append(tracker())
     bars = sys.stderr.isatty() and not (run.quiet or run.no_progress)
     return [
