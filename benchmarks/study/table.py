@@ -6,7 +6,9 @@
 import argparse
 from pathlib import Path
 
+from timm_vpl.tools.comparison import paired_difference
 from timm_vpl.tools.report import make_groups, make_records, read_runs
+from timm_vpl.tools.runs import read_run
 
 
 def rows(folder: Path) -> list[tuple[str, ...]]:
@@ -40,6 +42,21 @@ def markdown(folder: Path) -> str:
               'transformer − alone, same FLOPs', 'TFLOPs')
     return '\n'.join([f'| {" | ".join(header)} |', '|---' * len(header) + '|', *(
         f'| {" | ".join(row)} |' for row in rows(folder))])
+
+
+def transfer(folder: Path, base: Path) -> dict[str, str]:
+    """Return by side what a model alone gains where it begins with the weights of a pair: paired by seed.
+
+    Args:
+        folder: Runs SIDE-from-vpl-seed-N.
+        base: Runs SIDE-seed-N, from weights that were trained alone.
+    """
+    def top1(path: Path, side: str) -> float:
+        return float(list(read_run(path).rows.values())[-1][f'eval_ema_top1_{side}'])
+
+    return {side: str(paired_difference([
+        top1(path, side) - top1(base / path.name.replace('-from-vpl', ''), side)
+        for path in sorted(folder.glob(f'{side}-from-vpl-seed-*'))])) for side in 'ab'}
 
 
 def main() -> None:
