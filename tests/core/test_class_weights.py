@@ -120,6 +120,7 @@ def test_a_run_with_weights(imbalanced, tmp_path, caplog, capsys):
     assert '--class-weights balanced before, now none' in line
 
 
+@pytest.mark.slow
 def test_weights_on_two_processes(imbalanced, tmp_path):
     # As `test_two_processes_train_as_one`.
     models = ['--model-a', 'test_convnext', '--model-b', 'test_vit']

@@ -78,10 +78,12 @@ def test_elsewhere_there_are_lines_without_control_characters(digits_folder, tmp
         assert f'loss {float(row["train_loss"]):#.4g}' in line
 
 
+@pytest.mark.slow
 def test_quiet_runs_say_nothing(digits_folder, tmp_path):
     assert on_terminal(digits_folder, *PAIR, *SMALL, '--epochs', '1', '--output', tmp_path, '--quiet') == ''
 
 
+@pytest.mark.slow
 def test_no_progress_has_lines_on_a_terminal_too(digits_folder, tmp_path):
     text = on_terminal(digits_folder, *PAIR, *SMALL, '--epochs', '1', '--output', tmp_path, '--no-progress')
     assert 'Train: 0 [' in text and '|' not in text
@@ -154,6 +156,7 @@ def test_terms_are_not_measured_under_checkpointing(digits_folder, capsys):
     assert line.startswith('--log-grad-terms 5: its backward passes would run the forward of --grad-checkpointing-a ')
 
 
+@pytest.mark.slow
 def test_terms_are_measured_by_two_processes(digits_folder, tmp_path):
     options = [*PAIR, *SMALL, '--epochs', '1', '-b', '4', '--output', tmp_path, '--x', '0', '--y', '0']
     torchrun(2, digits_folder, *options, '--experiment', 'plain')
@@ -285,10 +288,3 @@ def test_wandb_offline_is_one_run_after_a_stop(digits_folder, tmp_path, monkeypa
     run(digits_folder, tmp_path, '--log-wandb', '--resume', 'auto')
     kept = [path.name for path in Path(folder, 'wandb').glob('offline-run-*')]
     assert len(kept) == 2 and all(name.endswith(known) for name in kept)
-
-
-def test_the_engine_knows_none_of_them():
-    script = ('import sys, timm_vpl.engine.train\n'
-              'print([name for name in sys.modules if "tensorboard" in name or "timm_vpl.tools" in name])')
-    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == '[]\n'

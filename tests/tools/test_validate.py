@@ -345,7 +345,8 @@ def test_file_list_of_names_in_several_folders(capsys, digits_folder, tmp_path):
 # Runs, exported folders, what is written
 
 
-@pytest.mark.parametrize('larger', [False, True], ids=['export', 'larger in testing'])
+@pytest.mark.parametrize('larger', [
+    pytest.param(False, id='export'), pytest.param(True, id='larger in testing', marks=pytest.mark.slow)])
 def test_figures_are_those_of_timms_script(larger, capsys, timm_scripts, digits_folder, run_dir, tmp_path):
     """Its script on the same images, to all digits that it prints."""
     source = tmp_path / 'model'
