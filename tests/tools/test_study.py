@@ -43,7 +43,8 @@ def start(plan, output, *options):
 
 
 def test_a_plan_is_plain_commands(plan, tmp_path):
-    path = plan(STUDENT, {'name': 'vpl', 'tau': 0.1, 'scale': [0.5, 1]}, SOLO, data='seed-{seed}')
+    rows = STUDENT, {'name': 'vpl', 'tau': 0.1, 'scale': [0.5, 1], 'epochs': 3}, SOLO
+    path = plan(*rows, data='seed-{seed}', options={'epochs': 2})
     done = start(path, tmp_path / 'out', '--print-commands', '--data-dir', str(tmp_path))
     out, err = done.communicate()
     assert (err, done.returncode) == (
@@ -54,15 +55,16 @@ def test_a_plan_is_plain_commands(plan, tmp_path):
     config = f'timm-vpl train --config {tmp_path}/base.yaml'
     # A seed has all its rows before the next begins, a teacher comes before its student.
     assert (out.splitlines(), err) == ([line for seed in (1, 2) for line in (
-        f'{config} --method=solo --model-b= --seed {seed} {common} a-seed-{seed} --resume auto',
-        f'{config} --scale 0.5 1 --tau=0.1 --seed {seed} {common} vpl-seed-{seed} --resume auto',
-        f'{config} --method=distill --model-a= --seed {seed} --teacher {tmp_path}/out/a-seed-{seed} '
+        f'{config} --epochs=2 --method=solo --model-b= --seed {seed} {common} a-seed-{seed} --resume auto',
+        f'{config} --epochs=3 --scale 0.5 1 --tau=0.1 --seed {seed} {common} vpl-seed-{seed} --resume auto',
+        f'{config} --epochs=2 --method=distill --model-a= --seed {seed} --teacher {tmp_path}/out/a-seed-{seed} '
         f'{common} student-seed-{seed} --resume auto')], '')
 
 
 @pytest.mark.parametrize('rows, keys, message', [
     ([SOLO], {'seed': [1]}, 'seed is not a key of a plan, did you mean seeds?'),
     ([SOLO], {'seeds': []}, 'seeds: expected a list of numbers'),
+    ([SOLO], {'options': ['epochs']}, 'options: expected a mapping of options of all rows'),
     ([{'method': 'solo'}], {}, 'rows: expected a list of mappings, each with a name'),
     ([SOLO, SOLO], {}, 'a row is given twice: a, a'),
     ([{**SOLO, 'taw': 1}], {}, 'a: taw is not an option, did you mean tau?'),

@@ -30,7 +30,7 @@ from .report import Group, find_baselines, make_groups, make_records, to_markdow
 from .runs import Run, read_options, read_run
 from .tables import screen_table
 
-PLAN_KEYS = ('base', 'data', 'seeds', 'rows')
+PLAN_KEYS = ('base', 'options', 'data', 'seeds', 'rows')
 TRAIN = (sys.executable, '-m', 'timm_vpl', 'train')
 MARGIN = 1.1  # of an estimate, before a run that must end in time is started
 
@@ -89,12 +89,13 @@ def read_plan(path: Path, data_dir: str | None, output: Path) -> list[PlannedRun
     for key in plan:
         if key not in PLAN_KEYS:
             raise UsageError(f'{path}: {key} is not a key of a plan{did_you_mean(key, PLAN_KEYS)}')
-    base, rows, seeds = plan.get('base'), plan.get('rows'), plan.get('seeds')
+    base, rows, seeds, common = plan.get('base'), plan.get('rows'), plan.get('seeds'), plan.get('options', {})
     rows = rows if isinstance(rows, list) else []
     names = _texts([row.get('name') if isinstance(row, dict) else None for row in rows])
     for key, wanted, good in (
             ('base', 'a recipe', isinstance(base, str)), ('rows', 'a list of mappings, each with a name', names),
-            ('seeds', 'a list of numbers', _texts(seeds))):
+            ('seeds', 'a list of numbers', _texts(seeds)),
+            ('options', 'a mapping of options of all rows', isinstance(common, dict))):
         if not good:
             raise UsageError(f'{path}: {key}: expected {wanted}')
     for kind, values in (('row', names), ('seed', seeds)):
@@ -113,7 +114,7 @@ def read_plan(path: Path, data_dir: str | None, output: Path) -> list[PlannedRun
     runs: dict[tuple[str, str], PlannedRun] = {}
     for seed, name in product(seeds, order):
         own = ('name', 'teacher') if teachers[name] else ('name',)  # what is no option of its command
-        given = {key: value for key, value in by_name[name].items() if key not in own}
+        given = {**common, **{key: value for key, value in by_name[name].items() if key not in own}}
         runs[seed, name] = PlannedRun(
             name, seed, output / f'{name}-seed-{seed}',
             ('--config', config, *_tokens(given, f'{path}: {name}'), '--seed', seed),
