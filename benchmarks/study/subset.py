@@ -8,9 +8,9 @@ SOURCE holds `train` and `test` (--test-split), each with a folder a class. DEST
     DEST/seed-1/dev     --dev training images that are in no seed's `train`, the same for all seeds (0: none)
     DEST/seed-1/test    all test images
 
-The files are hard links where the file system allows it, else copies. With --size they are copies whose shorter side has
-that many pixels (bicubic, PNG). The draw depends on the numbers, the seed and the
-names of the files alone, so that the same command gives the same data on another machine.
+The files are hard links where the file system allows it, else copies. With --size they are copies whose shorter side
+has that many pixels (bicubic, PNG). The draw depends on the numbers, the seed and the names of the files alone, so that
+the same command gives the same data on another machine.
 """
 import argparse
 import os

@@ -1,0 +1,158 @@
+"""Write docs/results.md and docs/finetune.md: their templates, filled with figures of the published runs.
+
+    python benchmarks/study/results.py
+    python benchmarks/study/results.py --check     # write nothing; exit status 1 where a page is not what the runs say
+
+The templates are `benchmarks/study/pages/*.md`. STUDY is a folder of `docs/results/runs`, ROW a way to train in it (its
+runs are ROW-seed-N), SIDE `a` (the CNN) or `b` (the transformer):
+
+    {{top1 STUDY ROW SIDE}}           mean top-1 of the averaged weights at the last epoch
+    {{gain STUDY ROW OTHER SIDE}}     ROW's minus OTHER's, paired by seed; OTHER may be OTHER_STUDY/ROW
+    {{reached STUDY ROW OTHER SIDE}}  epochs, and share of OTHER's FLOPs, until ROW has OTHER's final top-1
+    {{seeds STUDY ROW}}               how many there are
+    {{collapsed STUDY}}               runs below two thirds of the median of their row
+    {{table STUDY ROW...}}            a row for each of these; without ROW for all; flops=ROW: alone at the pair's FLOPs
+    {{curves STUDY ROW...}}           draws top-1 over epochs to docs/results/STUDY.svg, and links it
+"""
+import argparse
+import functools
+import re
+import sys
+from pathlib import Path
+from statistics import fmean, median
+
+from timm_vpl.tools.comparison import paired_difference
+from timm_vpl.tools.curves import BAND, group_panels
+from timm_vpl.tools.plots import draw_file
+from timm_vpl.tools.report import COLLAPSED, make_groups, make_records
+from timm_vpl.tools.runs import Run, read_run
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = ROOT / 'docs' / 'results' / 'runs'
+PAGES = ROOT / 'benchmarks' / 'study' / 'pages'
+
+
+@functools.cache
+def read_study(study: str) -> dict[str, dict[str, Run]]:
+    """Return the runs by row and seed."""
+    found: dict[str, dict[str, Run]] = {}
+    for path in sorted((RUNS / study).glob('*/args.yaml')):
+        row, _, seed = path.parent.name.rpartition('-seed-')
+        found.setdefault(row, {})[seed] = read_run(path.parent)
+    return found
+
+
+def accuracy(run: Run, side: str) -> float:
+    """Return top-1 of the averaged weights at the last epoch."""
+    return run.figure(side, run.num_epochs - 1)
+
+
+def top1(study: str, row: str, side: str) -> str:
+    """Return the mean over the seeds."""
+    return f'{fmean(accuracy(run, side) for run in read_study(study)[row].values()):.2f}'
+
+
+def pairs(study: str, row: str, other: str, side: str) -> list[tuple[Run, Run]]:
+    """Return runs of both rows that have seed, images and environment in common."""
+    *elsewhere, other = other.split('/')
+    others = read_study(*elsewhere or [study])[other]
+    found = [(run, others[seed]) for seed, run in read_study(study)[row].items() if seed in others]
+    if not found or any(run.pairing is None or run.pairing != alone.pairing for run, alone in found):
+        raise ValueError(f'{study}: {row} and {other} have no seed in common, or other images or environments')
+    return [(run, alone) for run, alone in found if side in run.sides and side in alone.sides]
+
+
+def gain(study: str, row: str, other: str, side: str) -> str:
+    """Return the difference of the last top-1: mean, interval, seeds."""
+    return str(paired_difference(
+        [accuracy(run, side) - accuracy(alone, side) for run, alone in pairs(study, row, other, side)]))
+
+
+def reached(study: str, row: str, other: str, side: str) -> str:
+    """Return after how many epochs the mean of a row is that of another at its end, and the share of its FLOPs."""
+    both = pairs(study, row, other, side)
+    target = fmean(accuracy(alone, side) for _, alone in both)
+    for epoch in both[0][0].rows:
+        values = [run.figure(side, epoch) for run, _ in both]
+        if None not in values and fmean(values) >= target:
+            cost, whole = (fmean(run.total('flops', epochs) for run in runs) for runs, epochs in (
+                ([run for run, _ in both], epoch + 1), ([alone for _, alone in both], None)))
+            return f'{epoch + 1} epochs, {cost / whole:.2f} of the FLOPs'
+    return 'never'
+
+
+def seeds(study: str, row: str) -> str:
+    """Return their number."""
+    return str(len(read_study(study)[row]))
+
+
+def collapsed(study: str) -> str:
+    """Return the number of runs below two thirds of the median of their row."""
+    rows = [[accuracy(run, side) for run in runs.values() if side in run.sides]
+            for runs in read_study(study).values() for side in 'ab']
+    return str(sum(value < COLLAPSED * median(values) for values in rows if values for value in values))
+
+
+def table(study: str, *rows: str, flops: str = 'b-flops') -> str:
+    """Return accuracy and differences to each model alone; columns that no row fills are left out."""
+    runs = read_study(study)
+    header = ('row', 'seeds', 'CNN', 'CNN − alone', 'transformer (median)', 'transformer − alone, same epochs',
+              'transformer − alone, same FLOPs', 'TFLOPs')
+    lines = []
+    for row in rows or runs:
+        sides = next(iter(runs[row].values())).sides
+        cells = [f'`{row}`', seeds(study, row), *[''] * 6]
+        for column, side in ((2, 'a'), (4, 'b')):
+            if side in sides:
+                middle = median(accuracy(run, side) for run in runs[row].values())
+                cells[column] = top1(study, row, side) + (f' ({middle:.2f})' if side == 'b' else '')
+            if side in sides and side in runs and row not in ('a', 'b', flops):
+                cells[column + 1] = gain(study, row, side, side)
+        if cells[5] and len(sides) == 2 and flops in runs:
+            cells[6] = gain(study, row, flops, 'b')
+        own = fmean(run.total('flops') for run in runs[row].values())
+        teacher = {run.teacher.total('flops') for run in runs[row].values() if run.teacher}
+        cells[7] = f'{own / 1e12:.2f}' + ''.join(f' + {cost / 1e12:.2f}' for cost in teacher)
+        lines.append(cells)
+    kept = [i for i, _ in enumerate(header) if any(cells[i] for cells in lines)]
+    return '\n'.join(f'| {" | ".join(cells[i] for i in kept)} |'
+                     for cells in (header, ['---'] * len(header), *lines))
+
+
+def curves(study: str, *rows: str) -> str:
+    """Draw top-1 over the epochs, a line a row, and return the link."""
+    runs = read_study(study)
+    chosen = [run for row in rows or runs for run in runs[row].values()]
+    names = {str(run.path): run.path.name.rpartition('-seed-')[0] for run in chosen}
+    groups = make_groups(chosen, names)
+    draw_file(group_panels(make_records(groups), groups), str(RUNS.parent / f'{study}.svg'), study, BAND)
+    return f'![Top-1 over the epochs: {", ".join(rows or runs)}](results/{study}.svg)'
+
+
+FILLERS = {filler.__name__: filler for filler in (top1, gain, reached, seeds, collapsed, table, curves)}
+
+
+def fill(template: str) -> str:
+    """Return a template with its figures."""
+    def found(match: re.Match) -> str:
+        name, *words = match[1].split()
+        return FILLERS[name](*(word for word in words if '=' not in word), **dict(
+            word.split('=') for word in words if '=' in word))
+    return re.sub(r'\{\{(.*?)\}\}', found, template)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true', help='write nothing')
+    args = parser.parse_args()
+    for template in sorted(PAGES.glob('*.md')):
+        page = ROOT / 'docs' / template.name
+        text = fill(template.read_text(encoding='utf-8'))
+        if args.check and page.read_text(encoding='utf-8') != text:
+            sys.exit(f'results.py: {page} is not what the runs say: run it without --check')
+        if not args.check:
+            page.write_text(text, encoding='utf-8')
+
+
+if __name__ == '__main__':
+    main()
