@@ -140,13 +140,18 @@ def create(argv: list[str], epoch: int = STAGE_2, started: bool = True):
 def create_fixed(argv: list[str], steps: int, epoch: int = STAGE_2, started: bool = True):
     """Return a run whose epoch is `steps` steps on one batch that lies on the device; it logs nothing."""
     run = create(argv, epoch, started)
+    fix_batch(run, steps)
+    run.saver = None
+    return run
+
+
+def fix_batch(run, steps: int) -> None:
+    """Make an epoch of a run `steps` steps on one batch that lies on the device."""
     batch_size, size = run.options.loader.batch_size, run.options.branches['a'].img_size
     generator = torch.Generator().manual_seed(0)
     input = torch.randn(batch_size, 3, size, size, generator=generator)
     target = torch.randint(run.pair.num_classes, (batch_size,), generator=generator)
     run.loader_train = FixedLoader(input.to(run.device), target.to(run.device), steps)
-    run.saver = None
-    return run
 
 
 def block(run, epoch: int = STAGE_2):
