@@ -4,7 +4,8 @@
 
 SOURCE holds `train` and `test` (--test-split), each with a folder a class. DEST gets a folder a seed:
 
-    DEST/seed-1/train   --train images, the same number of each class, drawn anew for each seed
+    DEST/seed-1/train   --train images, the same number of each class, drawn anew for each seed; of several numbers
+                        train-N each
     DEST/seed-1/dev     --dev training images that are in no seed's `train`, the same for all seeds (0: none)
     DEST/seed-1/test    all test images
 
@@ -78,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('source', type=Path)
     parser.add_argument('dest', type=Path)
-    parser.add_argument('--train', type=int, required=True, help='training images')
+    parser.add_argument('--train', type=int, nargs='+', required=True, help='training images')
     parser.add_argument('--dev', type=int, required=True, help='images of the development split')
     parser.add_argument('--seeds', type=int, nargs='+', required=True)
     parser.add_argument('--size', type=int, help='shorter side in pixels (default: the files as they are)')
@@ -91,11 +92,13 @@ def main() -> None:
         rest = {name: sorted(set(images) - set(dev[name])) for name, images in names.items()}
         for seed in args.seeds:
             folder = args.dest / f'seed-{seed}'
-            place(args.source / 'train', folder / 'train', draw(rest, args.train, str(seed)), args.size)
+            for count in args.train:
+                split = 'train' if len(args.train) == 1 else f'train-{count}'
+                place(args.source / 'train', folder / split, draw(rest, count, str(seed)), args.size)
             if args.dev:
                 place(args.source / 'train', folder / 'dev', dev, args.size)
             place(args.source / args.test_split, folder / 'test', test, args.size)
-            print(f'{folder}: {args.train} training, {args.dev} development, '
+            print(f'{folder}: {" and ".join(map(str, args.train))} training, {args.dev} development, '
                   f'{sum(map(len, test.values()))} test images of {len(names)} classes')
     except (ValueError, OSError) as error:
         sys.exit(f'subset.py: error: {error}')
