@@ -5,6 +5,7 @@
 OUTPUT is the folder of a study's runs. `timm-vpl report docs/results/runs/NAME/*` then prints their tables.
 """
 import argparse
+import csv
 import shutil
 import sys
 from pathlib import Path
@@ -27,9 +28,28 @@ def publish(folder: Path, target: Path) -> None:
         name: Path(value).name if name in NAMES and value else value
         for name, value in options.items() if name not in PLACES}
     (target / 'args.yaml').write_text(yaml.safe_dump(options))
+    if (folder / 'tensorboard').exists():
+        write_gradients(folder, target)
     for name in FILES:
         if (folder / name).exists():
             shutil.copyfile(folder / name, target / name)
+
+
+def write_gradients(folder: Path, target: Path) -> None:
+    """Write what TensorBoard has of the terms' gradients as gradients.csv, a row for each update that was measured."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(folder / 'tensorboard'), size_guidance={'scalars': 0})
+    events.Reload()
+    names = [tag for tag in events.Tags()['scalars'] if tag.startswith('train/grad_') and 'grad_norm' not in tag]
+    rows: dict[int, dict[str, float]] = {}
+    for name in names:
+        for event in events.Scalars(name):
+            row = rows.setdefault(event.step, {'update': event.step})
+            row[name.removeprefix('train/')] = float(f'{event.value:.4g}')
+    with open(target / 'gradients.csv', 'w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, ['update', *(name.removeprefix('train/') for name in names)])
+        writer.writeheader()
+        writer.writerows(row for _, row in sorted(rows.items()))
 
 
 def main() -> None:

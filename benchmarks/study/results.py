@@ -13,23 +13,27 @@ runs are ROW-seed-N), SIDE `a` (the CNN) or `b` (the transformer):
     {{collapsed STUDY}}               runs below two thirds of the median of their row
     {{table STUDY ROW...}}            a row for each of these; without ROW for all; flops=ROW: alone at the pair's FLOPs
     {{curves STUDY ROW...}}           draws top-1 over epochs to docs/results/STUDY.svg, and links it
+    {{sizes STUDY ROW OTHER...}}      draws the transformer's gain over numbers of images, of rows named ROW-NUMBER
+    {{why STUDY ROW...}}              draws the gradients of each term in each branch, agreement, alignment and losses
 """
 import argparse
+import csv
 import functools
 import re
 import sys
 from pathlib import Path
 from statistics import fmean, median
 
-from timm_vpl.tools.comparison import paired_difference
-from timm_vpl.tools.curves import BAND, group_panels
+from timm_vpl.tools.comparison import Difference, paired_difference
+from timm_vpl.tools.curves import BAND, BRANCH, DASHES, INK, ROWS, Line, Panel, group_panels
 from timm_vpl.tools.plots import draw_file
 from timm_vpl.tools.report import COLLAPSED, make_groups, make_records
-from timm_vpl.tools.runs import Run, read_run
+from timm_vpl.tools.runs import Run, number, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / 'docs' / 'results' / 'runs'
 PAGES = ROOT / 'benchmarks' / 'study' / 'pages'
+GRADIENTS = 'gradients.csv'  # written by publish.py
 
 
 @functools.cache
@@ -62,10 +66,15 @@ def pairs(study: str, row: str, other: str, side: str) -> list[tuple[Run, Run]]:
     return [(run, alone) for run, alone in found if side in run.sides and side in alone.sides]
 
 
+def gains(study: str, row: str, other: str, side: str) -> Difference:
+    """Return the difference of the last top-1."""
+    return paired_difference(
+        [accuracy(run, side) - accuracy(alone, side) for run, alone in pairs(study, row, other, side)])
+
+
 def gain(study: str, row: str, other: str, side: str) -> str:
-    """Return the difference of the last top-1: mean, interval, seeds."""
-    return str(paired_difference(
-        [accuracy(run, side) - accuracy(alone, side) for run, alone in pairs(study, row, other, side)]))
+    """Return the same as text: mean, interval, seeds."""
+    return str(gains(study, row, other, side))
 
 
 def reached(study: str, row: str, other: str, side: str) -> str:
@@ -129,7 +138,65 @@ def curves(study: str, *rows: str) -> str:
     return f'![Top-1 over the epochs: {", ".join(rows or runs)}](results/{study}.svg)'
 
 
-FILLERS = {filler.__name__: filler for filler in (top1, gain, reached, seeds, collapsed, table, curves)}
+def sizes(study: str, row: str, *others: str) -> str:
+    """Draw the mean gain over each of the others with its interval, and return the link."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 3.2), dpi=125, layout='constrained')
+    axes = figure.add_subplot()
+    counts = sorted(int(name.rpartition('-')[2]) for name in read_study(study) if name.startswith(f'{row}-'))
+    for i, other in enumerate(others):
+        found = [gains(study, f'{row}-{count}', f'{other}-{count}', 'b') for count in counts]
+        axes.errorbar(
+            [count * 1.03 ** i for count in counts], [each.mean for each in found], label=f'{row} − {other}',
+            yerr=[[each.mean - each.low for each in found], [each.high - each.mean for each in found]],
+            capsize=3, marker='o', color=ROWS[i + 1])
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set(xscale='log', xlabel='training images', ylabel='top-1 (points), transformer', xticks=counts,
+             xticklabels=[f'{count:,}' for count in counts])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    path = RUNS.parent / f'{study}.svg'
+    with rc_context({'svg.hashsalt': 'timm-vpl'}):
+        figure.savefig(path, metadata={'Date': None})
+    return f'![Gain of the transformer over the number of training images](results/{path.name})'
+
+
+def why(study: str, *rows: str) -> str:
+    """Draw what the terms do in each row, and return the links."""
+    links = []
+    for row in rows:
+        [run] = read_study(study)[row].values()
+        with open(run.path / GRADIENTS, encoding='utf-8') as file:
+            norms = list(csv.DictReader(file))
+        per_epoch = max(1, int(norms[-1]['update']) // run.num_epochs)
+        lines = [Line(name.removeprefix('grad_'), [(int(each['update']) - 1) // per_epoch for each in norms], [
+            number(each[name]) for each in norms], BRANCH[name[-1]], DASHES[i // 2 % len(DASHES)])
+            for i, name in enumerate(name for name in norms[0] if name.startswith('grad_') and any(
+                number(each[name]) for each in norms))]
+        path = RUNS.parent / f'{study}_{row}.svg'
+        draw_file([Panel('Norm of the gradient of a weighted term in a branch', 'norm', lines, format='#.2g'),
+                   *likeness_panels(run)], str(path), row)
+        links.append(f'![{row}: gradients, agreement and losses over the epochs](results/{path.name})')
+    return '\n\n'.join(links)
+
+
+def likeness_panels(run: Run) -> list[Panel]:
+    """Return the panels of agreement and alignment, where known, and of the losses on training and held-out images."""
+    def line(label: str, column: str, color: str, dash: str = '') -> Line:
+        found = {epoch: row.get(column) for epoch, row in run.rows.items() if row.get(column) is not None}
+        return Line(label, list(found), list(found.values()), color, dash)
+    panels = [
+        Panel('How often the branches agree, held-out images', '%', [line('agreement', 'eval_ema_agreement', INK)]),
+        Panel('Cosine of an image\'s two embeddings', 'cosine', [line('alignment', 'eval_ema_alignment', INK)]),
+        Panel("The labels' loss", 'loss', [
+            each for side in run.sides for each in (
+                line(f'{side} training', f'train_ce_{side}_loss', BRANCH[side]),
+                line(f'{side} held out', f'eval_loss_{side}', BRANCH[side], DASHES[1]))])]
+    return [panel for panel in panels if panel.lines[0].x]
+
+
+FILLERS = {filler.__name__: filler for filler in (top1, gain, reached, seeds, collapsed, table, curves, sizes, why)}
 
 
 def fill(template: str) -> str:
