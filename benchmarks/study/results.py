@@ -61,9 +61,14 @@ def pairs(study: str, row: str, other: str, side: str) -> list[tuple[Run, Run]]:
     *elsewhere, other = other.split('/')
     others = read_study(*elsewhere or [study])[other]
     found = [(run, others[seed]) for seed, run in read_study(study)[row].items() if seed in others]
-    if not found or any(run.pairing is None or run.pairing != alone.pairing for run, alone in found):
+    if not found or any(run.data != alone.data or machine(run) != machine(alone) for run, alone in found):
         raise ValueError(f'{study}: {row} and {other} have no seed in common, or other images or environments')
     return [(run, alone) for run, alone in found if side in run.sides and side in alone.sides]
+
+
+def machine(run: Run) -> list[dict]:
+    """Return what a run was trained on, but for the tag: they compute the same to the bit (the study's README)."""
+    return [{name: value for name, value in each.items() if name != 'timm_vpl'} for each in run.environment]
 
 
 def gains(study: str, row: str, other: str, side: str) -> Difference:
