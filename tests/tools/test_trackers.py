@@ -1,6 +1,9 @@
 """What a run shows while it goes: bars and lines, figures of updates, trackers."""
 import fcntl
+import itertools
+import json
 import logging
+import multiprocessing
 import os
 import pty
 import re
@@ -9,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,22 +23,24 @@ from runs import PAIR, ROOT, SMALL, differences, error_line, rows, run, torchrun
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_vpl import PairTask, PairWrapper, VPLLoss
+from timm_vpl.cli import train
 from timm_vpl.core.pair import PairOutput
-from timm_vpl.engine import log
+from timm_vpl.engine import checkpoint, log
 from timm_vpl.engine.measures import gradient_norms, likeness, term_norms
 from timm_vpl.engine.step import Progress, Update
 from timm_vpl.tools import trackers
 
 OPTIONS = ['--epochs', '3', '--x', '30', '--y', '35', '--log-interval', '2']  # a stage an epoch
+FREQUENT = [*OPTIONS, '--log-interval', '1']
 
 
 # On the screen
 
 
-def on_terminal(*argv):
+def on_terminal(*argv, columns=160):
     """Return what training prints on a terminal of its own."""
     main, end = pty.openpty()
-    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 160, 0, 0))
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack('HHHH', 40, columns, 0, 0))
     process = subprocess.Popen(
         [sys.executable, str(ROOT / 'train_vpl.py'), *map(str, argv)], stderr=end, stdout=end,
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
@@ -47,19 +53,29 @@ def on_terminal(*argv):
             break
     assert process.wait() == 0, text
     os.close(main)
-    return text.decode()
+    return re.sub(r'\x1b\[\d*[A-Z]|\r', '\n', text.decode())
 
 
 def test_a_terminal_gets_bars_and_a_row_an_epoch(digits_folder, tmp_path):
     text = on_terminal(digits_folder, *PAIR, *SMALL, *OPTIONS, '--output', tmp_path)
-    assert re.search(r'Epoch 1, stage 2 \|.*\| 5/5, ce_a .*  loss [\d.]+  \d+ images/s, data \d+ %', text)
-    assert re.search(r'Run \|.*\| 2/3, left 0:\d\d:\d\d  top-1 a \d', text)
+    assert re.search(r'^Epoch 1, stage 2 \|.*\| 5/5, \d+ images/s  data \d+ %$', text, re.MULTILINE)
+    assert re.search(r'^Run \|.*\| 2/3, left 0:\d\d:\d\d  top-1 a [\d.]+  top-1 b [\d.]+$', text, re.MULTILINE)
+    losses = [r'loss [\d.]+, ce_a [\d.]+', r'ce_b [\d.]+', r'contrastive [\d.]+', r'kl [\d.]+']
+    assert re.search(f'^{"  ".join(losses)}$', text, re.MULTILINE)
     assert 'Train:' not in text
-    plain = re.sub(r'\x1b\[\d*[A-Z]|\r', '\n', text)
     for epoch in range(3):
-        [line] = re.findall(rf'^Epoch {epoch} \({epoch + 1}/3\)  .*$', plain, re.MULTILINE)
+        [line] = re.findall(rf'^Epoch {epoch} \({epoch + 1}/3\)  .*$', text, re.MULTILINE)
         assert f'stage {epoch + 1}' in line
         assert re.search(r'top-1 a [\d.]+ \([\d.]+\)  b [\d.]+ \([\d.]+\)  average .* s  left 0:', line)
+
+
+@pytest.mark.slow
+def test_a_narrow_terminal_gets_the_most_important_figures(digits_folder, tmp_path):
+    text = on_terminal(digits_folder, *PAIR, *SMALL, *OPTIONS, '--output', tmp_path, columns=40)
+    assert re.search(r'^Epoch 1, stage 2 \|.*\| 5/5 *$', text, re.MULTILINE)
+    assert re.search(r'^Run \|.*\| 2/3, left 0:\d\d:\d\d *$', text, re.MULTILINE)
+    assert re.search(r'^loss [\d.]+, ce_a [\d.]+  ce_b [\d.]+ *$', text, re.MULTILINE)
+    assert not re.search(r'images/s|top-1 a [\d.]+  top-1|contrastive [\d.]+  kl [\d.]+$', text, re.MULTILINE)
 
 
 def test_elsewhere_there_are_lines_without_control_characters(digits_folder, tmp_path):
@@ -96,6 +112,8 @@ def test_the_time_that_is_left():
         options=SimpleNamespace(run=SimpleNamespace(val_interval=2)))
     # 6 epochs and 15 of 20 batches at 24 s an epoch, and validations after epochs 4, 6, 8 and 10.
     assert log.seconds_left(state) == pytest.approx(6.75 * 24 + 4 * 4)
+    state.progress = Progress(epoch=10)
+    assert log.seconds_left(state) == 0
     state.progress = Progress(epoch=3)
     assert log.seconds_left(state) == pytest.approx(7 * 10 + 4 * 4)
     state.rows = []
@@ -211,13 +229,37 @@ def test_the_epoch_tells_how_far_the_branches_agree(digits_folder, tmp_path):
 def scalars(folder):
     """Return the points of each curve of TensorBoard: {name: {step: value}}; no step twice."""
     accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
-    events = accumulator.EventAccumulator(str(folder / 'tensorboard'), size_guidance={'scalars': 0})
-    events.Reload()
     curves = {}
-    for name in events.Tags()['scalars']:
-        points = [(event.step, event.value) for event in events.Scalars(name)]
-        assert len(dict(points)) == len(points), name
-        curves[name] = dict(points)
+    for kind in ('train', 'epoch'):
+        events = accumulator.EventAccumulator(str(folder / 'tensorboard' / kind), size_guidance={'scalars': 0})
+        events.Reload()
+        for name in events.Tags()['scalars']:
+            points = [(event.step, event.value) for event in events.Scalars(name)]
+            assert name.startswith(f'{kind}/') and len(dict(points)) == len(points), name
+            curves[name] = dict(points)
+    return curves
+
+
+def history(folder):
+    """Return the points of each curve of W&B, of all starts in their order: {name: {step: value}}; none twice."""
+    records = pytest.importorskip('wandb.proto.wandb_internal_pb2')
+    pytest.importorskip('wandb').teardown()  # ends the process that writes
+    curves = {}
+    for path in sorted((folder / 'wandb').glob('offline-run-*/*.wandb')):
+        stream, data, place = path.read_bytes(), b'', 7
+        while place + 7 <= len(stream):  # blocks of 32768 bytes; each part of a record: checksum, length, kind
+            if 32768 - place % 32768 < 7:
+                place += 32768 - place % 32768
+                continue
+            length, kind = struct.unpack_from('<HB', stream, place + 4)
+            data += stream[place + 7:place + 7 + length]
+            place += 7 + length
+            if kind in (1, 4):  # whole, or its last part
+                record, data = records.Record.FromString(data), b''
+                row = {(item.key or item.nested_key[0]): json.loads(item.value_json) for item in record.history.item}
+                for name, value in row.items():
+                    if '/' in name:
+                        curves.setdefault(name, {})[row['update']] = value
     return curves
 
 
@@ -225,25 +267,51 @@ def without_times(curves):
     return {name: points for name, points in curves.items() if 'second' not in name}
 
 
-def stop_at(pattern, *argv):
-    """Train in another process until it prints a line with the pattern, and end it by SIGKILL."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / 'train_vpl.py'), *map(str, argv)], stderr=subprocess.PIPE, text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
-    for line in process.stderr:
-        if re.search(pattern, line):
-            process.send_signal(signal.SIGKILL)
-            break
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+def train_until(owner, name, count, before, argv):
+    """Train until a method is called, the count-th time, and end by SIGKILL before or after it."""
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def method(*args, **kwargs):
+        is_last = next(calls) == count
+        if not (is_last and before):
+            original(*args, **kwargs)
+        if is_last:
+            time.sleep(0.5)  # W&B has a process of its own, which the kill ends too
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(owner, name, method)
+    train([str(arg) for arg in argv])
 
 
-def test_tensorboard_has_the_figures_and_goes_on(digits_folder, tmp_path):
+def killed_and_gone_on(data, output, tracker, instant, start, *options):
+    """Train in another process, which is killed, go on in this one, and return the run's folder."""
+    name, count, before = INSTANTS[instant]
+    options = [*FREQUENT, *options, '--recovery-interval', '5']
+    process = multiprocessing.get_context(start).Process(target=train_until, args=(
+        checkpoint.Saver if name == 'save' else tracker, name, count, before,
+        [data, *PAIR, *SMALL, *options, '--output', output, '--experiment', 'run']))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    return run(data, output, *options, '--resume', 'auto')
+
+
+INSTANTS = {
+    'in an epoch': ('log', 8, False), 'epoch trained': ('save', 2, True), 'epoch saved': ('validated', 2, True),
+    'epoch told': ('validated', 2, False)}
+
+
+@pytest.fixture(scope='module')
+def whole(digits_folder, tmp_path_factory):
+    """A run that no one stopped, and its curves."""
     pytest.importorskip('tensorboard')
-    options = [*OPTIONS, '--log-interval', '1', '--log-tensorboard', '--recovery-interval', '2']
-    whole = run(digits_folder, tmp_path / 'whole', *options)
-    curves = scalars(whole)
-    for row in rows(whole):
+    folder = run(digits_folder, tmp_path_factory.mktemp('whole'), *FREQUENT, '--log-tensorboard')
+    return folder, scalars(folder)
+
+
+def test_tensorboard_has_the_figures(whole):
+    folder, curves = whole
+    for row in rows(folder):
         step = 5 * (int(row['epoch']) + 1)
         for name, value in row.items():
             if value != '':
@@ -251,15 +319,35 @@ def test_tensorboard_has_the_figures_and_goes_on(digits_folder, tmp_path):
     assert sorted(curves['train/loss']) == list(range(1, 16))
     assert [curves['train/stage'][step] for step in (5, 6, 15)] == [1, 2, 3]
     assert curves['train/weight_kl'][5] == 0 and curves['train/weight_kl'][6] == 1
-    # Killed in mid-epoch after figures that the last checkpoint does not know, and gone on.
-    argv = [digits_folder, *PAIR, *SMALL, *options, '--output', tmp_path / 'part', '--experiment', 'run']
-    stop_at(r'Train: 1 \[ *3/', *argv)
-    part = run(digits_folder, tmp_path / 'part', *options, '--resume', 'auto')
-    assert without_times(scalars(part)) == without_times(curves)
+
+
+SLOW = [pytest.param(instant, marks=[pytest.mark.slow] * (instant not in ('epoch trained', 'epoch saved')))
+        for instant in INSTANTS]
+
+
+@pytest.mark.parametrize('instant', SLOW)
+def test_tensorboard_goes_on_after_a_kill(digits_folder, tmp_path, whole, instant):
+    part = killed_and_gone_on(digits_folder, tmp_path, trackers.TensorBoard, instant, 'fork', '--log-tensorboard')
+    assert without_times(scalars(part)) == without_times(whole[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('instant', INSTANTS)
+def test_wandb_offline_is_one_run_that_goes_on_after_a_kill(digits_folder, tmp_path, whole, monkeypatch, instant):
+    pytest.importorskip('wandb')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL', '0.1')
+    part = killed_and_gone_on(digits_folder, tmp_path, trackers.Wandb, instant, 'spawn', '--log-wandb')
+    found, wanted = without_times(history(part)), without_times(whole[1])
+    assert found.keys() == wanted.keys()
+    for name, points in wanted.items():
+        assert found[name] == pytest.approx(points, rel=1e-5), name
+    kept = [path.name for path in Path(part, 'wandb').glob('offline-run-*')]
+    assert len(kept) == 2 and all(name.endswith((part / 'wandb_id').read_text()) for name in kept)
 
 
 def test_a_tracker_that_fails_ends_no_run(digits_folder, tmp_path, monkeypatch, caplog):
-    def fail(self, numbers, step):
+    def fail(self, kind, numbers, updates):
         raise OSError('no space left')
 
     pytest.importorskip('tensorboard')
@@ -278,13 +366,3 @@ def test_a_missing_package_is_one_line_before_data_are_read(name, package, monke
     (tmp_path / 'train').mkdir()
     assert error_line(capsys, tmp_path, *PAIR, f'--log-{name}') == (
         f'--log-{name}: needs the package {package} (pip install {package})')
-
-
-def test_wandb_offline_is_one_run_after_a_stop(digits_folder, tmp_path, monkeypatch):
-    pytest.importorskip('wandb')
-    monkeypatch.setenv('WANDB_MODE', 'offline')
-    folder = run(digits_folder, tmp_path, '--log-wandb', '--stop-epoch', '1')
-    known = (folder / 'wandb_id').read_text()
-    run(digits_folder, tmp_path, '--log-wandb', '--resume', 'auto')
-    kept = [path.name for path in Path(folder, 'wandb').glob('offline-run-*')]
-    assert len(kept) == 2 and all(name.endswith(known) for name in kept)

@@ -18,22 +18,25 @@ _logger = logging.getLogger('train')
 class Tracker:
     """Sends figures to a tracker: of updates that are looked at as `train/NAME`, of epochs as `epoch/NAME`.
 
-    The step is the number of optimizer updates. A tracker that fails is left alone from then on, with a warning.
+    Both over the number of optimizer updates. A run that goes on tells all its epochs again: one may have been killed
+    after it had saved an epoch and before it could tell. A tracker that fails is left alone, with a warning.
     """
 
     def start(self, run) -> None:
         """Begin, or go on where the run goes on."""
         self._failed = False
         self._try(self._open, run)
+        for row in run.rows:
+            self.validated(run, row)
 
     def log(self, run, figures: dict[str, float]) -> None:
         """Send the figures of an update."""
-        self._try(self._send, {f'train/{name}': value for name, value in figures.items()}, run.num_updates)
+        self._try(self._send, 'train', figures, run.num_updates)
 
     def validated(self, run, row: dict[str, Any]) -> None:
         """Send the row of an epoch."""
-        numbers = {f'epoch/{name}': value for name, value in row.items() if value != ''}
-        self._try(self._send, numbers, run.num_updates)
+        numbers = {name: value for name, value in row.items() if value != ''}
+        self._try(self._send, 'epoch', numbers, (row['epoch'] + 1) * run.updates_per_epoch)
 
     def close(self, run) -> None:
         """End it."""
@@ -51,7 +54,7 @@ class Tracker:
     def _open(self, run) -> None:
         raise NotImplementedError
 
-    def _send(self, numbers: dict[str, float], step: int) -> None:
+    def _send(self, kind: str, numbers: dict[str, float], updates: int) -> None:
         raise NotImplementedError
 
     def _finish(self) -> None:
@@ -59,21 +62,29 @@ class Tracker:
 
 
 class TensorBoard(Tracker):
-    """Writes event files to the folder `tensorboard` of the run."""
+    """Writes event files to the folders `tensorboard/train` and `tensorboard/epoch` of the run.
+
+    Two folders, since a reader hides what was written before by its step alone, and the last update of an epoch, which
+    a run that goes on may keep, has the step of the epoch, which it may have to do again.
+    """
 
     def _open(self, run) -> None:
-        """Go on after the last update: what was written beyond it is hidden."""
+        """Hide the updates that are done again, and all epochs, which are told again."""
         from torch.utils.tensorboard import SummaryWriter
-        self._writer = SummaryWriter(os.path.join(run.output_dir, 'tensorboard'), purge_step=run.num_updates + 1)
+        self._writers = {
+            kind: SummaryWriter(os.path.join(run.output_dir, 'tensorboard', kind), purge_step=step)
+            for kind, step in (('train', run.num_updates + 1), ('epoch', 0))}
 
-    def _send(self, numbers: dict[str, float], step: int) -> None:
-        """Write the numbers."""
+    def _send(self, kind: str, numbers: dict[str, float], updates: int) -> None:
+        """Write the numbers, before a checkpoint is written that comes after them."""
         for name, value in numbers.items():
-            self._writer.add_scalar(name, value, step)
+            self._writers[kind].add_scalar(f'{kind}/{name}', value, updates)
+        self._writers[kind].flush()
 
     def _finish(self) -> None:
         """Write what is left."""
-        self._writer.close()
+        for writer in self._writers.values():
+            writer.close()
 
 
 class Wandb(Tracker):
@@ -81,6 +92,7 @@ class Wandb(Tracker):
 
     def _open(self, run) -> None:
         """Begin a run there, or go on with that of the folder."""
+        os.environ.setdefault('WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL', '1')  # seconds that a kill may cost; else 15
         import wandb
         options, asked = run.options, run.options.run
         file = Path(run.output_dir, 'wandb_id')
@@ -90,10 +102,14 @@ class Wandb(Tracker):
             tags=list(asked.wandb_tags), dir=run.output_dir, id=asked.wandb_resume_id or known,
             resume='must' if asked.wandb_resume_id else 'allow')
         file.write_text(self._run.id)
+        self._run.define_metric('*', step_metric='update')
 
-    def _send(self, numbers: dict[str, float], step: int) -> None:
-        """Send the numbers; those of a step that it has already are left out there."""
-        self._run.log(numbers, step=step)
+    def _send(self, kind: str, numbers: dict[str, float], updates: int) -> None:
+        """Send the numbers, but for those that it has already; its own steps tell updates and epochs apart."""
+        step = 2 * updates - (kind == 'train')
+        if step >= self._run.step:
+            named = {f'{kind}/{name}': value for name, value in numbers.items()}
+            self._run.log({**named, 'update': updates}, step=step, commit=True)
 
     def _finish(self) -> None:
         """Send what is left."""
@@ -108,8 +124,10 @@ class CurvesObserver:
     """Draws curves.png in the folder of a run: after each validation, and when it ends."""
 
     def start(self, run) -> None:
-        """Say where there will be none."""
-        if not can_plot():
+        """Import what draws, which takes longer than a picture, or say that there will be none."""
+        try:
+            import matplotlib.figure  # noqa: F401
+        except Exception:  # also of one that is installed by half
             _logger.info(f'No {CURVES}: it needs matplotlib ({INSTALL})')
 
     def validated(self, run, row: dict[str, Any]) -> None:
