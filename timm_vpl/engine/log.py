@@ -97,6 +97,8 @@ def seconds_left(run) -> float | None:
     if epoch is None:
         return None
     validation = next((row['eval_seconds'] for row in reversed(rows) if row['eval_top1'] != ''), 0.)
+    if progress.epoch == run.end_epoch:  # which is validated, whatever the interval
+        return 0.
     validations = math.ceil(run.end_epoch / interval) - progress.epoch // interval
     return (run.end_epoch - progress.epoch - progress.batch / batches) * epoch + validations * validation
 

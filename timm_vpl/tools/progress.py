@@ -1,6 +1,7 @@
 """How far a run is: bars on a terminal, lines elsewhere."""
 import contextlib
 import logging
+from itertools import accumulate
 from typing import Any
 
 from ..bars import bar
@@ -11,9 +12,16 @@ _logger = logging.getLogger('train')
 _FORMAT = '{desc} |{bar:8}| {n_fmt}/{total_fmt}{postfix}'
 
 
-def _terms(figures: dict[str, float]) -> str:
-    return '  '.join(f'{name.removesuffix("_loss")} {value:#.4g}' for name, value in figures.items()
-                     if name.endswith('loss'))
+def _terms(figures: dict[str, float]) -> list[str]:
+    return [f'{name.removesuffix("_loss")} {value:#.4g}' for name, value in figures.items() if name.endswith('loss')]
+
+
+def _show(shown, parts: list[str]) -> None:
+    """Show parts behind a bar; the last ones are left out where the terminal is too narrow."""
+    shown.set_postfix_str('', refresh=False)
+    room = (shown.format_dict['ncols'] or 1000) - len(str(shown))
+    fitting = [part for part, end in zip(parts, accumulate(len(part) + 2 for part in parts), strict=True) if end <= room]
+    shown.set_postfix_str('  '.join(fitting))
 
 
 class Lines:
@@ -25,21 +33,21 @@ class Lines:
         lrs = ' '.join(f'{side} {figures[f"lr_{side}"]:.3e}' for side in run.pair.sides)
         _logger.info(
             f'Train: {run.progress.epoch} [{batch - 1:>4d}/{batches} ({100 * batch / batches:>3.0f}%)]  '
-            f'{_terms(figures)}  Time: {figures["seconds"]:.3f}s, {figures["images_per_second"]:>7.2f}/s  '
+            f'{"  ".join(_terms(figures))}  Time: {figures["seconds"]:.3f}s, {figures["images_per_second"]:>7.2f}/s  '
             f'LR: {lrs}  Data: {figures["data_seconds"]:.3f}s  Left: {show_time(seconds_left(run))}')
 
 
 class Bars:
-    """Draws a bar of the epoch and one of the run on a terminal; log lines stand above them."""
+    """Draws a bar of the epoch, one of the run and a line of losses on a terminal; log lines stand above them."""
 
     def start(self, run) -> None:
         """Draw them, as far as the run has come."""
-        self._closing = contextlib.ExitStack()
-        self._epoch = self._closing.enter_context(bar(
-            'Epoch', 'updates', run.updates_per_epoch, initial=run.num_updates % run.updates_per_epoch, position=0,
-            bar_format=_FORMAT))
-        self._run = self._closing.enter_context(bar(
-            'Run', 'epochs', run.end_epoch, initial=run.progress.epoch, position=1, bar_format=_FORMAT))
+        self._closing, self._top1 = contextlib.ExitStack(), []
+        self._epoch, self._run, self._losses = (
+            self._closing.enter_context(bar(what, '', total, initial=done, position=place, bar_format=format))
+            for place, (what, total, done, format) in enumerate((
+                ('Epoch', run.updates_per_epoch, run.num_updates % run.updates_per_epoch, _FORMAT),
+                ('Run', run.end_epoch, run.progress.epoch, _FORMAT), ('', None, 0, '{desc}{postfix}'))))
         self._begin_epoch(run)
 
     def _begin_epoch(self, run) -> None:
@@ -55,23 +63,23 @@ class Bars:
     def log(self, run, figures: dict[str, float]) -> None:
         """Show the mean losses of an update, the pace, and the time that is left."""
         waiting = 100 * figures['data_seconds'] / figures['seconds']
-        self._epoch.set_postfix_str(
-            f'{_terms(figures)}  {figures["images_per_second"]:.0f} images/s, data {waiting:.0f} %')
+        _show(self._epoch, [f'{figures["images_per_second"]:.0f} images/s', f'data {waiting:.0f} %'])
         self._show_left(run)
+        *terms, whole = _terms(figures)
+        self._losses.set_description_str(whole, refresh=False)
+        _show(self._losses, terms)
 
     def validated(self, run, row: dict[str, Any]) -> None:
         """Move the bar of the run, and show the accuracies."""
         self._epoch.reset()
         if row['eval_top1'] != '':
-            self._top1 = '  top-1 ' + '  '.join(f'{side} {row[f"eval_top1_{side}"]:.2f}' for side in run.pair.sides)
+            self._top1 = [f'top-1 {side} {row[f"eval_top1_{side}"]:.2f}' for side in run.pair.sides]
         self._run.update()
         self._show_left(run)
 
     def _show_left(self, run) -> None:
-        self._run.set_postfix_str(f'left {show_time(seconds_left(run))}{self._top1}')
+        _show(self._run, [f'left {show_time(seconds_left(run))}', *self._top1])
 
     def close(self, run) -> None:
         """Remove them."""
         self._closing.close()
-
-    _top1 = ''
