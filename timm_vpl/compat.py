@@ -3,7 +3,8 @@
 All were checked with torch 2.14 and timm 1.0.31.
 """
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = [
     'children_of', 'compile_apart', 'compile_modes', 'found_bad', 'guard_posterize', 'has_batch_norm',
-    'hub_offline', 'lerp_', 'let_scaler_skip', 'search_split', 'tensor_places', 'write_config']
+    'hub_offline', 'lerp_', 'let_scaler_skip', 'search_split', 'shard_decoder', 'tensor_places', 'write_config']
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
@@ -80,6 +81,17 @@ def _posterize(img: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
     if bits_to_keep < 1:
         return Image.new(img.mode, img.size)
     return ImageOps.posterize(img, bits_to_keep)
+
+
+def shard_decoder(reader: Any) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
+    """Return timm's function that decodes a sample of a shard: `jpg`, whatever it is, and `target`; None to skip it.
+
+    timm.data.readers.reader_wds._decode. If it goes: the last stages of the pipeline that the reader makes.
+    """
+    from timm.data.readers.reader_wds import _decode  # it imports webdataset, an extra
+    return partial(
+        _decode, image_key=reader.input_key, image_mode=reader.input_img_mode,
+        target_key=reader.target_keys or reader.target_key, alt_label=reader.split_info.alt_label)
 
 
 def write_config(model: nn.Module, path: str, **kwargs: Any) -> None:

@@ -1,14 +1,18 @@
 """What the tests of the data room share: options, splits, loaders, files."""
 import io
+import multiprocessing
 import tarfile
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from timm_vpl.core.processes import Processes
 from timm_vpl.data.loaders import create_eval_loader, create_train_loader
 from timm_vpl.data.splits import create_split, resolve_classes
+from timm_vpl.engine.boundary import as_line
+from timm_vpl.errors import RunError
 from timm_vpl.options.train import parse_args
 
 CPU = torch.device('cpu')
@@ -54,3 +58,20 @@ def encoded(image, kind, **kwargs):
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
 PNG, JPEG = encoded(NOISE, 'PNG'), encoded(NOISE, 'JPEG')
+
+
+def end_workers():
+    """End the workers of loaders that a caught exception keeps, for which torch would wait."""
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+        worker.join()
+
+
+def refusal(batches):
+    """The one line with which a loader ends."""
+    with pytest.raises((RuntimeError, OSError, EOFError, RunError)) as caught:
+        list(batches)
+    line = str(as_line(caught.value))
+    end_workers()
+    assert '\n' not in line
+    return line

@@ -1,4 +1,4 @@
-"""Loaders, with real files and real workers: order and draws, what is counted, workers that die, streams."""
+"""Loaders, with real files and real workers: order and draws, what is counted, workers that die."""
 import itertools
 import multiprocessing
 import os
@@ -12,45 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from loading import CONFIG, CPU, eval_loader, options, split, train_loader
-from processes import load_results, run_ranks
+from loading import CONFIG, CPU, eval_loader, options, refusal, split, train_loader
 from timm.data import FastCollateMixup, ImageDataset, create_loader
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from timm_vpl.core.processes import Processes
 from timm_vpl.core.seeding import seed_all
-from timm_vpl.data.images import StreamImages
-from timm_vpl.data.loaders import create_eval_loader, create_eval_loaders, create_train_loader
+from timm_vpl.data.loaders import create_eval_loader, create_eval_loaders
 from timm_vpl.data.order import Place, SeededDataset, SeededErasing, SeededSampler
-from timm_vpl.data.sources import SOURCES
 from timm_vpl.data.splits import split_card
 from timm_vpl.engine.boundary import as_line
-from timm_vpl.engine.evaluate import evaluate
-from timm_vpl.errors import RunError
-
-
-def end_workers():
-    """End the workers of loaders that a caught exception keeps, for which torch would wait."""
-    for worker in multiprocessing.active_children():
-        worker.terminate()
-        worker.join()
-
-
-@pytest.fixture(autouse=True)
-def no_workers_are_left():
-    yield
-    end_workers()
-
-
-def refusal(batches):
-    """The one line with which a loader ends."""
-    with pytest.raises((RuntimeError, OSError, EOFError, RunError)) as caught:
-        list(batches)
-    line = str(as_line(caught.value))
-    end_workers()
-    assert '\n' not in line
-    return line
-
 
 # Order and draws
 
@@ -311,66 +282,3 @@ def test_a_process_with_workers_ends(digits_folder):
         [sys.executable, '-c', EXIT, str(digits_folder)], env=environ, capture_output=True, text=True, timeout=150)
     assert result.stdout == '6\nreturn 0\n6\nerror 1\n', result.stderr
     assert 'DataLoader worker' not in result.stderr
-
-
-# Streams
-
-
-class Given:
-    """A reader like those of timm's streams: pictures with given labels, for each process."""
-
-    def __init__(self, labels, num_samples=None):
-        self.labels, self.num_samples = labels, num_samples
-        self.class_to_idx = {}
-
-    def __iter__(self):
-        return ((torch.zeros(3, 4, 4, dtype=torch.uint8), label) for label in self.labels)
-
-    def __len__(self):
-        return len(self.labels)
-
-
-def stream(*args):
-    dataset = StreamImages(Given(*args), SOURCES['wds'])
-    dataset.num_classes = 4
-    return dataset
-
-
-def stream_loader(labels, *argv, rank=0, world_size=1):
-    processes = Processes(CPU, rank, world_size)
-    loader = create_train_loader(options('.', *argv), stream(labels), CONFIG, 4, processes)
-    loader.images.transform = None
-    return loader
-
-
-@pytest.mark.parametrize('workers', [0, 1])
-def test_labels_of_a_stream(workers):
-    loader = stream_loader([*range(4)] * 4, '-j', workers)
-    assert len(list(loader.epoch(0))) == 2 and len(list(loader.epoch(0, 1))) == 1 and loader.skipped == 0
-    assert refusal(stream_loader([0] * 15 + [4], '-j', workers).epoch(0)) == (
-        'data: a sample of the stream has the label 4, none of the 4 classes, 0 to 3')
-
-
-def validated(num_samples):
-    """Evaluate a stream that pads: each process has 6 images, whatever the stream has."""
-    loader, first = DataLoader(stream([0] * 6, num_samples), batch_size=4), torch.eye(4)[:1]
-    try:
-        return evaluate(lambda images: {'a': first.expand(len(images), 4)}, ['a'], loader, CPU, distributed=True)['a']
-    except (RunError, SystemExit) as e:
-        return str(e)
-
-
-def streams_of_two(rank, world):
-    loader = stream_loader([0] * 8 * (3 + 2 * rank), rank=rank, world_size=world)
-    ends = [[batch for batch, *_ in loader.epoch(epoch)] for epoch in range(2)]
-    return ends, validated(12), validated(11), validated(None)
-
-
-def test_streams_end_together_and_are_counted(tmp_path):
-    run_ranks(tmp_path, 2, streams_of_two)
-    first, second = load_results(tmp_path, 2)
-    for ends, whole, *_ in (first, second):
-        assert ends == [[0, 1, 2]] * 2 and whole['images'] == 12 and whole['top1'] == 100.
-    assert '2 processes validated 12 images of a stream that has 11: ' in first[2]
-    assert 'validate with one process' in first[2] and 'that has an unknown number: ' in first[3]
-    assert second[2:] == ('1', '1')  # one process speaks

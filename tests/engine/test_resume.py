@@ -14,6 +14,7 @@ import torch
 import yaml
 from runs import NOISE, PAIR, SMALL, content, differences, last, rows, run, summary, torchrun
 from safetensors.torch import load_file, save_file
+from streams import write_tars
 
 from timm_vpl.cli import train
 from timm_vpl.engine import loop
@@ -82,6 +83,25 @@ def test_stopped_in_validation(digits_folder, tmp_path, capsys, whole):
     stopped(r'Train: 1 \[ *4/', run, digits_folder, tmp_path, *SHORT)
     assert 'after epoch 1, batch 5 of 5' in capsys.readouterr().err
     assert not differences(whole, run(digits_folder, tmp_path, *SHORT, '--resume', 'auto'))
+
+
+def test_a_stream_begins_its_epoch_anew(digits_folder, tmp_path, caplog):
+    pytest.importorskip('webdataset', minversion='1.0', reason='the extra wds is not installed')
+    for split in ('train', 'validation'):
+        paths = sorted((digits_folder / split).rglob('*.png'))
+        write_tars(tmp_path / 'x', split, [(path.read_bytes(), int(path.parent.name[5:])) for path in paths], 3)
+    options = [*SHORT, '--dataset', 'wds/x', '--num-classes', '4', '--mixup', '0.2']
+    whole = run(tmp_path / 'x', tmp_path / 'whole', *options)
+    # In validation a run is where the next epoch begins, at which it goes on as the one left alone.
+    stopped(r'Train: 1 \[ *4/', run, tmp_path / 'x', tmp_path / 'part', *options)
+    assert not differences(whole, run(tmp_path / 'x', tmp_path / 'part', *options, '--resume', 'auto'))
+    assert 'begins anew' not in caplog.text
+    stopped(r'Train: 1 \[ *2/', run, tmp_path / 'x', tmp_path / 'anew', *options)
+    assert read_checkpoint(newest_checkpoint(tmp_path / 'anew' / 'run'))['progress']['batch'] in (3, 4)
+    found = rows(run(tmp_path / 'x', tmp_path / 'anew', *options, '--resume', 'auto'))
+    assert [record.getMessage() for record in caplog.records if 'begins anew' in record.getMessage()] == [
+        'A stream can not be entered in its middle: epoch 1 begins anew']
+    assert [(row['epoch'], row['images'], row['skipped']) for row in found] == [(str(i), '40', '0') for i in range(3)]
 
 
 @pytest.mark.parametrize('own_name', [pytest.param(False, marks=pytest.mark.slow), True])

@@ -271,6 +271,9 @@ class Nameless(DigitsReader):
     """The digits without file names, in turn too."""
     num_samples = 360
 
+    def set_loader_cfg(self, num_workers):
+        assert num_workers < 2
+
     def _filename(self, index, basename=False, absolute=False):
         return None
 

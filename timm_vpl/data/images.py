@@ -1,19 +1,24 @@
 """Images and labels: what stands in for an image that can't be read, and which labels are refused."""
+import copy
 import logging
+import random
 import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import IterableImageDataset
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..errors import RunError, first_line
+from ..core.processes import Processes
+from ..core.seeding import derive_seed, seed_all
+from ..errors import RunError, UsageError, first_line
+from .order import Place, deal, shuffled
 from .sources import Source
 
 _logger = logging.getLogger(__name__)
@@ -67,10 +72,8 @@ class Images(Dataset):
                 break
             except READ_ERRORS as e:
                 cause = _cause(e)
-                if self._num_warnings < MAX_WARNINGS:
-                    self._num_warnings += 1
-                    last = '; further ones are only counted' if self._num_warnings == MAX_WARNINGS else ''
-                    _logger.warning(f'Skipped sample {self._describe(index)}: {cause}{last}')
+                self._num_warnings += 1
+                _warn_skipped(f'sample {self._describe(index)}', cause, self._num_warnings)
                 self.replaced[wanted] = True
                 failed, index = index, (index + 1) % len(self)
         else:
@@ -95,11 +98,7 @@ class Images(Dataset):
         except Exception as e:
             if image is not None and not isinstance(e, MemoryError):
                 raise OSError(first_line(e)) from e  # what else Pillow raises for broken files has no common base
-            cause = {
-                KeyError: f'no {e} among the columns of the data, or in --class-map',
-                MemoryError: 'the memory ran out (fewer --workers need less)',
-            }.get(type(e), f'{type(e).__name__} {first_line(e)}')
-            raise RunError(f'data: {self._describe(index)}: {cause}') from e
+            raise RunError(f'data: {self._describe(index)}: {_no_image(e)}') from e
 
     def name(self, index: int) -> str | None:
         """Return the name of an image's file, None where it has none."""
@@ -134,28 +133,131 @@ class LoneImages(Images):
         return 'it could be read only later'
 
 
-class StreamImages(IterableImageDataset):
-    """timm's data set of a stream, whose labels are checked.
+class StreamImages(IterableDataset):
+    """The images of a stream, of which each worker of each process has its own part, in order.
 
-    Attributes are those of `Images`.
+    In training a part is shuffled, begins again where it is short, and ends with the last batch; images come with their
+    Place. Attributes are those of `Images`; `replaced` counts by worker what could not be read and was left out.
+
+    Args:
+        reader: The reader of the split.
+        source: Its kind.
 
     Raises:
-        RunError: A label is none of the classes.
+        RunError: As `Images`; or a part is empty.
     """
-    label_map = num_classes = None
-    replaced = torch.zeros(0, dtype=torch.bool)
 
     def __init__(self, reader, source: Source):
-        super().__init__(None, reader=reader)
-        self.source = source
+        self.reader, self.source = reader, source
+        self.transform = self.label_map = self.num_classes = None
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers persist
+        self._num_warnings = 0
+        self.deal(0, Processes(None))
+
+    def __len__(self):
+        return self.reader.num_samples or 0
+
+    def deal(self, workers: int, processes: Processes, seed: int = 0, batches: int = 0, batch_size: int = 1) -> None:
+        """Deal the images to the workers of all processes.
+
+        Args:
+            workers: Workers of a process.
+            processes: The processes.
+            seed: Seed of the order and all draws in training.
+            batches: Batches of an epoch of training and process, 0 for a validation.
+            batch_size: Images of a batch.
+
+        Raises:
+            UsageError: The reader can't do it.
+        """
+        self.processes, self.seed, self.batches, self.batch_size = processes, seed, batches, batch_size
+        self.replaced = torch.zeros(max(1, workers), dtype=torch.int64).share_memory_()
+        if self.source.shards is None:
+            if processes.distributed and not workers:
+                raise UsageError('--workers 0: this kind of --dataset needs a worker where there are several processes')
+            self.reader.set_loader_cfg(num_workers=workers)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of training."""
+        self.epoch.fill_(epoch)
+        self.reader.set_epoch(epoch)  # of one that deals its samples itself
 
     def __iter__(self) -> Iterator:
-        for image, target in super().__iter__():
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        # Torch takes batches from its workers in turn, so that some of them have one more.
+        units = self.batches or workers
+        least, more = divmod(units, workers)
+        first = self.processes.rank * units + worker * least + min(worker, more)
+        last = first + least + (worker < more)
+        epoch, end = int(self.epoch), (last - first) * self.batch_size if self.batches else None
+        if first == last:
+            return
+        found = self._read(first, last, units * self.processes.world_size, worker)
+        for position, (where, image, target) in enumerate(islice(found, end), start=first * self.batch_size):
             try:
                 label = class_index(target, self.num_classes, self.label_map)
             except ValueError as e:
-                raise RunError(f'data: a sample of the stream has {e}') from e
-            yield image, label
+                raise RunError(f'data: {where} has {e}') from e
+            if self.batches:
+                seed_all(self.seed, 'sample', epoch, position)
+            if self.transform is not None:
+                image = self.transform(image)
+            yield (image, label, Place(epoch, position, 0)) if self.batches else (image, label)
+
+    def _read(self, first, last, whole, worker):
+        """Yield where a sample lies, its image and its target, of a part: once, in training again and again."""
+        shards, failed = self.source.shards, 0  # in a row
+        if shards is None:
+            # In validation timm makes the shares equal by their last image, again and again.
+            own = len(range(first, len(self), whole)) if len(self) and not self.batches else None
+            for image, target in islice(self.reader, own):
+                yield 'a sample of the stream', image, target
+            return
+        reader = copy.copy(self.reader)  # of this pass alone
+        for where, sample in self._samples(shards, reader, first, last, whole):
+            try:
+                decoded = shards.decode(reader, sample)
+                failed = 0
+            except (KeyError, MemoryError) as e:
+                raise RunError(f'data: {where}: {_no_image(e)}') from e
+            except Exception as e:  # what Pillow raises for broken files has no common base
+                self._num_warnings, failed = self._num_warnings + 1, failed + 1
+                _warn_skipped(where, _cause(e), self._num_warnings)
+                self.replaced[worker] += 1
+                if failed == MAX_SKIPPED:
+                    raise RunError(
+                        f'data: Failed to load {MAX_SKIPPED} consecutive samples, the last {where}: {_cause(e)}') from e
+                continue
+            if decoded is not None:
+                yield where, *decoded
+
+    def _samples(self, shards, reader, first, last, whole):
+        """Yield where a sample lies, and the sample, encoded; in training again and again."""
+        listed, epoch = shards.find(reader), int(self.epoch)
+        order = list(range(len(listed)))
+        if self.batches:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(listed)).tolist()
+        pieces = deal(first, last, whole, [listed[shard][1] for shard in order])
+
+        def once():
+            for piece in pieces:
+                shard = order[piece.shard]
+                for index, sample in enumerate(shards.read(reader, shard)):
+                    if piece.holds(index):
+                        yield f'sample {index} of {listed[shard][0]}', sample
+
+        if not self.batches:
+            yield from once()
+            return
+        rng, found = random.Random(derive_seed(self.seed, 'shuffle', epoch, first)), True
+        while found:
+            found = False
+            for sample in shuffled(once(), shards.buffer(reader), rng):
+                found = True
+                yield sample
+        raise RunError(f'data: a worker finds no image in its part of the {len(listed)} shards; fewer --workers '
+                       f'have larger parts')
 
     @staticmethod
     def name(index: int) -> None:
@@ -167,6 +269,21 @@ Split = Images | StreamImages
 
 def _cause(error: Exception) -> str:
     return 'no image that Pillow knows' if isinstance(error, UnidentifiedImageError) else first_line(error)
+
+
+def _no_image(error: Exception) -> str:
+    """Return what an error says that is not of one broken image."""
+    return {
+        KeyError: f'no {error} among the columns of the data, or in --class-map',
+        MemoryError: 'the memory ran out (fewer --workers need less)',
+    }.get(type(error), f'{type(error).__name__} {first_line(error)}')
+
+
+def _warn_skipped(where: str, cause: str, number: int) -> None:
+    """Warn of the sample that is the so many-th to be skipped by this process, but of few."""
+    if number <= MAX_WARNINGS:
+        last = '; further ones are only counted' if number == MAX_WARNINGS else ''
+        _logger.warning(f'Skipped {where}: {cause}{last}')
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

@@ -1,14 +1,13 @@
 """Loaders: torch's, with timm's transforms, mixup and prefetching; every draw is seeded by its place in the run."""
 import copy
+import math
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from timm.data import FastCollateMixup, create_transform
 from timm.data.distributed_sampler import OrderedDistributedSampler
@@ -26,7 +25,6 @@ from .order import SeededCollate, SeededDataset, SeededErasing, SeededSampler
 
 def init_worker(worker_id: int) -> None:
     """Let a worker outlive the signals of its process group: the main process decides what they mean."""
-    np.random.seed(torch.initial_seed() % (2 ** 32 - 1))  # as timm does; of streams, which nothing else seeds
     signal.set_wakeup_fd(-1)  # that of the main process, where this is a fork of it
     for name in ('SIGINT', 'SIGUSR1'):
         if hasattr(signal, name):
@@ -45,8 +43,6 @@ def _end_with_main() -> None:
 
 
 def _batches(loader: Loader, dataset: Dataset, **kwargs) -> DataLoader:
-    if isinstance(dataset, StreamImages):
-        dataset.set_loader_cfg(num_workers=loader.workers)
     return DataLoader(
         dataset,
         num_workers=loader.workers,
@@ -69,8 +65,8 @@ class TrainLoader(PrefetchLoader):
     on this process.
 
     Every draw (order, augmentation, mixup, erasing) is a function of the seed and its place in the run, not of a
-    generator's state: independent of the number of workers, and the same when an epoch is entered at a later batch.
-    Streams keep their reader's own order, and end for all processes with the shortest share.
+    generator's state: independent of the number of workers, and the same when an epoch is entered at a later batch. A
+    stream is entered at its beginning, and its order depends on the workers.
 
     Args:
         options: Options of the run.
@@ -81,22 +77,27 @@ class TrainLoader(PrefetchLoader):
     """
 
     def __init__(self, options: Options, images: Split, collate: Callable, processes: Processes, **kwargs):
-        self.images, self.world_size, self.skipped = images, processes.world_size, 0
+        self.images, self.skipped, size = images, 0, options.loader.batch_size
+        self._num_batches = len(images) // (size * processes.world_size)
         dataset: Dataset = images
-        self.order = None
+        self.order: Any = None  # of a stream none
         if isinstance(images, Images):
             dataset = SeededDataset(images, options.run.seed)
             self.order = SeededSampler(
-                len(images), options.loader.batch_size, options.run.seed, processes.rank, processes.world_size,
+                len(images), size, options.run.seed, processes.rank, processes.world_size,
                 options.augmentation.aug_repeats)
-            collate = SeededCollate(collate, options.run.seed, options.augmentation.mixup_off_epoch)
+        else:
+            images.deal(options.loader.workers, processes, options.run.seed, self._num_batches, size)
         batches = _batches(
-            options.loader, dataset, batch_size=options.loader.batch_size, sampler=self.order, collate_fn=collate,
-            drop_last=True)
+            options.loader, dataset, batch_size=size, sampler=self.order, drop_last=True,
+            collate_fn=SeededCollate(collate, options.run.seed, options.augmentation.mixup_off_epoch))
         super().__init__(batches, device=processes.device, **kwargs)
         if self.random_erasing is not None:
             self.random_erasing = SeededErasing(  # type: ignore[assignment]
                 self.random_erasing, options.run.seed, processes.rank, processes.device)
+
+    def __len__(self):
+        return self._num_batches
 
     def epoch(self, epoch: int, first_batch: int = 0):
         """Yield (batch, input, target, sample_ids) from `first_batch` to the epoch's end.
@@ -106,35 +107,18 @@ class TrainLoader(PrefetchLoader):
         self.skipped = 0
         if self.random_erasing is not None:
             self.random_erasing.place = (epoch, first_batch)  # type: ignore[attr-defined]
-        if self.order is None:
-            yield from self._stream_epoch(epoch, first_batch)
+        self.images.replaced.zero_()
+        if isinstance(self.images, StreamImages):
+            self.images.set_epoch(epoch)
+            for batch, (input, target) in enumerate(self):
+                self.skipped = int(self.images.replaced.sum())
+                yield batch, input, target, None
             return
         self.order.set_epoch(epoch, first_batch)
-        self.images.replaced.zero_()
         for batch, (input, target) in enumerate(self, start=first_batch):
             ids = self.order.sample_ids(batch)
             self.skipped += int(self.images.replaced[ids].sum())
             yield batch, input, target, ids.to(self.device, non_blocking=True) if self.order.repeats > 1 else None
-
-    def _stream_epoch(self, epoch, first_batch):
-        self.images.set_epoch(epoch)
-        batches = islice(self, len(self) - first_batch)
-        if self.world_size > 1:
-            batches = together(batches, self.device)
-        for batch, (input, target) in enumerate(batches, start=first_batch):
-            yield batch, input, target, None
-
-
-def together(batches, device: torch.device):
-    """Yield a process's batches until those of any process end, so that all make as many steps."""
-    batches = iter(batches)
-    while True:
-        batch = next(batches, None)
-        ready = torch.tensor(batch is not None, dtype=torch.int32, device=device)
-        torch.distributed.all_reduce(ready, op=torch.distributed.ReduceOp.MIN)
-        if not ready.item():
-            return
-        yield batch
 
 
 def create_train_loader(
@@ -186,7 +170,7 @@ def create_train_loader(
         re_count=asked.recount,
         re_num_splits=2 if asked.resplit else 0,
     )
-    if loader.order is not None and not len(loader):
+    if not len(loader):
         raise UsageError(
             f'--batch-size {options.loader.batch_size}: {processes.world_size} batch(es) of it are more than the '
             f'{len(images)} training images')
@@ -196,8 +180,15 @@ def create_train_loader(
 class EvalLoader(PrefetchLoader):
     """Validation batches (images, target): each image once, in order, dealt to the processes in turn.
 
-    After a pass `dataset.replaced` holds the images that could not be read on this process.
+    After a pass `dataset.replaced` holds the images that could not be read on this process. Of a stream a process has
+    some batches more or fewer than its length.
     """
+
+    def __len__(self):
+        images = self.dataset
+        if isinstance(images, StreamImages):
+            return math.ceil(len(images) / (images.processes.world_size * self.loader.batch_size))
+        return len(self.loader)
 
     def __iter__(self):
         self.dataset.replaced.zero_()
@@ -242,6 +233,8 @@ def create_eval_loader(
     """Create a validation loader, with timm's transform for a data configuration."""
     images = copy.copy(images)  # with a transform of its own; what is replaced, they share
     images.transform = create_transform(**data_config, use_prefetcher=True)
+    if isinstance(images, StreamImages):
+        images.deal(loader.workers, processes)
     batches = _batches(
         loader,
         images,

@@ -1,6 +1,8 @@
-"""The order of an epoch and every draw in it, as functions of the seed and the place in the run."""
-from collections.abc import Callable, Iterator
+"""The order of an epoch and every draw in it, as functions of the seed and the place in the run; who reads what."""
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -117,3 +119,59 @@ class SeededErasing:
         self.place = (epoch, batch + 1)
         seed_all(self.seed, 'erase', epoch, batch, self.rank, device=self.device)
         return self.erasing(input)
+
+
+_UNIT = 2 ** 32  # of a shard
+_STEP = 2654435769  # of a unit, the golden ratio: however few multiples fill the unit, or any stretch of it, evenly
+
+
+class Piece(NamedTuple):
+    """What one reader has of a shard: the samples whose places lie between two bounds."""
+    shard: int
+    first: int
+    last: int
+
+    def holds(self, index):
+        """Return whether it has a sample, by its number in the shard (or an array of them)."""
+        place = index * _STEP % _UNIT
+        return (self.first <= place) & (place < self.last)
+
+
+def deal(first: int, last: int, whole: int, lengths: Sequence[int]) -> list[Piece]:
+    """Return what a reader has of a stream: [first, last) of `whole` equal parts.
+
+    Readers whose parts adjoin share the shard at their border, of which each sample is one's own: who reads all parts
+    reads each sample once, whatever the lengths. Where there are more shards than readers, most have one reader.
+
+    Args:
+        first: First part.
+        last: Part after the last.
+        whole: Number of parts.
+        lengths: Samples of each shard, or as many as others if that is not known: parts are as equal as this is right.
+    """
+    pieces, start = [], 0
+    bounds = [sum(lengths) * _UNIT * bound // whole for bound in (first, last)]
+    for shard, length in enumerate(lengths):
+        low, high = (min(max(bound - start, 0) // length, _UNIT) for bound in bounds)
+        if low < high:
+            pieces.append(Piece(shard, low, high))
+        start += length * _UNIT
+    return pieces
+
+
+def shuffled(samples: Iterable, size: int, rng: random.Random) -> Iterator:
+    """Yield samples in random order within a buffer, which fills while it is used, as webdataset's."""
+    samples = iter(samples)
+    buffer: list = []
+
+    def draw():
+        i = rng.randrange(len(buffer))
+        buffer[i], buffer[-1] = buffer[-1], buffer[i]
+        return buffer.pop()
+
+    for sample in samples:
+        buffer += [sample, *islice(samples, int(len(buffer) < size))]
+        if len(buffer) > size // 4:
+            yield draw()
+    while buffer:
+        yield draw()

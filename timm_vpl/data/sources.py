@@ -9,13 +9,16 @@ label; --check-data needs files), `len(reader)` and `reader.filename(index)` (No
     root: Folder or file of the images, None or absent where only the data set's name says where they are.
     targets: Labels of the images in order, whole numbers from 0, absent where they are not known without reading.
     not_read: Number of files that are not read, by reason; absent for none.
+
+A stream (`is_stream`) is read by its `Shards`, and its reader has `num_samples`, None where that is not known.
 """
 import io
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +29,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 
+from ..compat import shard_decoder
 from ..errors import UsageError
 from ..options.checks import check_shards
 from .folders import HIDDEN, LOOSE, check_folders, find_split, number_classes
@@ -232,7 +236,63 @@ def _open_shards(request: Request) -> Any:
         check_shards(where, name)
         if '://' in request.data.data_dir and os.path.isabs(name):
             raise UsageError(f'{where} {name}: not below the address')
+    reader.is_training, reader.dist_num_replicas = False, 1  # its samples are dealt here
     return reader
+
+
+class _One(list):
+    """One sample, in the place of the data that timm's reader goes through to make images and labels of them."""
+
+    def set_epoch(self, epoch):
+        """Have no epochs."""
+
+
+def _find_tars(reader) -> list[tuple[str, int]]:
+    names, lengths = reader.split_info.filenames, reader.split_info.shard_lengths
+    known = len(lengths) == len(names) and all(isinstance(length, int) and length > 0 for length in lengths)
+    return list(zip(names, lengths if known else [1] * len(names), strict=True))
+
+
+def _read_tar(reader, shard: int) -> Iterable[dict]:
+    from timm.data.readers.reader_wds import log_and_continue
+    from webdataset import tarfile_to_samples  # an extra
+    path = os.path.join(reader.root, reader.split_info.filenames[shard])
+    return tarfile_to_samples(handler=log_and_continue)([{'url': path}])
+
+
+def _decode_tar(reader, sample: dict) -> tuple | None:
+    found = shard_decoder(reader)(sample)
+    reader.ds = _One([] if found is None else [{'image': found['jpg'], 'target': found['target']}])
+    return next(iter(reader), None)
+
+
+def _open_rows(request: Request) -> Any:
+    from datasets import Image  # an extra
+    reader = _open_timm(request)
+    reader.is_training = False
+    if reader.download:
+        whole = reader.builder.as_dataset(split=reader.split)
+        rows = whole.to_iterable_dataset(num_shards=min(len(whole), 1024))
+    else:
+        rows = reader.builder.as_streaming_dataset(split=reader.split)
+    reader.image = (rows.features or {}).get(reader.input_key)
+    if isinstance(reader.image, Image):  # decoded by the worker that has it
+        rows = rows.cast_column(reader.input_key, Image(decode=False))
+    reader.rows = rows
+    return reader
+
+
+def _read_rows(reader, shard: int) -> Iterator[dict]:
+    # Not its iterator, which in a worker leaves out what are other workers' by its own rule.
+    for rows in reader.rows.shard(reader.rows.num_shards, shard).iter(64):
+        yield from (dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True))
+
+
+def _decode_row(reader, row: dict) -> tuple | None:
+    if hasattr(reader.image, 'decode_example'):
+        row = {**row, reader.input_key: reader.image.decode_example(row[reader.input_key])}
+    reader.ds = _One([row])
+    return next(iter(reader))
 
 
 def _image_entries(reader) -> Iterator[str]:
@@ -254,12 +314,21 @@ def _stream_entries(reader) -> Iterator[str]:
         yield f'{os.path.basename(path)}\0{os.path.getsize(path) if os.path.isfile(path) else ""}'
 
 
+class Shards(NamedTuple):
+    """How a stream is read shard by shard, so that its samples can be dealt to workers."""
+    find: Callable[[Any], list[tuple[str, int]]]  # name and samples of each shard; 1 where these are not known
+    read: Callable[[Any, int], Iterable]  # the samples of a shard, encoded
+    decode: Callable[[Any, Any], tuple | None]  # image and target of a sample, None where timm leaves it out
+    buffer: Callable[[Any], int]  # samples that are shuffled at a time
+
+
 class Source(NamedTuple):
     """A kind of data set."""
     open: Callable[[Request], Any]  # returns a reader
     # Lines that tell a split from others, of the whole reader: the default knows images by name and label alone.
     entries: Callable[[Any], Iterator[str]] = _image_entries
     is_stream: bool = False  # images come in an order of the reader's own
+    shards: Shards | None = None  # of a stream; without them the reader deals its samples itself
 
 
 # By the kind of --dataset KIND/NAME; options.DATASET_KINDS names them too.
@@ -268,8 +337,11 @@ SOURCES = {
     'digits': Source(
         lambda request: DigitsReader(request.split), lambda reader: (f'{name}\0' for name in reader.filenames())),
     'hfds': Source(_open_timm, _hub_entries),
-    'hfids': Source(_open_timm, _stream_entries, is_stream=True),
+    'hfids': Source(_open_rows, _stream_entries, is_stream=True, shards=Shards(
+        lambda reader: [(f'shard {i}', 1) for i in range(reader.rows.num_shards)], _read_rows, _decode_row,
+        attrgetter('shuffle_size'))),
     'tfds': Source(_open_timm, _stream_entries, is_stream=True),
     'torch': Source(_open_torchvision),
-    'wds': Source(_open_shards, _stream_entries, is_stream=True),
+    'wds': Source(_open_shards, _stream_entries, is_stream=True, shards=Shards(
+        _find_tars, _read_tar, _decode_tar, attrgetter('sample_shuffle_size'))),
 }

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
-from torch.utils.data import IterableDataset
 
 from ..core.pair import PairOutput
 from ..core.task import PairTask
+from ..data.images import StreamImages
 from ..errors import RunError
 from .measures import likeness
 
@@ -127,7 +127,8 @@ def evaluate(
         per_class: Number of classes, to count each by itself.
         per_image: Keep what each name says of each image of this process.
         means: Names of further numbers (N,) that `forward` returns, of which the 'mean' is taken.
-        after_batch: Called after each batch.
+        after_batch: Called after each batch; as often as the loader is long, on each of the processes, though their
+            shares of a stream may have more batches or fewer.
 
     Returns:
         By name 'images', 'loss', 'top1' and 'top5' (percent); with `real_labels` also 'real_images', 'real_top1' and
@@ -142,7 +143,7 @@ def evaluate(
     limit = evaluation_sample_limit(loader)
     tallies = {name: Tally(device, limit, real_labels is not None, per_class, per_image) for name in names}
     averages = {name: Mean(device) for name in means}
-    seen = 0
+    seen, calls = 0, 0 if after_batch is None else len(loader)
     for input, target in loader:
         with autocast():
             logits = forward(input)
@@ -152,25 +153,30 @@ def evaluate(
         for name, average in averages.items():
             average.update(logits[name][:len(target) if limit is None else max(0, limit - seen)])
         seen += len(target)
-        if after_batch is not None:
+        if after_batch is not None and calls:
             after_batch()
+            calls -= 1
+    for _ in range(calls):
+        after_batch()  # type: ignore[misc]
     results = {name: tally.compute(distributed) for name, tally in tallies.items()}
     results.update((name, average.compute(distributed)) for name, average in averages.items())
-    if distributed and isinstance(loader.dataset, IterableDataset):
-        _check_count(results[names[0]]['images'], loader)
+    if isinstance(loader.dataset, StreamImages):
+        _check_count(results[names[0]]['images'], loader.dataset, device, distributed)
     return results
 
 
-def _check_count(images: int, loader) -> None:
+def _check_count(images: int, dataset: StreamImages, device: torch.device, distributed: bool) -> None:
     """Raise RunError where the processes have not seen as many images of a stream as it has."""
-    own = getattr(getattr(loader.dataset, 'reader', None), 'num_samples', None)
-    if not own or images != own:
-        if torch.distributed.get_rank():
+    left_out = dataset.replaced.sum().to(device)
+    if distributed:
+        torch.distributed.all_reduce(left_out)
+    found = images + int(left_out)
+    if len(dataset) not in (0, found):
+        if dataset.processes.rank:
             raise SystemExit(RunError.exit_status)
         raise RunError(
-            f"data: {torch.distributed.get_world_size()} processes validated {images} images of a stream that has "
-            f"{own or 'an unknown number'}: timm's reader pads or cuts each worker's share; validate with one process, "
-            f"or with as many workers in all as divide the shards and the images evenly")
+            f'data: the stream has {found} images, not {len(dataset)}; --val-num-samples {found} says so, if no line '
+            f'before this one names a shard that could not be read')
 
 
 def outputs_of(sides: Sequence[str]) -> list[str]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from timm.utils import distribute_bn
-from torch.utils.data import IterableDataset
 
 from ..core.processes import Processes
 from ..data.images import StreamImages
@@ -94,7 +93,6 @@ def train_one_epoch(run: Run) -> int:
         run.optimizer.sync_lookahead()
     if progress.batch == first_batch:
         raise RunError('data: the training loader gave no batch')
-    progress.batch = len(loader)  # also where a stream ended early
     return decision
 
 
@@ -254,13 +252,11 @@ def validate(run: Run) -> dict[str, Any]:
     Returns:
         Metrics by column name; 'top1' is the mean of the branches, of their EMA where there is one.
     """
-    # Processes that share a stream may have different numbers of batches; they can't decide after each.
-    stream = isinstance(run.loader_eval.dataset, IterableDataset)
     metrics: dict[str, Any] = {}
     for ema in (False, True)[:1 + run.evaluates_ema]:
         found = evaluate_pair(
             run, run.loader_eval, ema, distributed=run.processes.distributed,
-            after_batch=run.control.watch if stream else lambda: heed(run, run.control.decide()))
+            after_batch=lambda: heed(run, run.control.decide()))
         prefix = 'ema_' if ema else ''
         for output, figures in found.items():
             metrics.update((f'{prefix}{output}' if metric == 'mean' else f'{prefix}{metric}_{output}', figures[metric])

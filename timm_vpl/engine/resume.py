@@ -9,6 +9,7 @@ import torch
 
 from ..core.processes import Processes
 from ..data.identity import data_changes
+from ..data.images import StreamImages
 from ..errors import RunError, UsageError, first_line
 from ..options.checks import is_auto
 from ..options.train import Options, changed_options, recipe_values
@@ -256,6 +257,9 @@ def restore_ranks(run, checkpoint: dict[str, Any]) -> None:
     for tensor, values in zip(tensors, parts, strict=True):
         tensor.copy_(values.view_as(tensor))
     progress.skipped = int(skipped)
+    if 0 < progress.batch < len(run.loader_train) and isinstance(run.loader_train.images, StreamImages):
+        _logger.warning(f'A stream can not be entered in its middle: epoch {progress.epoch} begins anew')
+        run.progress = Progress(progress.epoch)
 
 
 def run_state(run) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torchvision.utils import make_grid
 
 from ..bars import bar
 from ..core.names import SIDES
+from ..data.images import StreamImages
 from ..data.loaders import create_eval_loaders
 from ..engine.evaluate import evaluate, outputs_of
 from ..engine.models import loader_config
@@ -154,8 +155,8 @@ def inspect_models(options: Inspect) -> list[Row]:
     for side, trained in models.items():
         if not math.isfinite(figures[side]['loss']):
             raise RunError(f'{trained.source}: {trained.label}: the loss is not finite, so there is nothing to compare')
-    replaced = data.images.replaced.nonzero().flatten().tolist()
-    warn_of_replaced(data.name, len(replaced))
+    warn_of_replaced(data.name, int(loader.dataset.replaced.sum()))
+    replaced = [] if isinstance(data.images, StreamImages) else data.images.replaced.nonzero().flatten().tolist()
     found = Comparison(figures, [data.class_names.get(index, str(index)) for index in range(classes)])
     tiles = [
         (image, found.said_of(index, data.images.name(index) or f'index {index}'))
