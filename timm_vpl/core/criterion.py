@@ -36,6 +36,17 @@ class StagedLoss(nn.Module):
     Attributes:
         accuracies: Of what gates compare: 'a', 'b', 'teacher' and 'average', on images that are not trained on; the
             loop sets them before an epoch. Until then terms with a gate are off.
+
+    Examples:
+        >>> from timm_vpl.core.stages import Span
+        >>> late = Term('kl_loss', kl_loss('a', rho=4), weight=16, schedule=Span(epochs=10, start=50))
+        >>> criterion = StagedLoss([base_term('a'), base_term('b'), late])
+        >>> criterion.set_epoch(4)
+        >>> criterion.describe()
+        'terms 1 x ce_a_loss, 1 x ce_b_loss'
+        >>> criterion.set_epoch(5)
+        >>> criterion.describe()
+        'terms 1 x ce_a_loss, 1 x ce_b_loss, 16 x kl_loss'
     """
 
     def __init__(self, terms: Sequence[Term], phases: Sequence[str] = ('ab',), views: int = 1):
@@ -210,6 +221,15 @@ class VPLLoss(StagedLoss):
     Raises:
         ValueError: An argument outside its range; embeddings of different shape.
         RuntimeError: A batch that is larger than all processes' first of the epoch, with gathered negatives.
+
+    Examples:
+        >>> criterion = VPLLoss(epochs=300)
+        >>> criterion.set_epoch(100)
+        >>> criterion.describe()
+        'stage 2, terms 1 x ce_a_loss, 1 x ce_b_loss, 1 x contrastive_loss, 1 x kl_loss'
+        >>> output = PairOutput(*torch.randn(2, 4, 10), *torch.randn(2, 4, 32))
+        >>> list(criterion.terms(output, torch.tensor([3, 1, 4, 1])))
+        ['ce_a_loss', 'ce_b_loss', 'contrastive_loss', 'kl_loss', 'loss']
     """
 
     def __init__(

@@ -108,7 +108,8 @@ def dist(
 ) -> torch.Tensor:
     """Correlation of predictions, of an image over classes and of a class over images (DIST, arXiv 2205.10536, eq. 10).
 
-    T^2 [beta (1 - mean_i corr(p_i, q_i)) + gamma (1 - mean_j corr(p_.j, q_.j))], p = softmax(z / T), q = softmax(r / T)
+    T^2 [beta (1 - mean_i corr(p[i], q[i])) + gamma (1 - mean_j corr(p[:, j], q[:, j]))], p = softmax(z / T),
+    q = softmax(r / T)
 
     Args:
         logits: z, of the learner.

@@ -70,6 +70,15 @@ class Method(NamedTuple):
             know the classes.
         gated: Whether a term has a gate, by the options: images are kept back from training for it.
         check: `check(own, sides)` raises ValueError where its options contradict each other.
+
+    Examples:
+        >>> from timm_vpl.core.methods import Setting
+        >>> vpl = METHODS['vpl']
+        >>> vpl.description, vpl.models
+        ('Vision Pair Learning', (2,))
+        >>> criterion = vpl.criterion(vpl.options(x=0, y=0), Setting(sides=('a', 'b'), epochs=10))
+        >>> criterion.describe()
+        'stage 2, terms 1 x ce_a_loss, 1 x ce_b_loss, 1 x contrastive_loss, 1 x kl_loss'
     """
     description: str
     models: tuple[int, ...]
@@ -184,6 +193,7 @@ def _pair(own: PairOptions, setting: Setting) -> 'StagedLoss':
         for name, term in zip(column_names(asked, setting.sides), asked, strict=True)])
 
 
+#: The methods by name (`--method NAME`). A method of one's own is one more entry.
 METHODS: dict[str, Method] = {
     'vpl': Method(
         'Vision Pair Learning',

@@ -25,6 +25,11 @@ class PairOutput(NamedTuple):
 
     Shapes: logits (N, C), embeddings (N, d) with one d for both branches. A branch that is absent or an embedding
     that was not asked for is None.
+
+    Examples:
+        >>> output = PairOutput(logits_a=torch.zeros(2, 10), logits_b=torch.zeros(2, 10))
+        >>> output.logits_b.shape, output.embed_b
+        (torch.Size([2, 10]), None)
     """
     logits_a: torch.Tensor | None
     logits_b: torch.Tensor | None
@@ -224,6 +229,14 @@ class PairWrapper(nn.Module):
 
     Raises:
         ValueError: No model, different numbers of classes, or a model that has no embedding.
+
+    Examples:
+        >>> pair = PairWrapper(timm.create_model('test_resnet'), timm.create_model('test_vit', img_size=64))
+        >>> output = pair(torch.randn(2, 3, 64, 64))
+        >>> output.logits_b.shape, output.embed_a.shape == output.embed_b.shape
+        (torch.Size([2, 1000]), True)
+        >>> pair.affine, pair.sides
+        (Linear(in_features=64, out_features=96, bias=True), ('a', 'b'))
     """
 
     def __init__(
@@ -390,7 +403,7 @@ class PairWrapper(nn.Module):
             self._branches[side].tap(features.get(side, ()))
 
     def compile(self, **kwargs: Any) -> None:
-        """Compile each branch with torch.compile(**kwargs)."""
+        """Compile each branch with torch.compile, which gets these arguments."""
         for side in self.sides:
             self._branches[side].compile(**kwargs)
 

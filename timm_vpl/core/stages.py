@@ -61,6 +61,13 @@ class StageSchedule:
 
     Raises:
         ValueError: epochs < 1; x or y negative or not finite; x + y > 100.
+
+    Examples:
+        >>> schedule = StageSchedule(epochs=10)
+        >>> [schedule.stage(epoch) for epoch in range(10)]
+        [1, 1, 2, 2, 2, 2, 2, 2, 3, 3]
+        >>> schedule.contrastive(8), schedule.kl(8)
+        (False, True)
     """
 
     def __init__(self, epochs: int, x: float = 20, y: float = 20):

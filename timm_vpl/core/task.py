@@ -36,6 +36,16 @@ class PairTask(TrainingTask):
         device: Device for task tensors/buffers.
         dtype: Dtype for task tensors/buffers.
         verbose: Enable info logging.
+
+    Examples:
+        >>> pair = PairWrapper(timm.create_model('test_resnet'), timm.create_model('test_vit', img_size=64))
+        >>> task = PairTask(pair, VPLLoss(epochs=10), updates_per_epoch=100)
+        >>> result = task(torch.randn(4, 3, 64, 64), torch.tensor([3, 1, 4, 1]))
+        >>> list(result)
+        ['ce_a_loss', 'ce_b_loss', 'contrastive_loss', 'loss', 'output']
+        >>> task.update_ema(step=200)  # as timm's loop does after each update
+        >>> task.criterion.stage()
+        2
     """
 
     def __init__(

@@ -23,6 +23,14 @@ class Teacher(nn.Module):
 
     Raises:
         ValueError: The model has a classifier whose input can't be the embedding.
+
+    Examples:
+        >>> from timm.data import resolve_data_config
+        >>> model = timm.create_model('test_resnet')
+        >>> config = resolve_data_config(model=model)
+        >>> teacher = Teacher(model, 'teacher', config, {**config, 'input_size': (3, 64, 64)})
+        >>> teacher(torch.randn(2, 3, 64, 64))['logits_teacher'].shape
+        torch.Size([2, 1000])
     """
 
     def __init__(self, model: nn.Module, side: str, data_config: dict[str, Any], input_config: dict[str, Any]):

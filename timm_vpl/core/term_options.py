@@ -40,7 +40,15 @@ class TermOptions:
 
 @dataclass(frozen=True)
 class FollowOptions(TermOptions):
-    """Options of every term by which a branch follows another network."""
+    """Options of every term by which a branch follows another network.
+
+    Examples:
+        >>> FollowOptions(learner='a', leader='average', start=20)
+        FollowOptions(learner='a', weight=1.0, start=20, end=100.0, over='constant', leader='average', when='always')
+        >>> FollowOptions(weight=0)
+        Traceback (most recent call last):
+        ValueError: weight=0 leaves it untrained, leave the term out
+    """
     leader: str | None = option(
         None, 'what it follows: a branch, the frozen teacher, or the average of both branches', shown='the partner',
         choices=(*SIDES, 'teacher', 'average'))
@@ -166,6 +174,14 @@ class TermKind(NamedTuple):
         projects: Whether it compares embeddings through the affine layer of the pair.
         distilled: Whether its learner has a distillation token.
         reads_logits: Whether it reads the logits of its leader.
+
+    Examples:
+        >>> kind = TERMS['kl']
+        >>> kind.description, kind.leaders
+        ('KL divergence of predictions (VPL, Hinton)', ('a', 'b', 'teacher', 'average'))
+        >>> function = kind.build(kind.options(learner='b', leader='a', temperature=4), None)
+        >>> function(PairOutput(torch.zeros(2, 10), torch.zeros(2, 10)), None)
+        tensor(0.)
     """
     description: str
     build: 'Callable[[Any, Setting], TermFunction]'
@@ -269,6 +285,7 @@ def _projection(kind: str, own: Any, setting: 'Setting', name: str, led: str) ->
 
 _LOGITS = (*SIDES, 'teacher', 'average')
 
+#: The terms by name (`--term NAME,...`). A term of one's own is one more entry.
 TERMS: dict[str, TermKind] = {
     'ce': TermKind("the labels' loss", _ce, TermOptions, (*SIDES, 'both'), ()),
     'contrastive': TermKind(

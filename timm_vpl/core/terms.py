@@ -35,6 +35,13 @@ class Term(NamedTuple):
         learner: Branch by whose learning rate and weight decay its own parameters are trained.
         gate: (learner, leader): it is on only while the accuracy of the leader is the higher one
             (`StagedLoss.accuracies`).
+
+    Examples:
+        >>> def difference(output, target):
+        ...     return (output.logits_b - output.logits_a.detach()).square().mean()
+        >>> term = Term('difference_loss', difference, weight=0.1, schedule=lambda epoch: epoch < 5)
+        >>> term.function(PairOutput(torch.zeros(2, 10), torch.ones(2, 10)), None)
+        tensor(1.)
     """
     name: str
     function: TermFunction
@@ -51,6 +58,11 @@ def base_term(side: str, base_loss: BaseLoss | None = None) -> Term:
     Args:
         side: 'a' or 'b'.
         base_loss: base_loss(logits, target) -> scalar, by default cross-entropy.
+
+    Examples:
+        >>> term = base_term('a', torch.nn.CrossEntropyLoss(label_smoothing=0.1))
+        >>> term.name, round(term.function(PairOutput(torch.zeros(2, 10), None), torch.tensor([0, 1])).item(), 3)
+        ('ce_a_loss', 2.303)
     """
     return Term(f'ce_{side}_loss', partial(_label_loss, base_loss or losses.cross_entropy, f'logits_{side}'))
 
@@ -74,6 +86,13 @@ class ContrastiveLoss(nn.Module):
     Raises:
         ValueError: An argument outside its range; embeddings that are missing or of different shape.
         RuntimeError: A batch that is larger than all processes' first of the epoch, with gathered negatives.
+
+    Examples:
+        >>> embed = torch.eye(4)  # of four images, the same in both branches
+        >>> output = PairOutput(torch.zeros(4, 10), torch.zeros(4, 10), embed, embed)
+        >>> term = ContrastiveLoss(learner='b', tau=0.2, same_class='ignore')
+        >>> round(term(output, torch.tensor([0, 0, 1, 1])).item(), 3)
+        0.027
     """
 
     def __init__(
@@ -169,6 +188,12 @@ def kl_loss(learner: str = 'a', rho: float = 1.0, leader: str | None = None) -> 
 
     Raises:
         ValueError: An argument outside its range; logits of different shape.
+
+    Examples:
+        >>> term = kl_loss('a', rho=4)
+        >>> logits_a, logits_b = torch.randn(2, 4, 10, requires_grad=True)
+        >>> term(PairOutput(logits_a, logits_a), None)
+        tensor(0., grad_fn=<MeanBackward0>)
     """
     _check_positive('rho', rho)
     _check_choice('kl_to', learner, (*SIDES, 'both'))
@@ -316,6 +341,13 @@ def feature_of(output: PairOutput, side: str, name: str) -> torch.Tensor:
 
     Raises:
         ValueError: It was not asked for.
+
+    Examples:
+        >>> pair = PairWrapper(timm.create_model('test_resnet'), timm.create_model('test_vit', img_size=64))
+        >>> pair.tap({'a': ['stage4'], 'b': ['stage4']})
+        >>> output = pair(torch.randn(2, 3, 64, 64))
+        >>> feature_of(output, 'a', 'stage4').shape, feature_of(output, 'b', 'stage4').shape
+        (torch.Size([2, 96, 2, 2]), torch.Size([2, 64, 4, 4]))
     """
     features: dict[str, torch.Tensor] = getattr(output, f'features_{side}') or {}
     if name not in features:
