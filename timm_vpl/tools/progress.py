@@ -20,7 +20,8 @@ def _show(shown, parts: list[str]) -> None:
     """Show parts behind a bar; the last ones are left out where the terminal is too narrow."""
     shown.set_postfix_str('', refresh=False)
     room = (shown.format_dict['ncols'] or 1000) - len(str(shown))
-    fitting = [part for part, end in zip(parts, accumulate(len(part) + 2 for part in parts), strict=True) if end <= room]
+    ends = accumulate(len(part) + 2 for part in parts)
+    fitting = [part for part, end in zip(parts, ends, strict=True) if end <= room]
     shown.set_postfix_str('  '.join(fitting))
 
 
