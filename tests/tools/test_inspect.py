@@ -244,8 +244,8 @@ def test_names_of_others(capsys, digits_folder, tmp_path):
     assert sorted(row['class'] for row in rows_of(tmp_path / 'x.csv')) == sorted(MARKUP)
     page = Page(tmp_path / 'x.html')
     assert set(page.tags) == {
-        'html', 'meta', 'style', 'title', 'h1', 'h2', 'p', 'section', 'table', 'tr', 'th', 'td', 'div', 'figure', 'img',
-        'figcaption', 'br'}
+        'html', 'head', 'meta', 'style', 'title', 'body', 'h1', 'h2', 'p', 'table', 'thead', 'tr', 'th', 'td', 'div',
+        'figure', 'img', 'figcaption', 'br'}
     assert page.tags['img'] == len(page.captions) > 0 and '<img src=x onerror=alert(1)>' in page.text
     assert all("'<i>" in caption[-1] and len(caption) == 4 for caption in page.captions)
 

@@ -21,7 +21,7 @@ from runs import PAIR, SMALL, status_of
 from timm_vpl.cli import main, train
 from timm_vpl.options.train import make_options, read_args, recipe_values, train_command
 from timm_vpl.tools import plots, trackers
-from timm_vpl.tools.curves import group_panels, run_panels
+from timm_vpl.tools.curves import Line, Panel, group_panels, run_panels
 from timm_vpl.tools.report import make_groups, make_records, make_report, read_runs
 from timm_vpl.tools.runs import read_run
 
@@ -116,6 +116,24 @@ def test_a_term_that_is_off_leaves_a_gap():
     assert points(lines['kl_b']) == ([0, 2], [1, 1]) and len(lines['kl_b'].get_xdata()) == 3
 
 
+def test_what_is_not_finite_is_not_drawn_and_all_right_is_the_top():
+    nan = float('nan')
+    rows = [{'epoch': e, 'eval_top1_a': each, 'train_ce_a_loss': each, 'train_kl_b_loss': each, 'lr_a': nan}
+            for e, each in enumerate((1., 100., nan))]
+    panels = run_panels(rows, {'method': 'pair', 'model_a': 'x', 'model_b': 'y'})
+    assert [panel.unit for panel in panels] == ['top-1 (%)', 'loss']
+    assert panels[0].spans == [(0, 1, 'kl_b'), (2, 2, 'not finite')]
+    figure, _, _ = drawn(panels)
+    assert figure.axes[0].get_ylim()[1] == 100.5
+    assert [axes.get_xlim() for axes in figure.axes] == [(-0.5, 2.5)] * 2
+
+
+@pytest.mark.parametrize(('epochs', 'bounds'), [(2, (0., 1.)), (10, (5., 9.))])
+def test_the_low_values_of_a_long_run_may_lie_below_its_panel(epochs, bounds):
+    values = list(map(float, range(epochs)))
+    assert Panel('', '', [Line('', list(range(epochs)), values)], late=True).bounds == bounds
+
+
 def test_the_overlay_shows_mean_and_range_of_the_seeds():
     """That of docs/results/first_block.svg."""
     runs = read_runs(sorted(map(str, RUNS.iterdir())))
@@ -178,9 +196,9 @@ def test_the_same_numbers_give_the_same_bytes():
 
 
 @pytest.mark.parametrize(('centres', 'expected'), [
-    ([1, 5, 9], [1, 5, 9]), ([5, 5], [4.5, 5.5]), ([5.2, 5, 1], [5.6, 4.6, 1]), ([0, 0, 0], [0.5, 1.5, 2.5]),
+    ([1, 5, 9], [1, 5, 9]), ([5, 5], [5, 6]), ([5.2, 5, 1], [6, 5, 1]), ([0, 0, 0], [0.5, 1.5, 2.5]),
     ([10, 9.9], [9.5, 8.5])])
-def test_labels_move_no_further_than_they_must(centres, expected):
+def test_labels_do_not_lie_over_each_other(centres, expected):
     assert plots.spread(centres, [1] * len(centres), 0, 10) == pytest.approx(expected)
 
 
@@ -205,7 +223,8 @@ class Page(HTMLParser):
 def page_of(folders, tmp_path):
     make_report([str(folder) for folder in folders], html=str(tmp_path / 'page.html'))
     text = (tmp_path / 'page.html').read_text(encoding='utf-8')
-    return Page(text), json.loads(re.search(r'id="data">(.*?)</script>', text)[1]), text
+    data = re.search(r'id="data">(.*?)</script>', text)
+    return Page(text), json.loads(data[1]) if data else [], text
 
 
 def test_the_page_shows_what_the_runs_say(tmp_path):
@@ -307,9 +326,10 @@ def test_an_unfinished_run_alone_is_drawn_and_in_no_overlay(tmp_path, capsys):
     assert main(['report', str(tmp_path / 'one'), '--plot', str(tmp_path / 'a.png')]) == 0
     assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
     page, panels, _ = page_of([tmp_path / 'one', tmp_path / 'two'], tmp_path)
-    assert panels == [] and 'Unfinished, in no figure of this report' in page.texts['h2']
+    assert panels == [] and 'Unfinished, in no average of this report' in page.texts['h2']
     assert status_of(main, ['report', tmp_path / 'one', tmp_path / 'two', '--plot', tmp_path / 'b.png']) == 2
-    assert 'none of the runs is finished' in capsys.readouterr().err and not (tmp_path / 'b.png').exists()
+    assert capsys.readouterr().err.endswith(f'b.png: nothing to draw; {tmp_path}/one: 32 of 100 epochs\n')
+    assert not (tmp_path / 'b.png').exists()
 
 
 def test_curves_are_redrawn_at_each_validation_and_whole_after_a_resume(digits_folder, tmp_path, monkeypatch):

@@ -155,7 +155,7 @@ def test_unfinished_runs_are_listed_and_never_averaged_in(make, runs):
     text = make_report([*runs, *unfinished])
     assert tables(text).startswith(tables(make_report(runs)))
     progress = [
-        '1 of 2 epochs', '2 of 2 epochs, the last one not evaluated', '2 of 2 epochs, the last one not evaluated',
+        '1 of 2 epochs', '2 of 2 epochs, the last one without top-1', '2 of 2 epochs, the last one without top-1',
         '0 of 2 epochs', '0 of 2 epochs']
     listed = '\n'.join(f'| {run} | vpl | cnn + vit | {done} |' for run, done in zip(unfinished, progress, strict=True))
     assert '## Unfinished' in text and listed in text

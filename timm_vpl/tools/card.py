@@ -13,7 +13,7 @@ from ..core.names import partner_of
 from ..engine.trained import TrainedModel
 from ..options.train import build_parser
 from ..text import code, code_block, markdown, one_line
-from .runs import COLUMNS, VALIDATION, number
+from .runs import COLUMNS, VALIDATION, number, short_name
 from .tables import markdown_table, read_csv
 
 MARK = '\n<!-- made by timm-vpl '  # before what tells whether somebody has edited a card
@@ -83,12 +83,6 @@ def _hub_dataset(args: dict[str, Any]) -> str | None:
     kind, _, name = str(args.get('dataset') or '').partition('/')
     is_name = re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', name, re.ASCII)
     return name if kind.lower() in ('hfds', 'hfids') and is_name and not os.path.exists(name) else None
-
-
-def _source(name) -> str:
-    """Return a model's name without the folder that it may be in."""
-    name = one_line(name)
-    return os.path.basename(name.rstrip('/')) if name.startswith('local-dir:') else name
 
 
 def _results(trained: TrainedModel) -> dict[tuple[str, str], tuple[float, float]]:
@@ -165,7 +159,7 @@ def _facts(trained, args, method, data_name) -> list[str]:
         facts.append(f'Method: {f"{method.description} " if method else ""}({code("--method " + args["method"])})')
         partner = args.get(f'model_{partner_of(trained.side)}')
         if partner:
-            facts.append(f'Partner in training: {code(_source(partner))}')
+            facts.append(f'Partner in training: {code(short_name(partner))}')
         if args.get('teacher'):
             facts.append(f'Teacher: {code(os.path.basename(str(args["teacher"]).rstrip("/")))}')
     if data_name:
@@ -179,7 +173,7 @@ def _recipe(args: dict[str, Any]) -> dict[str, Any]:
     """Return the options that say what was trained, without the files of a machine."""
     entries = build_parser().entries
     return {
-        key: _source(value) if key in ('model_a', 'model_b')
+        key: short_name(value) if key in ('model_a', 'model_b')
         else os.path.basename(str(value)) if key == 'class_weights' else value
         for key, value in args.items()
         if key in entries and entries[key].in_card and (key == 'seed' or value != entries[key].default)}

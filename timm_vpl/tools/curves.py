@@ -1,12 +1,12 @@
 """Curves as data: what curves.png, the figures of a report and its page show, from the numbers of summary.csv."""
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from statistics import fmean
 from typing import Any
 
 from ..core.names import SIDES
-from .runs import number
+from .runs import number, short_name
 
 # Okabe and Ito: told apart by the colour-blind too. Their yellow is too pale for a line on white.
 INK, BLUE, RED, GREEN, ORANGE, PURPLE, SKY = (
@@ -76,7 +76,8 @@ class Panel:
         shown = [y for ys in lists for y in ys if y is not None]
         bottom, top = min(shown), max(shown)
         if self.late:
-            bottom = min(top - (top - bottom) / 4, *(y for ys in lists for y in ys[len(ys) // 2:] if y is not None))
+            late = [y for ys in lists for y in ys[len(ys) // 2 if len(ys) >= 8 else 0:] if y is not None]
+            bottom = min(top - (top - bottom) / 4, *late)
         return bottom, top
 
     @property
@@ -88,49 +89,46 @@ class Panel:
 
 
 def run_panels(rows: Iterable[Mapping[str, Any]], options: Mapping[str, Any]) -> list[Panel]:
-    """Return the panels of one run: top-1, the terms of its loss, learning rates.
+    """Return the panels of one run: top-1, the terms of its loss, learning rates; no line without a value.
 
     Args:
         rows: Rows of its summary.csv, each a mapping of columns.
         options: Options of the run, by dest.
     """
-    cells: dict[str, dict[int, float | None]] = {}  # of a column, by epoch
-    for row in rows:
-        for name in row:
-            cells.setdefault(name, {})[int(row['epoch'])] = number(row[name])
-    epochs = list(cells.get('epoch', ()))
-    spans = _stages(cells, epochs, options)
+    by_epoch = {int(row['epoch']): row for row in rows}
+    names = dict.fromkeys(name for row in by_epoch.values() for name in row)
+    columns = {name: {epoch: number(row.get(name)) for epoch, row in by_epoch.items()} for name in names}
+    columns = {name: cells for name, cells in columns.items() if set(cells.values()) != {None}}
+    terms = {name: columns[column] for column in columns if (name := _term(column))}
+    spans = _stages(columns.get('stage', {}), terms, list(by_epoch), options)
 
-    def line(column: str, label: str, color: str, dash: str = '', thin: bool = False) -> Line:
-        found = cells[column]
-        # A term is off where it has no value; an epoch may just not have been validated.
-        x = [epoch for epoch in epochs if column.startswith('train_') or found[epoch] is not None]
-        return Line(label, x, [found[epoch] for epoch in x], color, dash, thin)
+    def top1(column: str, label: str, side: str, thin: bool) -> Line:  # an epoch may just not have been validated
+        found = {epoch: cell for epoch, cell in columns[column].items() if cell is not None}
+        return Line(label, list(found), list(found.values()), BRANCH.get(side, INK), thin=thin)
 
-    averaged = any(name.startswith('eval_ema_top1_') for name in cells)
-    top1 = [
-        line(f'eval_{prefix}top1_{name}', f'{title}{weights}', BRANCH.get(name, INK), thin=averaged and not prefix)
-        for name, title in (*zip(SIDES, SIDES, strict=True), ('ens', 'average'))
+    averaged = any(name.startswith('eval_ema_top1_') for name in columns)
+    kinds = list(dict.fromkeys(map(_kind, terms)))
+    accuracies = [
+        top1(column, f'{title}{weights}', side, averaged and not prefix)
+        for side, title in (*zip(SIDES, SIDES, strict=True), ('ens', 'average'))
         for prefix, weights in (('', ' raw' if averaged else ''), ('ema_', ' EMA'))
-        if any(value is not None for value in cells.get(f'eval_{prefix}top1_{name}', {}).values())]
-    terms = [name for name in cells if _term(name) and any(value is not None for value in cells[name].values())]
-    kinds = list(dict.fromkeys(_kind(_term(name)) for name in terms))
-    losses = [
-        line(name, _term(name), BRANCH.get(_learner(_term(name), options), INK),
-             DASHES[kinds.index(_kind(_term(name))) % len(DASHES)])
-        for name in terms]
-    lrs = [line(f'lr_{side}', side, BRANCH[side]) for side in SIDES if f'lr_{side}' in cells]
+        if (column := f'eval_{prefix}top1_{side}') in columns]
+    losses = [  # where it has no value, a term is off
+        Line(name, list(cells), list(cells.values()), BRANCH.get(_learner(name, options), INK),
+             DASHES[kinds.index(_kind(name)) % len(DASHES)]) for name, cells in terms.items()]
+    rates = [Line(side, list(cells), list(cells.values()), BRANCH[side])
+             for side in SIDES if (cells := columns.get(f'lr_{side}'))]
     title = 'Accuracy of averaged weights (EMA, thick) and raw ones (thin)' if averaged else 'Accuracy'
     panels = [
-        Panel(title, 'top-1 (%)', top1, spans),
+        Panel(title, 'top-1 (%)', accuracies, spans),
         Panel('Terms of the loss, unweighted', 'loss', losses, spans, '#.3g'),
-        Panel('Learning rate', 'learning rate', lrs, spans, '#.3g')]
+        Panel('Learning rate', 'rate', rates, spans, '#.3g')]
     return [panel for panel in panels if panel.lines]
 
 
 def run_title(options: Mapping[str, Any]) -> str:
     """Return the title of one run's curves: its method and models."""
-    models = [f'{side} {options[f"model_{side}"]}' for side in SIDES if options.get(f'model_{side}')]
+    models = [f'{side} {short_name(options[f"model_{side}"])}' for side in SIDES if options.get(f'model_{side}')]
     return f'{options["method"]}: {", ".join(models)}'
 
 
@@ -151,84 +149,57 @@ def _learner(term: str, options: Mapping[str, Any]) -> str:
     return str(options.get(f'{term}_to') or next(iter(named), alone[0] if len(alone) == 1 else ''))
 
 
-def _stages(cells, epochs: list[int], options: Mapping[str, Any]) -> list[tuple[int, int, str]]:
+def _stages(stages: Mapping[int, Any], terms: Mapping[str, Mapping[int, Any]], epochs: list[int],
+            options: Mapping[str, Any]) -> list[tuple[int, int, str]]:
     """Return the spans of epochs with the same terms beside the labels' own; [] for a run that never has any."""
-    def at(epoch: int) -> tuple:
-        stage = cells.get('stage', {}).get(epoch)
-        return stage, tuple(
-            _title(_term(name), options) for name in cells
-            if _term(name) and not _term(name).startswith('ce_') and cells[name][epoch] is not None)
+    def at(epoch: int) -> str:
+        on = [name for name, cells in terms.items() if cells[epoch] is not None]
+        pair = ', '.join(_directed(name, options) for name in on if not name.startswith('ce_'))
+        stage = stages.get(epoch)
+        return (f'stage {stage}: ' if stage else '') + (pair or ('labels alone' if on else 'not finite'))
 
-    spans = []
-    for (stage, terms), group in groupby(epochs, key=at):
-        within = list(group)
-        name = f'stage {stage}: ' if stage else ''
-        spans.append((within[0], within[-1], f'{name}{", ".join(terms) or "labels alone"}'))
-    return spans if len(spans) > 1 or any(label != 'labels alone' for *_, label in spans) else []
+    spans = [(within[0], within[-1], text) for text, group in groupby(epochs, key=at) for within in [list(group)]]
+    return spans if any(text != 'labels alone' for *_, text in spans) else []
 
 
-def _title(term: str, options: Mapping[str, Any]) -> str:
+def _directed(term: str, options: Mapping[str, Any]) -> str:
     return f'{term} → {options[f"{term}_to"]}' if options.get(f'{term}_to') else term
 
 
-class _Overlay:
-    """Panels in which the rows of a report lie over each other, and what a row looks like in each of them."""
-
-    def __init__(self, records: Sequence[Mapping[str, Any]], groups: Sequence[Any]):
-        by_runs = {tuple(str(run.path) for run in group.runs): group.runs for group in groups}
-        self.rows = [(record, _row_label(record, records), by_runs[tuple(record['runs'])]) for record in records]
-        self.looks = list(dict.fromkeys(label for _, label, _ in self.rows))
-        self.unit = 'top-1 (%), EMA' if {record['weights'] for record in records} == {'ema'} else 'top-1 (%)'
-        self.several = len({record['data'] for record in records}) > 1
-        self.panels: dict[str, Panel] = {}
-
-    def add(self, title: str, row: tuple, value: Callable[[Any, int], Any], **look: Any) -> None:
-        """Add a line: the mean of a row's runs at the epochs at which each has a value, and their range."""
-        record, label, runs = row
-        x = [epoch for epoch in runs[0].rows if all(value(run, epoch) is not None for run in runs)]
-        values = [[value(run, epoch) for run in runs] for epoch in x]
-        if not values:
-            return
-        title = f'{title}, {record["data"]}' if self.several else title
-        turn, i = divmod(self.looks.index(label), len(ROWS))
-        low, high = (list(map(min, values)), list(map(max, values))) if len(runs) > 1 else ([], [])
-        self.panels.setdefault(title, Panel(title, lines=[], **look)).lines.append(Line(
-            label, x, list(map(fmean, values)), ROWS[i], DASHES[turn % len(DASHES)], False, low, high, len(runs)))
-
-
-def _top1(number: int) -> Callable[[Any, int], Any]:
-    return lambda run, epoch: run.figure(run.sides[number], epoch)
-
-
-def _cell(column: str) -> Callable[[Any, int], Any]:
-    return lambda run, epoch: run.rows[epoch].get(column)
-
-
-def group_panels(records: Sequence[Mapping[str, Any]], groups: Sequence[Any]) -> list[Panel]:
-    """Return a panel for each model, in which the rows of a report lie over each other.
+def group_panels(records: Sequence[Mapping[str, Any]], groups: Sequence[Any], further: bool = False) -> list[Panel]:
+    """Return panels in which the rows of a report lie over each other: the mean of a row's runs, and their range.
 
     Args:
         records: Records of the report (`make_records`), in their order.
         groups: The groups that they are of.
+        further: Instead of a panel for each model, those of the branches' average and of each term of the loss.
     """
-    overlay = _Overlay(records, groups)
-    for row in overlay.rows:
-        record, _, runs = row
-        overlay.add(record['model'], row, _top1(runs[0].sides.index(record['branch'])), unit=overlay.unit, late=True)
-    return list(overlay.panels.values())
-
-
-def term_panels(records: Sequence[Mapping[str, Any]], groups: Sequence[Any]) -> list[Panel]:
-    """Return the further panels of a report: the average of the branches, and each term of the loss."""
-    overlay = _Overlay(records, groups)
-    rows = list({id(runs): (record, label, runs) for record, label, runs in overlay.rows}.values())
-    for row in rows:
-        overlay.add('average of the branches', row, lambda run, epoch: run.figure('ens', epoch), unit=overlay.unit,
-                    late=True)
-    for row in rows:
-        for name in filter(_term, row[2][0].rows[0]):
-            overlay.add(_term(name), row, _cell(name), unit='loss', format='#.3g')
-    return list(overlay.panels.values())
+    by_runs = {tuple(str(run.path) for run in group.runs): group.runs for group in groups}
+    labels = [_row_label(record, records) for record in records]
+    looks = {label: (ROWS[i % len(ROWS)], DASHES[i // len(ROWS) % len(DASHES)])
+             for i, label in enumerate(dict.fromkeys(labels))}
+    unit = 'top-1 (%), EMA' if {record['weights'] for record in records} == {'ema'} else 'top-1 (%)'
+    several = len({record['data'] for record in records}) > 1
+    panels: dict[tuple, Panel] = {}
+    for record, label in zip(records, labels, strict=True):
+        runs = by_runs[tuple(record['runs'])]
+        side = runs[0].sides.index(record['branch'])
+        curves = {record['model']: [run.column(run.sides[side]) for run in runs]}
+        if further:
+            curves = {'average of the branches': [run.column('ens') for run in runs], **{
+                name: [column] * len(runs) for column in runs[0].rows[0] if (name := _term(column))}}
+        for name, columns in curves.items() if not (further and side) else ():  # a row has them once
+            found = {epoch: values for epoch in runs[0].rows if None not in (
+                values := [run.rows[epoch].get(column) for run, column in zip(runs, columns, strict=True)])}
+            if not found:
+                continue
+            place = (name, record['data']) if several else (name,)
+            look = {'unit': 'loss', 'format': '#.3g'} if _term(columns[0]) else {'unit': unit, 'late': True}
+            low, high = ([edge(values) for values in found.values()] if len(runs) > 1 else [] for edge in (min, max))
+            title = ', '.join(map(short_name, place))
+            panels.setdefault(place, Panel(title, lines=[], **look)).lines.append(Line(
+                label, list(found), list(map(fmean, found.values())), *looks[label], False, low, high, len(runs)))
+    return sorted(panels.values(), key=lambda panel: not panel.late)
 
 
 def _row_label(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from ..engine.models import loader_config
 from ..errors import RunError, UsageError
 from ..files import writing
 from ..options.commands import Inspect
-from ..text import one_line
-from . import web
-from .tables import screen_table, write_rows
+from ..text import html, one_line
+from .page import make_page
+from .tables import Part, screen_page, write_rows
 from .together import class_order, forward_together, load_sides, start_alone
 from .validate import Row, class_line, loader_options, open_data, warn_of_replaced
 
@@ -30,7 +30,6 @@ CLASS_COLUMNS = ('class', 'images', 'top1_a', 'top1_b', 'difference', 'top1_ens'
 SHOWN = 10  # classes on the screen, and confusions
 TILE, LINE, GAP = 160, 16, 8  # pixels of the contact sheet: side of an image, height of a line of text, between images
 Tile = tuple[Image.Image, list[str]]  # an image and the lines below it
-Part = str | tuple[str, tuple, list[tuple], int]  # a line, or a table: title, header, rows, columns of text
 
 
 def calibration_error(confidence: torch.Tensor, right: torch.Tensor, bins: int = 15) -> float:
@@ -161,26 +160,21 @@ def inspect_models(options: Inspect) -> list[Row]:
     tiles = [
         (image, found.said_of(index, data.images.name(index) or f'index {index}'))
         for index, image in disagreements.images() if index not in replaced]
-    names = {side: f'{side}: {trained.label}, {trained.source}' for side, trained in models.items()}
+    names = [f'{side}: {trained.label}, {trained.source}' for side, trained in models.items()]
     title = f'{data.name}: {figures["a"]["images"]} images'
-    print(one_line(title))
-    for part in found.parts(names, SHOWN):
-        print(part if isinstance(part, str) else '\n'.join(['', part[0], *screen_table(*part[1:])]))
-    _write_files(options, found, names, tiles, title)
-    return found.classes
-
-
-def _write_files(options: Inspect, found: 'Comparison', names: dict[str, str], tiles: list[Tile], title: str) -> None:
+    print('\n'.join(screen_page([('p', one_line(title)), *found.parts(names, one_line, SHOWN)])))
     if options.results_file:
         write_rows(options.results_file, CLASS_COLUMNS, found.classes)
     if options.contact_sheet and not tiles:
         _logger.warning(f'--contact-sheet {options.contact_sheet}: not written, the models agree on all images')
     elif options.contact_sheet:
         with writing(options.contact_sheet, 'wb') as file:
-            contact_sheet('; '.join(names.values()), tiles).save(file, 'PNG')
+            contact_sheet('; '.join(names), tiles).save(file, 'PNG')
     if options.html:
+        images = ('h2', 'Images on which they disagree'), ('figures', tiles)
         with writing(options.html, encoding='utf-8') as file:
-            file.write(web.page(title, found.parts(names), 'Images on which they disagree', tiles))
+            file.write(make_page(title, [*found.parts(names, html), *images]))
+    return found.classes
 
 
 class Comparison:
@@ -209,30 +203,39 @@ class Comparison:
         said = [f'{side}: {self.labels[self.said[side][index]]} {self.sure[side][index]:.2f}' for side in SIDES]
         return [f'true: {self.labels[self.target[index]]}', *said, name]
 
-    def parts(self, names: dict[str, str], limit: int | None = None) -> Iterator[Part]:
-        """Yield all that is told, of so many classes; `names` say what a and b are."""
+    def parts(self, names: list[str], safe: Callable[[Any], str], limit: int | None = None) -> Iterator[Part]:
+        """Yield all that is told, of so many classes.
+
+        Args:
+            names: What a and b are.
+            safe: Makes text of others safe where it is shown.
+            limit: Number of classes, None for all.
+        """
         def percent(part):
             return f'{100 * part.double().mean().item():.2f} %'
 
-        yield from map(one_line, names.values())
-        yield 'Accuracy', ('', 'top-1 %', 'top-5 %', 'loss', 'ECE %'), [
+        yield from (('p', safe(name)) for name in names)
+        yield 'h2', 'Accuracy'
+        yield 'table', (['', 'top-1 %', 'top-5 %', 'loss', 'ECE %'], [
             (name, f'{each["top1"]:.2f}', f'{each["top5"]:.2f}', f'{each["loss"]:.3f}',
-             f'{calibration_error(self.sure[name], self.right[name]):.2f}') for name, each in self.figures.items()], 1
+             f'{calibration_error(self.sure[name], self.right[name]):.2f}') for name, each in self.figures.items()])
         a, b = (self.right[side] for side in SIDES)
         shares = {'both right': a & b, 'only a': a & ~b, 'only b': b & ~a, 'neither': ~(a | b)}
-        yield f'The models agree on {percent(self.said["a"] == self.said["b"])} of the images; ' + ', '.join(
-            f'{name} {percent(share)}' for name, share in shares.items()) + '.'
+        yield 'p', (f'The models agree on {percent(self.said["a"] == self.said["b"])} of the images; ' + ', '.join(
+            f'{name} {percent(share)}' for name, share in shares.items()) + '.')
         better = max(SIDES, key=lambda side: self.figures[side]['top1'])
         gain = self.figures['ens']['top1'] - self.figures[better]['top1']
-        yield f'Their averaged probabilities (ens): {gain:+.2f} points of top-1 against {better}, the better one.'
-        yield 'Classes, the largest differences first', ('class', 'images', 'a %', 'b %', 'ens %', 'b - a'), [
-            (one_line(row['class'], 40), row['images'], *(f'{row[f"top1_{name}"]:.1f}' for name in self.figures),
+        yield 'p', f'Their averaged probabilities (ens): {gain:+.2f} points of top-1 against {better}, the better one.'
+        yield 'h2', 'Classes, the largest differences first'
+        yield 'table', (['class', 'images', 'a %', 'b %', 'ens %', 'b - a'], [
+            (safe(one_line(row['class'], 40)), row['images'], *(f'{row[f"top1_{name}"]:.1f}' for name in self.figures),
              f'{row["difference"]:+.1f}')
-            for row in sorted(self.classes, key=lambda row: -abs(row['difference']))[:limit]], 1
+            for row in sorted(self.classes, key=lambda row: -abs(row['difference']))[:limit]])
         for side in SIDES:
-            yield class_line(side, [{**row, 'top1': row[f'top1_{side}']} for row in self.classes])
+            yield 'p', safe(class_line(side, [{**row, 'top1': row[f'top1_{side}']} for row in self.classes]))
+        labels = [safe(one_line(label, 40)) for label in self.labels]
         for side in SIDES:
-            yield f'Confusions of {side}', ('class', 'taken for', 'images', '% of class'), [
-                (one_line(self.labels[true], 40), one_line(self.labels[said], 40), count,
-                 f'{100 * count / int((self.target == true).sum()):.1f}')
-                for true, said, count in confusions(self.target, self.said[side])[:SHOWN]], 2
+            yield 'h2', f'Confusions of {side}'
+            yield 'table', (['class', 'taken for', 'images', '% of class'], [
+                (labels[true], labels[said], count, f'{100 * count / int((self.target == true).sum()):.1f}')
+                for true, said, count in confusions(self.target, self.said[side])[:SHOWN]])

@@ -1,21 +1,16 @@
-"""The report as one HTML page: tables, curves to zoom in, options that differ, commands, environment. No network."""
+"""One HTML page that stands alone, with its curves and images in it: nothing is fetched, text of others stays text."""
 import base64
 import hashlib
+import io
 import json
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from string import Template
-from typing import Any
 
-from ..errors import UsageError
-from ..options.parser import show
-from ..options.train import train_command
 from ..text import html, one_line
-from .curves import BAND, Panel
-from .runs import Run, differing
-from .tables import Part, html_page
+from .curves import Panel
+from .tables import Part, cells_of
 
 _ASSETS = Path(__file__).resolve().parents[1] / 'assets'
 _PAGE = Template('''<!DOCTYPE html>
@@ -23,45 +18,44 @@ _PAGE = Template('''<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; base-uri 'none'; form-action 'none'; \
-style-src '$style_hash'; script-src '$script_hash'">
+img-src data:; style-src '$style_hash'; script-src '$script_hash'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>$style</style>
 </head>
 <body>
 <h1>$title</h1>
-<p class="soft">$about</p>
+$body
+</body>
+</html>
+''')
+_CURVES = Template('''<p class="soft">$about</p>
 <div id="curves"></div>
 <noscript><p>The curves need JavaScript, which this page carries itself.</p></noscript>
 $body
 <script type="application/json" id="data">$data</script>
-<script>$script</script>
-</body>
-</html>
-''')
+<script>$script</script>''')
 
 
-def make_page(parts: Iterable[Part], panels: Sequence[Panel], groups: Sequence[Any], unfinished: Sequence[Run]) -> str:
+def make_page(title: str, parts: Iterable[Part], panels: Sequence[Panel] = (), about: str = '') -> str:
     """Return the page.
 
     Args:
-        parts: Parts of the report, in HTML.
-        panels: The curves.
-        groups: The groups of finished runs.
-        unfinished: Further runs.
+        title: Title of it.
+        parts: Its parts, in HTML.
+        panels: The curves, above the parts.
+        about: What is said above the curves, in HTML.
     """
-    style, script = (_ASSETS.joinpath(f'report.{kind}').read_text(encoding='utf-8') for kind in ('css', 'js'))
-    data = [{
-        **asdict(panel), 'title': one_line(panel.title), 'log': panel.is_log, 'bounds': panel.bounds,
-        'lines': [{**asdict(line), 'label': one_line(line.label)} for line in panel.lines]} for panel in panels]
-    runs = [*(run for group in groups for run in group.runs), *unfinished]
+    style, script = (_ASSETS.joinpath(f'page.{kind}').read_text(encoding='utf-8') for kind in ('css', 'js'))
+    body = '\n'.join(map(_html, parts))
+    if panels:
+        data = [{
+            **asdict(panel), 'title': one_line(panel.title), 'log': panel.is_log, 'bounds': panel.bounds,
+            'lines': [{**asdict(line), 'label': one_line(line.label)} for line in panel.lines]} for panel in panels]
+        text = json.dumps(data, allow_nan=False).replace('<', r'\u003c')
+        body = _CURVES.substitute(about=about, body=body, data=text, script=script)
     return _PAGE.substitute(
-        title=html(f'Report of {len(runs)} runs' if len(runs) > 1 else runs[0].path.resolve().name),
-        about=f'Drag over a figure to zoom in, double-click for all epochs; a click on a name hides its line. '
-              f'{BAND if len(runs) > 1 else ""} Epochs count from 0, as in summary.csv.',
-        style=style, style_hash=_hash(style), script=script, script_hash=_hash(script),
-        body='\n'.join([*html_page(parts), *html_page(_run_parts(groups, runs))]),
-        data=json.dumps(data, allow_nan=False).replace('<', r'\u003c'))
+        title=html(title), style=style, style_hash=_hash(style), script_hash=_hash(script), body=body)
 
 
 def _hash(text: str) -> str:
@@ -69,36 +63,26 @@ def _hash(text: str) -> str:
     return f'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'
 
 
-def _command(run: Run) -> str:
-    """Return the command that repeats a run: with its options, or its args.yaml where one of them can't be told."""
-    try:
-        return train_command(run.options)
-    except UsageError:
-        return shlex.join(['timm-vpl', 'train', '--config', str(run.path / 'args.yaml')])
+def _html(part: Part) -> str:
+    kind, content = part
+    if kind == 'table':
+        lines, numbers = cells_of(*content)
+        marks = [' class="number"' if is_number else '' for is_number in numbers]
+        rows = [
+            ''.join(f'<{tag}{mark}>{cell}</{tag}>' for cell, mark in zip(line, marks, strict=True))
+            for tag, line in zip(('th', *['td'] * len(lines)), lines, strict=False)]
+        head, *body = (f'<tr>{row}</tr>' for row in rows)
+        return '\n'.join(['<div class="wide"><table>', f'<thead>{head}</thead>', *body, '</table></div>'])
+    if kind == 'ul':
+        return f'<ul>{"".join(f"<li>{text}</li>" for text in content)}</ul>'
+    if kind == 'figures':
+        return f'<div class="images">{"".join(_figure(*figure) for figure in content)}</div>'
+    return f'<{kind}>{content}</{kind}>'
 
 
-def _run_parts(groups: Sequence[Any], runs: Sequence[Run]) -> Iterable[Part]:
-    """Yield what the tables do not show: options that differ, the command and the environment of each run."""
-    recipes = [group.runs[0].recipe for group in groups]
-    told = [name for name in differing(*recipes) if name not in ('data', 'teacher')]
-    if told:
-        yield 'h2', 'Options that differ'
-        yield 'table', (['Framework', 'Epochs', *map(html, told)], [
-            (html(group.name), group.runs[0].num_epochs,
-             *(html(show(recipe[name])) if name in recipe else None for name in told))
-            for group, recipe in zip(groups, recipes, strict=True)])
-    yield 'h2', 'Commands'
-    yield 'p', 'Options at their defaults are left out.'
-    for run in runs:
-        yield 'p', f'{html(run.path)}: {html(run.framework)}, seed {html(run.options.get("seed"))}'
-        yield 'pre', html(_command(run))
-    environments: dict[str, tuple[dict, list[Run]]] = {}
-    for run in runs:
-        for environment in run.environment:
-            environments.setdefault(repr(environment), (environment, []))[1].append(run)
-    names = list(dict.fromkeys(name for environment, _ in environments.values() for name in environment))
-    if names:
-        yield 'h2', 'Environment'
-        yield 'table', (['Runs', *map(html, names)], [
-            (f'{len(within)} of {len(runs)}', *(html(environment.get(name, '-')) for name in names))
-            for environment, within in environments.values()])
+def _figure(image, lines: Iterable[str]) -> str:
+    """Return an image of Pillow with the lines below it."""
+    stream = io.BytesIO()
+    image.save(stream, 'PNG')
+    data, caption = base64.b64encode(stream.getvalue()).decode(), '<br>'.join(map(html, lines))
+    return f'<figure><img alt="" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>\n'

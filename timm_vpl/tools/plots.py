@@ -1,5 +1,6 @@
 """Figures: panels of curves drawn with matplotlib, as PNG or SVG, the same bytes for the same numbers."""
 import importlib.util
+import math
 import os
 import re
 import textwrap
@@ -64,7 +65,7 @@ def draw(panels: Sequence[Panel], file: IO[bytes], format: str, title: str, capt
             axes = figure.add_axes((LEFT / WIDTH, top / height, width / WIDTH, tall / height))
             _draw_panel(axes, panel, texts)
             axes.set_title(panel.title, loc='left', y=1 + strip / tall)
-            axes.yaxis.set_label_coords(-0.52 / width, 0.5)
+            axes.yaxis.set_label_coords((0.25 - LEFT) / width, 0.5)
             _write_labels(axes, panel, each, width, tall)
         axes.set_xlabel('epoch')
         figure.savefig(file, format=format, metadata={'Date': None} if format == 'svg' else {'Software': None})
@@ -121,9 +122,9 @@ def _draw_panel(axes: Any, panel: Panel, span_texts: list[list[str]]) -> None:
         axes.set_yscale('log')
     bottom, top = panel.bounds
     margin = 0.04 * (top - bottom or abs(top) or 1)
-    axes.set_ylim(*((bottom * 0.8, top * 1.25) if panel.is_log else (bottom - margin, top + margin)))
-    xs = [x for line in panel.lines for x in line.x]
-    axes.set_xlim(min(xs + [0]) - 0.5, max(xs) + 0.5)
+    highest = 100.5 if '%' in panel.unit else math.inf
+    axes.set_ylim(*((bottom * 0.8, top * 1.25) if panel.is_log else (bottom - margin, min(top + margin, highest))))
+    axes.set_xlim(-0.5, 0.5 + max(max([*line.x, *(end for _, end, _ in panel.spans)]) for line in panel.lines))
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1, steps=(1, 2, 5, 10)))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if panel.is_log else MaxNLocator(6, steps=(1, 2, 5, 10)))
     axes.yaxis.set_minor_locator(NullLocator())
@@ -157,7 +158,7 @@ def _write_labels(axes: Any, panel: Panel, labels: list[list[str]], width: float
 
 
 def spread(centres: Sequence[float], heights: Sequence[float], low: float, high: float) -> list[float]:
-    """Return centres moved as little as it takes (least squares) that none of the heights lies over another.
+    """Return centres moved so that none of the heights lies over another: up, and down again from the highest place.
 
     Args:
         centres: Wanted centres.
@@ -165,18 +166,13 @@ def spread(centres: Sequence[float], heights: Sequence[float], low: float, high:
         low: Where the lowest may begin.
         high: Where the highest may end, if there is room for all.
     """
-    order = sorted(range(len(centres)), key=lambda i: centres[i])
-    offsets, total = [], 0.
+    order, moved = sorted(range(len(centres)), key=lambda i: centres[i]), list(centres)
+    edge = low
     for i in order:
-        offsets.append(total + heights[i] / 2)
-        total += heights[i]
-    blocks: list[list[float]] = []  # mean of what is wanted of a pile's foot, number in it: isotonic regression
-    for i, offset in zip(order, offsets, strict=True):
-        blocks.append([centres[i] - offset, 1])
-        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
-            mean, count = blocks.pop()
-            before, others = blocks[-1]
-            blocks[-1] = [(mean * count + before * others) / (count + others), count + others]
-    feet = [max(low, min(mean, high - total)) for mean, count in blocks for _ in range(int(count))]
-    moved = [foot + offset for foot, offset in zip(feet, offsets, strict=True)]
-    return [moved[order.index(i)] for i in range(len(centres))]
+        moved[i] = max(moved[i], edge + heights[i] / 2)
+        edge = moved[i] + heights[i] / 2
+    edge = high
+    for i in reversed(order):
+        moved[i] = min(moved[i], edge - heights[i] / 2)
+        edge = moved[i] - heights[i] / 2
+    return moved

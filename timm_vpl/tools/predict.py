@@ -71,7 +71,7 @@ def predict_images(options: Predict) -> int:
             cells = [
                 [one_line(row[part], 40) if part.startswith('label') else f'{row[part]:.3f}' for part in parts]
                 for row in rows]
-            print('\n'.join(['', one_line(paths[index]), *screen_table(parts, cells, texts=len(parts))]))
+            print('\n'.join(['', one_line(paths[index]), *screen_table(parts, cells)]))
     if options.results_file:
         write_rows(options.results_file, columns, results)
     return int(bool(images.replaced.any()))

@@ -1,7 +1,6 @@
 """How far a run is: bars on a terminal, lines elsewhere."""
 import contextlib
 import logging
-from itertools import accumulate
 from typing import Any
 
 from ..bars import bar
@@ -20,9 +19,9 @@ def _show(shown, parts: list[str]) -> None:
     """Show parts behind a bar; the last ones are left out where the terminal is too narrow."""
     shown.set_postfix_str('', refresh=False)
     room = (shown.format_dict['ncols'] or 1000) - len(str(shown))
-    ends = accumulate(len(part) + 2 for part in parts)
-    fitting = [part for part, end in zip(parts, ends, strict=True) if end <= room]
-    shown.set_postfix_str('  '.join(fitting))
+    while parts and len('  '.join(['', *parts])) > room:
+        parts = parts[:-1]
+    shown.set_postfix_str('  '.join(parts))
 
 
 class Lines:
@@ -41,9 +40,11 @@ class Lines:
 class Bars:
     """Draws a bar of the epoch, one of the run and a line of losses on a terminal; log lines stand above them."""
 
+    _top1: list[str] = []
+
     def start(self, run) -> None:
         """Draw them, as far as the run has come."""
-        self._closing, self._top1 = contextlib.ExitStack(), []
+        self._closing = contextlib.ExitStack()
         self._epoch, self._run, self._losses = (
             self._closing.enter_context(bar(what, '', total, initial=done, position=place, bar_format=format))
             for place, (what, total, done, format) in enumerate((

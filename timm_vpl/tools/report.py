@@ -1,8 +1,8 @@
 """The report: finished runs side by side, differences paired by seed, as Markdown (the paper's tables) or JSON."""
-import dataclasses
 import json
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby, product
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -13,11 +13,11 @@ from ..core.methods import METHODS
 from ..errors import UsageError
 from ..files import writing
 from ..options.parser import show
-from ..options.train import METHOD_OPTIONS
+from ..options.train import METHOD_OPTIONS, train_command
 from ..text import html as as_html
 from ..text import markdown
 from .comparison import paired_difference
-from .curves import BAND, group_panels, run_panels, run_title, term_panels
+from .curves import BAND, group_panels, run_panels, run_title
 from .page import make_page
 from .plots import INSTALL, can_plot, draw_file
 from .runs import COSTS, Run, data_title, differing, make_recipe, own_options, read_run, terms_off
@@ -54,15 +54,20 @@ def make_report(run_dirs: Sequence[str], format: str = 'md', plot: str | None = 
     alone = runs[0] if len(runs) == 1 and runs[0].rows else None
     panels = run_panels(alone.rows.values(), alone.options) if alone else group_panels(records, groups)
     if plot and not panels:
-        raise UsageError(f'--plot {plot}: none of the runs is finished')
+        raise UsageError(f'--plot {plot}: nothing to draw; {runs[0].path}: {runs[0].progress}')
     if plot and alone:
         draw_file(panels, plot, run_title(alone.options))
     elif plot:
         draw_file(panels, plot, '; '.join(dict.fromkeys(record['data'] for record in records)), BAND)
     if html:
-        panels += [] if alone else term_panels(records, groups)
+        page = make_page(
+            runs[0].path.resolve().name if len(runs) == 1 else f'Report of {len(runs)} runs',
+            [*report_parts(records, unfinished, as_html), *_run_parts(groups, runs)],
+            panels if alone else panels + group_panels(records, groups, further=True),
+            f'Drag over a figure to zoom in, double-click for all epochs; a click on a name hides its line. '
+            f'{"" if alone else BAND} Epochs count from 0, as in summary.csv.')
         with writing(html, encoding='utf-8') as file:
-            file.write(make_page(report_parts(records, unfinished, as_html), panels, groups, unfinished))
+            file.write(page)
     return to_json(records, unfinished) if format == 'json' else to_markdown(records, unfinished)
 
 
@@ -139,30 +144,7 @@ def make_groups(runs: Iterable[Run], names: Mapping[str, str] = MappingProxyType
 # Differences to training alone
 
 
-@dataclass
-class Baseline:
-    """The difference of a branch to its model trained alone, seed by seed.
-
-    Attributes:
-        name: Name of the solo group.
-        num_epochs: Its epochs.
-        differs: Further options in which it differs from the branch.
-        pairs: (side, run of the branch, run of the solo model) of the seeds that both have.
-        reason: Why there are none.
-    """
-    name: str
-    num_epochs: int
-    differs: list[str]
-    pairs: list[tuple[str, Run, Run]]
-    reason: str = ''
-
-    @property
-    def gains(self) -> list[float]:
-        """The differences of the last top-1, in points."""
-        return [_last(run, side) - _last(alone) for side, run, alone in self.pairs]
-
-
-def find_baselines(group: Group, index: int, groups: list[Group]) -> dict[str, Baseline]:
+def _baselines(group: Group, index: int, groups: list[Group]) -> dict[str, dict[str, Any]]:
     """Return what a branch is compared with: solo runs of the same epochs, and of the same training FLOPs.
 
     They have the same model and data; of several groups, the one with the fewest further options that differ, and of
@@ -184,27 +166,47 @@ def find_baselines(group: Group, index: int, groups: list[Group]) -> dict[str, B
         if flops and solo_flops and abs(solo_flops / flops - 1) <= SAME_COST:
             found['flops'].append((len(further), abs(solo_flops / flops - 1), further, solo))
     return {
-        kind: _pair(group, index, *min(solos, key=lambda found: found[:2])[2:])
+        kind: _baseline(group, index, *min(solos, key=lambda found: found[:2])[2:])
         for kind, solos in found.items() if solos}
 
 
-def _pair(group: Group, index: int, differs: list[str], solo: Group) -> Baseline:
-    """Pair the runs of a branch with solo runs of the same seed, data and environment."""
+def _baseline(group: Group, index: int, differs: list[str], solo: Group) -> dict[str, Any]:
+    """Return the difference of a branch to its model alone, by runs of the same seed, data and environment."""
     by_seed = {(run.options.get('seed'), run.pairing): run for run in solo.runs if run.pairing}
     pairs = [
         (run.sides[index], run, by_seed[key]) for run in group.runs
         if (key := (run.options.get('seed'), run.pairing)) in by_seed]
-    reason = ''
+    found = {'name': solo.name, 'num_epochs': solo.runs[0].num_epochs, 'differs': differs, 'reason': '', 'text': '-'}
     if not pairs:
         seeds = [{str(run.options.get('seed')) for run in each.runs} for each in (group, solo)]
         listed = ' and '.join(', '.join(sorted(each)) for each in seeds)
         reason = ('environment or data of the seeds that both have differ, or are not known' if seeds[0] & seeds[1] else
                   f'no common seed ({listed})')
-    return Baseline(solo.name, solo.runs[0].num_epochs, differs, pairs, reason)
+        return {**found, 'reason': reason}
+    gains = [_last(run, side) - _last(alone) for side, run, alone in pairs]
+    difference = paired_difference(gains)
+    return {**found, **asdict(difference), 'text': str(difference), 'gains': gains, **_reached(pairs)}
+
+
+def _reached(pairs: list[tuple[str, Run, Run]]) -> dict[str, Any]:
+    """Return after what cost the mean top-1 of branches reaches the mean of their solo models at the end."""
+    target = fmean(_last(alone) for *_, alone in pairs)
+    means = {epoch: [run.figure(side, epoch) for side, run, _ in pairs] for epoch in pairs[0][1].rows}
+    reached = next((
+        epoch + 1 for epoch, values in means.items() if None not in values and fmean(values) >= target - 1e-9), None)
+    costs = {}
+    for cost in ('flops', 'seconds'):
+        costs[f'solo_{cost}'] = _mean([alone.total(cost) for *_, alone in pairs])
+        costs[f'reached_{cost}'] = reached and _mean([run.total(cost, reached) for _, run, _ in pairs])
+    return {'solo_top1': target, 'reached_epochs': reached, **costs}
 
 
 def _last(run: Run, side: str | None = None) -> float:
     return run.figure(side or run.sides[0], run.num_epochs - 1)
+
+
+def _mean(values: list[Any]) -> Any:
+    return None if None in values else fmean(values)
 
 
 # Records
@@ -246,17 +248,9 @@ def _record(group: Group, index: int, groups: list[Group]) -> dict[str, Any]:
         'best_epochs': best,
         **{cost: group.total(cost) for cost in COSTS},
         'teacher_flops': _mean([run.teacher and run.teacher.total('flops') for run in group.runs]),
-        'baselines': {},
+        'baselines': _baselines(group, index, groups),
     }
     record['top1'] = record['figures'][f'{_SET_TITLES.get(run.val_set, run.val_set)} {METRICS["top1"]}']
-    for kind, baseline in find_baselines(group, index, groups).items():
-        difference = paired_difference(baseline.gains) if baseline.pairs else None
-        record['baselines'][kind] = {
-            **{name: getattr(baseline, name) for name in ('name', 'num_epochs', 'differs', 'reason')},
-            **(dataclasses.asdict(difference) if difference else {}),
-            'text': str(difference or '-'),
-            **_reached(baseline),
-        }
     return record
 
 
@@ -270,29 +264,6 @@ def _figure(branches: list[tuple[Run, str]], epochs: list[int], set_: str, metri
     return {
         'mean': fmean(values), 'std': stdev(values) if len(values) > 1 else None, 'n': len(values), 'median': middle,
         'collapsed': sum(value < COLLAPSED * middle for value in values)}
-
-
-def _reached(baseline: Baseline) -> dict[str, Any]:
-    """Return after what cost the mean top-1 of the pairs' branches reaches the mean of their solo models at the end."""
-    if not baseline.pairs:
-        return {}
-    solo = [alone for _, _, alone in baseline.pairs]
-    target = fmean(map(_last, solo))
-    reached = None
-    for epoch in baseline.pairs[0][1].rows:
-        values = [run.figure(side, epoch) for side, run, _ in baseline.pairs]
-        if None not in values and fmean(values) >= target - 1e-9:
-            reached = epoch + 1
-            break
-    costs = {}
-    for cost in ('flops', 'seconds'):
-        costs[f'solo_{cost}'] = _mean([run.total(cost) for run in solo])
-        costs[f'reached_{cost}'] = reached and _mean([run.total(cost, reached) for _, run, _ in baseline.pairs])
-    return {'solo_top1': target, 'reached_epochs': reached, **costs}
-
-
-def _mean(values: list[Any]) -> Any:
-    return None if None in values else fmean(values)
 
 
 # Formats
@@ -336,12 +307,47 @@ def report_parts(
             yield 'h3', "Until solo's final top-1"
             yield 'table', reached
     if unfinished:
-        yield 'h2', 'Unfinished, in no figure of this report'
+        yield 'h2', 'Unfinished, in no average of this report'
         yield 'table', (['Run', 'Framework', 'Models', 'Progress'], [
             (*map(safe, (run.path, run.framework, ' + '.join(run.models))), run.progress) for run in unfinished])
     if records:
         yield 'h2', 'Notes'
         yield 'ul', list(dict.fromkeys(_notes(records, safe)))
+
+
+def _run_parts(groups: Sequence[Group], runs: Sequence[Run]) -> Iterator[Part]:
+    """Yield in HTML what the tables do not show: options that differ, the command and the environment of each run."""
+    recipes = [group.runs[0].recipe for group in groups]
+    told = [name for name in differing(*recipes) if name not in ('data', 'teacher')]
+    if told:
+        yield 'h2', 'Options that differ'
+        yield 'table', (['Framework', 'Epochs', *map(as_html, told)], [
+            (as_html(group.name), group.runs[0].num_epochs,
+             *(as_html(show(recipe[name])) if name in recipe else None for name in told))
+            for group, recipe in zip(groups, recipes, strict=True)])
+    yield 'h2', 'Commands'
+    yield 'p', 'Options at their defaults are left out.'
+    for run in runs:
+        yield 'p', f'{as_html(run.path)}: {as_html(run.framework)}, seed {as_html(run.options.get("seed"))}'
+        yield 'pre', as_html(_command(run))
+    environments: dict[str, tuple[dict, list[Run]]] = {}
+    for run in runs:
+        for environment in run.environment:
+            environments.setdefault(repr(environment), (environment, []))[1].append(run)
+    names = list(dict.fromkeys(name for environment, _ in environments.values() for name in environment))
+    if names:
+        yield 'h2', 'Environment'
+        yield 'table', (['Runs', *map(as_html, names)], [
+            (f'{len(within)} of {len(runs)}', *(as_html(environment.get(name, '-')) for name in names))
+            for environment, within in environments.values()])
+
+
+def _command(run: Run) -> str:
+    """Return the command that repeats a run: with its options, or its args.yaml where one of them can't be told."""
+    try:
+        return train_command(run.options)
+    except UsageError:
+        return shlex.join(['timm-vpl', 'train', '--config', str(run.path / 'args.yaml')])
 
 
 _PLACE = ('Epochs', 'Framework', 'Models')

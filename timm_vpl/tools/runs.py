@@ -11,6 +11,7 @@ from ..core.names import SIDES
 from ..errors import RunError, UsageError, first_line
 from ..options.recipes import read_yaml
 from ..options.train import METHOD_OPTIONS, build_parser, idle_options, make_options
+from ..text import one_line
 from .tables import read_csv
 
 VALIDATION = 'validation.csv'  # where `timm-vpl validate` leaves its figures, in the folder of a run
@@ -64,7 +65,7 @@ class Run:
         if not self.rows or len(self.rows) < self.num_epochs:
             return done
         evaluated = self.sides and all(self.figure(side, self.num_epochs - 1) is not None for side in self.sides)
-        return '' if evaluated else f'{done}, the last one not evaluated'
+        return '' if evaluated else f'{done}, the last one without top-1'
 
     @property
     def pairing(self) -> str | None:
@@ -76,10 +77,14 @@ class Run:
         """The sets of images that the figures are of, the run's own validation split first."""
         return list(dict.fromkeys([self.val_set, *(key[3] for key in self.measured)]))
 
+    def column(self, side: str, metric: str = 'top1') -> str:
+        """Return the column of `rows` with a figure of the weights that count."""
+        return f'eval_{"ema_" if self.weights == "ema" else ""}{metric}_{side}'
+
     def figure(self, side: str, epoch: int, set_: str | None = None, metric: str = 'top1') -> Any:
         """Return a figure of the weights that count; None where it was not measured."""
         if set_ in (None, self.val_set):
-            return self.rows[epoch].get(f'eval_{"ema_" if self.weights == "ema" else ""}{metric}_{side}')
+            return self.rows[epoch].get(self.column(side, metric))
         return self.measured.get((epoch, side, self.weights, set_, metric))
 
     def best_epoch(self, side: str) -> int:
@@ -155,6 +160,12 @@ def _num_epochs(row: dict[str, Any], options: dict[str, Any]) -> int:
 def given_sides(options: dict[str, Any]) -> tuple[str, ...]:
     """Return the sides for which the options name a model."""
     return tuple(side for side in SIDES if options.get(f'model_{side}'))
+
+
+def short_name(model: Any) -> str:
+    """Return a model's name, of one in a folder without the path to it."""
+    name = one_line(model)
+    return os.path.basename(name.rstrip('/')) if name.startswith('local-dir:') else name
 
 
 def read_options(path: Path) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ from ..options.recipes import option_tokens, read_recipe, recipe_path
 from ..options.train import build_parser, read_args, recipe_values
 from ..text import one_line
 from .comparison import paired_difference
-from .report import Group, find_baselines, make_groups, make_records, to_markdown
+from .report import make_groups, make_records, to_markdown
 from .runs import Run, read_options, read_run
 from .tables import screen_table
 
@@ -347,7 +347,7 @@ def dry_run(runs: Sequence[PlannedRun], left: Sequence[PlannedRun]) -> list[str]
         totals = [totals[0] + hours, totals[1] + hours * cores]
         table.append((row, count, f'{60 * hours / count:.1f}', f'{hours * cores:.2f}'))
     return [
-        *screen_table(('row', 'runs left', 'minutes a run', 'core-hours'), table, texts=1), *broken,
+        *screen_table(('row', 'runs left', 'minutes a run', 'core-hours'), table), *broken,
         f'{len(left)} of {len(runs)} runs left: {totals[0]:.2f} hours one after the other, {totals[1]:.2f} core-hours']
 
 
@@ -357,36 +357,35 @@ def conclusion(runs: Sequence[PlannedRun]) -> str:
     if not finished:
         return 'No run is finished.'
     names = {str(run.folder): run.row for run in finished}
-    groups = make_groups(finished.values(), names)
+    records = make_records(make_groups(finished.values(), names))
     commands = {
         run.row: shlex.join(['timm-vpl', 'train', *run.options[:-2], *(
             ['--data-dir', run.data_dir] if run.data_dir else [])])
         for run in finished}
-    models = dict.fromkeys(model for group in groups for model in group.runs[0].models)
-    return '\n'.join([to_markdown(make_records(groups), []), '', '## Verdict', '', *(
-        _verdict(model, groups, commands) for model in models)])
+    return '\n'.join([to_markdown(records, []), '', '## Verdict', '', *(
+        _verdict(model, [record for record in records if record['model'] == model], commands)
+        for model in dict.fromkeys(record['model'] for record in records))])
 
 
-def _verdict(model: str, groups: list[Group], commands: dict[str, str]) -> str:
+def _verdict(model: str, records: list[dict[str, Any]], commands: dict[str, str]) -> str:
     """Return which row is best for a model, by how much, at what cost, and what to run.
 
     The interval holds for the best of all rows that were compared (Bonferroni).
     """
     found = []
-    for group in groups:
-        for index, name in enumerate(group.runs[0].models):
-            baselines = find_baselines(group, index, groups) if name == model else {}
-            kind = 'flops' if 'flops' in baselines and baselines['flops'].pairs else 'epochs'
-            if kind in baselines and len(baselines[kind].pairs) > 1:
-                found.append((fmean(baselines[kind].gains), group, baselines[kind], kind.replace('flops', 'FLOPs')))
+    for record in records:
+        by_kind = {kind: each for kind, each in record['baselines'].items() if 'gains' in each}
+        kind = 'flops' if 'flops' in by_kind else 'epochs'
+        if len(by_kind.get(kind, {}).get('gains', ())) > 1:
+            found.append((record, by_kind[kind], kind.replace('flops', 'FLOPs')))
     if not found:
         return f'- {model}: the seeds do not tell: no row has two seeds in common with the model alone.'
-    _, group, baseline, kind = max(found, key=lambda item: item[0])
-    gain = paired_difference(baseline.gains, 1 - 0.05 / len(found))
-    flops = [group.total('flops'), baseline.pairs[0][2].total('flops')]
+    record, baseline, kind = max(found, key=lambda item: item[1]['mean'])
+    gain = paired_difference(baseline['gains'], 1 - 0.05 / len(found))
+    flops = record['flops'], baseline['solo_flops']
     cost = f' at {flops[0] / flops[1]:.2f} times its FLOPs' if all(flops) else ''
-    text = (f'{group.name} is {gain} points above {model} alone at the same {kind} ({baseline.name}, '
-            f'{baseline.num_epochs} epochs){cost}; the interval is that of the best of {len(found)} rows')
+    text = (f'{record["framework"]} is {gain} points above {model} alone at the same {kind} ({baseline["name"]}, '
+            f'{baseline["num_epochs"]} epochs){cost}; the interval is that of the best of {len(found)} rows')
     if gain.low is not None and gain.low > 0:
-        return f'- {model}: {text}. Run: {commands[group.name]}'
-    return f'- {model}: the seeds do not tell: at best {text}. Cheapest: {commands[baseline.name]}'
+        return f'- {model}: {text}. Run: {commands[record["framework"]]}'
+    return f'- {model}: the seeds do not tell: at best {text}. Cheapest: {commands[baseline["name"]]}'

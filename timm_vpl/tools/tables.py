@@ -1,6 +1,7 @@
 """Tables: as Markdown, as columns on the screen, as CSV and JSON files."""
 import csv
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from ..errors import RunError, first_line
 from ..files import writing
 
 # A page: its parts as (kind, content), where a heading ('h2', 'h3') or a paragraph ('p') is text, a list ('ul') lines,
-# a table (header, rows). All text is as the page's format wants it.
+# a table (header, rows); in HTML also code ('pre') and images ('figures': an image and the lines below it, each). All
+# text is as the page's format wants it.
 Part = tuple[str, Any]
 
 
@@ -25,34 +27,34 @@ def markdown_page(parts: Iterable[Part]) -> list[str]:
     return lines
 
 
-def html_page(parts: Iterable[Part]) -> list[str]:
-    """Return the lines of the same in HTML."""
+def screen_page(parts: Iterable[Part]) -> list[str]:
+    """Return the lines of the same on the screen; a heading is above a table."""
     lines: list[str] = []
     for kind, content in parts:
-        if kind == 'table':
-            head, *body = (''.join(f'<{cell}>{"-" if text is None else text}</{cell}>' for text in row)
-                           for cell, row in (('th', content[0]), *(('td', row) for row in content[1])))
-            lines += ['<div class="wide"><table>', f'<thead><tr>{head}</tr></thead>',
-                      *(f'<tr>{row}</tr>' for row in body), '</table></div>']
-        else:
-            inside = ''.join(f'<li>{text}</li>' for text in content) if kind == 'ul' else content
-            lines.append(f'<{kind}>{inside}</{kind}>')
+        lines += screen_table(*content) if kind == 'table' else ['', content] if kind == 'h2' else [content]
     return lines
+
+
+def cells_of(header: Iterable, rows: Iterable[Iterable]) -> tuple[list[list[str]], list[bool]]:
+    """Return the cells of a table as text, the header first, and of each column whether it is of numbers."""
+    lines = [['-' if cell is None else str(cell) for cell in row] for row in (header, *rows)]
+    return lines, [all(re.fullmatch(r'-|[-+]?\d+(\.\d+)?', cell) for cell in column[1:])
+                   for column in zip(*lines, strict=True)]
 
 
 def markdown_table(header: Sequence, rows: Iterable[Iterable]) -> list[str]:
     """Return the lines of a table in Markdown, and an empty one; None is shown as a dash."""
-    head, *body = (f'| {" | ".join("-" if cell is None else str(cell) for cell in row)} |' for row in (header, *rows))
+    head, *body = (f'| {" | ".join(line)} |' for line in cells_of(header, rows)[0])
     return [head, '|' + '---|' * len(header), *body, '']
 
 
-def screen_table(header: Iterable, rows: Iterable[Iterable], texts: int) -> list[str]:
-    """Return the lines of a table in columns: so many of text, on the left, then numbers; None is shown as a dash."""
-    lines = [['-' if cell is None else str(cell) for cell in row] for row in (header, *rows)]
+def screen_table(header: Iterable, rows: Iterable[Iterable]) -> list[str]:
+    """Return the lines of a table in columns, those of numbers to the right."""
+    lines, numbers = cells_of(header, rows)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ['  '.join(
-        cell.ljust(width) if i < texts else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines]
+        cell.rjust(width) if is_number else cell.ljust(width)
+        for cell, width, is_number in zip(line, widths, numbers, strict=True)).rstrip() for line in lines]
 
 
 def read_csv(path: str | Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:

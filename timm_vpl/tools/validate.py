@@ -425,8 +425,7 @@ def _table(rows: list[Row]) -> list[str]:
         ('model', 'branch', 'weights', 'epoch', 'set', 'images', 'top-1', 'top-5', 'loss', 'images/s', 'size'),
         [(*(row[column] for column in ('architecture', 'branch', 'weights', 'epoch', 'set', 'images')),
           *(row[column] if row[column] is None else f'{row[column]:.3f}' for column in ('top1', 'top5', 'loss')),
-          f'{row["images_per_second"]:.1f}', row['img_size']) for row in rows],
-        texts=5)
+          f'{row["images_per_second"]:.1f}', row['img_size']) for row in rows])
 
 
 def write_results(options: Validate, rows: list[Row]) -> None:

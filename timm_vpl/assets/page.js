@@ -34,7 +34,7 @@
     const color = line => line.color === '#000000' ? 'currentColor' : line.color;
     const stroke = line => ({stroke: color(line), 'stroke-width': line.thin ? 1 : 2.2, 'stroke-dasharray': line.dash});
     const epochs = [...new Set(panel.lines.flatMap(line => line.x))].sort((one, two) => one - two);
-    const all = [Math.min(0, epochs[0]) - 0.5, epochs[epochs.length - 1] + 0.5], hidden = new Set();
+    const all = [-0.5, Math.max(...epochs, ...panel.spans.map(span => span[1])) + 0.5], hidden = new Set();
     let view = null, scaleX = null, pressed = null;
 
     const figure = add(root, 'figure'), head = add(figure, 'figcaption');
@@ -74,7 +74,8 @@
       if (!ys.length) [low, high] = panel.bounds;
       if (!view) low = Math.max(low, panel.bounds[0]);
       const bend = panel.log ? Math.log : y => y, margin = 0.04 * (bend(high) - bend(low)) || Math.abs(low) * 0.04 || 1;
-      const base = bend(low) - margin, span = bend(high) + margin - base;
+      const ceiling = panel.unit.includes('%') ? 100.5 : Infinity;
+      const base = bend(low) - margin, span = Math.min(bend(high) + margin, bend(ceiling)) - base;
       const x = epoch => LEFT + (epoch - from) / (to - from) * (width - LEFT - RIGHT);
       const y = value => HEIGHT - BOTTOM - (bend(value) - base) / span * (HEIGHT - BOTTOM - top);
       scaleX = pixel => from + (pixel - LEFT) / (width - LEFT - RIGHT) * (to - from);
