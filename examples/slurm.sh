@@ -16,7 +16,8 @@ PROCESSES=${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}  # on each machine
 export OMP_NUM_THREADS=1
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun --kill-on-bad-exit=1 torchrun \
+# The processes end together by themselves: srun must not kill one that still saves.
+srun --kill-on-bad-exit=0 torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node "$PROCESSES" \
     --rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
