@@ -1,5 +1,6 @@
 """Vision Pair Learning for timm: train a CNN and a vision transformer together, keep two plain timm models."""
 import importlib
+from typing import TYPE_CHECKING
 
 __version__ = '0.1.0.dev0'
 
@@ -25,6 +26,25 @@ _HOMES = {
 }
 
 __all__ = sorted(_HOMES)
+
+if TYPE_CHECKING:  # what a checker of types sees of them
+    from .core.criterion import StagedLoss as StagedLoss
+    from .core.criterion import VPLLoss as VPLLoss
+    from .core.methods import METHODS as METHODS
+    from .core.methods import Method as Method
+    from .core.pair import PairOutput as PairOutput
+    from .core.pair import PairWrapper as PairWrapper
+    from .core.stages import StageSchedule as StageSchedule
+    from .core.task import PairTask as PairTask
+    from .core.teacher import Teacher as Teacher
+    from .core.term_options import TERMS as TERMS
+    from .core.term_options import FollowOptions as FollowOptions
+    from .core.term_options import TermKind as TermKind
+    from .core.terms import ContrastiveLoss as ContrastiveLoss
+    from .core.terms import Term as Term
+    from .core.terms import base_term as base_term
+    from .core.terms import feature_of as feature_of
+    from .core.terms import kl_loss as kl_loss
 
 
 def __getattr__(name):

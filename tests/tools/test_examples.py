@@ -1,9 +1,12 @@
 """The examples run and learn."""
 import csv
+import os
 import re
 import runpy
 import sys
 from pathlib import Path
+
+import pytest
 
 from timm_vpl import TERMS
 from timm_vpl.engine.checkpoint import read_checkpoint
@@ -39,3 +42,15 @@ def test_own_method(monkeypatch, tmp_path):
     assert float(row['train_similarity_b_loss']) > 0 and 'train_kl_loss' not in row
     state = read_checkpoint(str(tmp_path / 'run' / 'last.pth.tar'))['task_state']['criterion']
     assert state['functions.similarity_b_loss.projection.weight'].shape[0] == 32
+
+
+@pytest.mark.slow
+def test_notebook(monkeypatch, tmp_path):
+    nbclient = pytest.importorskip('nbclient', reason="no nbclient: pip install -e '.[test-all]'")
+    import nbformat
+    monkeypatch.setenv('PATH', os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']]))
+    notebook = nbformat.read(EXAMPLES / 'quickstart.ipynb', as_version=4)
+    nbclient.NotebookClient(notebook, timeout=900, resources={'metadata': {'path': str(tmp_path)}}).execute()
+    printed = [output.text for cell in notebook.cells for output in cell.get('outputs', []) if 'text' in output]
+    assert 'label 2, predicted' in printed[-1] and 'vpl-test_resnet' in ''.join(printed)
+    assert (tmp_path / 'exported' / 'vpl-test_vit' / 'model.safetensors').is_file()
