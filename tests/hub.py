@@ -1,12 +1,10 @@
 """A Hugging Face Hub on loopback, as far as huggingface_hub and timm use its HTTP interface to push and load models.
 
-It answers inside `with Hub(tokens) as hub:` and keeps everything in memory. huggingface_hub reads the address at
-import, so a client is a fresh process with the environment `hub.environment(cache_dir, token)`.
+It answers inside `with Hub(tokens) as hub:` and keeps everything in memory; `use_hub` makes this process its client.
 """
 import base64
 import hashlib
 import json
-import os
 import re
 import threading
 from dataclasses import dataclass, field
@@ -14,7 +12,22 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingTCPServer
 
+from huggingface_hub import constants
+
 NOWHERE = 'http://127.0.0.1:9'  # the discard port, where nothing listens: a Hub out of reach
+
+
+def use_hub(monkeypatch, address: str, cache: str | Path, token: str | None = None) -> None:
+    """Let huggingface_hub of this process know this Hub alone, with a cache and a token of its own."""
+    for name in ('http_proxy', 'https_proxy', 'all_proxy', 'HF_TOKEN'):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    for name, value in {
+            'ENDPOINT': address, 'HF_HUB_CACHE': str(cache), 'HF_TOKEN_PATH': f'{cache}/token',
+            'HF_HUB_DISABLE_XET': True}.items():  # without Xet large files go by LFS
+        monkeypatch.setattr(constants, name, value)
+    if token is not None:
+        monkeypatch.setenv('HF_TOKEN', token)
 
 
 class Refused(Exception):
@@ -59,16 +72,6 @@ class Hub:
     def __exit__(self, *error):
         self._server.shutdown()
         self._server.server_close()
-
-    def environment(self, cache_dir: str | Path, token: str | None = None) -> dict[str, str]:
-        """Return the environment of a client: this Hub, a cache and a token of its own, nothing of the user's."""
-        kept = {
-            key: value for key, value in os.environ.items()
-            if not key.startswith(('HF_', 'HUGGING', 'TRANSFORMERS_')) and not key.lower().endswith('_proxy')}
-        if token is not None:
-            kept['HF_TOKEN'] = token
-        return {**kept, 'HF_ENDPOINT': self.url, 'HF_HOME': str(cache_dir), 'HF_HUB_DISABLE_TELEMETRY': '1',
-                'HF_HUB_DISABLE_XET': '1', 'OMP_NUM_THREADS': '1'}  # without Xet large files go by LFS
 
 
 class _Request(BaseHTTPRequestHandler):

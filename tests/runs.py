@@ -2,14 +2,20 @@
 import csv
 import hashlib
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from processes import run_processes
 
 from timm_vpl.cli import train
+from timm_vpl.core.processes import Processes
 from timm_vpl.engine.checkpoint import read_checkpoint
+from timm_vpl.engine.run import create_run
+from timm_vpl.options.train import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,6 +34,14 @@ def run(data, output, *options, name='run', models=PAIR):
     argv = [str(data), *models, *SMALL, '--output', str(output), '--experiment', name, *options]
     assert train(argv) == 0
     return Path(output) / name
+
+
+def start_run(data, output, *options):
+    """Return the parts of a run as the command builds them, in its first epoch."""
+    argv = [data, *SMALL, '--output', output, '--experiment', 'run', *options]
+    run = create_run(parse_args(list(map(str, argv))), Processes(torch.device('cpu')))
+    run.task.set_epoch(0)
+    return run
 
 
 def status_of(command, argv):
@@ -62,6 +76,21 @@ def torchrun(processes, *argv):
     # Gloo now and then aborts a process that has done all its work.
     over = 'Checkpoints, summary.csv and args.yaml' in result.stderr and 'Signal 6 (SIGABRT)' in result.stderr
     assert result.returncode == 0 or over, result.stderr[-3000:]
+
+
+def train_in(processes, *argv):
+    """Train in processes of one group, as torchrun starts them, from a server that has imported torch."""
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = server.getsockname()[1]
+    statuses = run_processes((_train, rank, processes, port, argv) for rank in range(processes))
+    assert set(statuses) <= {0, -signal.SIGABRT}, statuses  # gloo's, see torchrun
+
+
+def _train(rank, processes, port, argv):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
+                      MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    raise SystemExit(train(list(map(str, argv))))
 
 
 def summary(folder: Path) -> list[dict]:
@@ -103,17 +132,15 @@ def _compare(where, one, two, found):
         found.append(f'{where}: {one!r} and {two!r}')
 
 
-def error_line(capsys, *argv) -> str:
-    """Return the one line with which a wrong command line of `train` ends, status 2."""
+def error_line(capsys, *argv, command=train, statuses=(2,)) -> str:
+    """Return the one line with which a wrong command line of a command ends, without the command's name."""
     capsys.readouterr()
-    try:
-        status = train([str(arg) for arg in argv])
-    except SystemExit as e:
-        status = e.code
-    written = capsys.readouterr().err.strip()
-    lines = [line for line in written.splitlines() if line.startswith('train_vpl.py: error: ')]
-    assert status == 2 and len(lines) == 1 and written.endswith(lines[0]) and 'Traceback' not in written, written
-    return lines[0].removeprefix('train_vpl.py: error: ')
+    status = status_of(command, argv)
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if ': error: ' in line]
+    assert status in statuses and len(lines) == 1 and err.endswith(f'{lines[0]}\n') and 'Traceback' not in err, (
+        status, out, err)
+    return lines[0].partition(': error: ')[2]
 
 
 def content(folder: Path) -> dict:

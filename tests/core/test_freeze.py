@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from runs import PAIR, SMALL, error_line, last, run
+from runs import SMALL, last, run
 from small import CPU, NUM_CLASSES, clone_state, images, make_model
 from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
@@ -23,16 +23,13 @@ from timm_vpl.options.sections import BatchNorm
 from timm_vpl.options.train import parse_args
 
 # What each of a model's layer groups holds, from the input to the head, which is not among them.
-GROUPS = {
-    'test_resnet': [('conv1', 'bn1'), ('layer1',), ('layer2',), ('layer3',), ('layer4',)],
-    'test_efficientnet': [
-        ('conv_stem', 'bn1'), ('blocks.0',), ('blocks.1',), ('blocks.2',), ('blocks.3',),
-        ('blocks.4', 'conv_head', 'bn2')],
-    'test_convnext': [('stem',), ('stages.0',), ('stages.1',), ('stages.2',), ('stages.3',)],
-    'test_vit': [
-        ('cls_token', 'pos_embed', 'patch_embed'), ('blocks.0',), ('blocks.1',), ('blocks.2',), ('blocks.3',),
-        ('blocks.4',), ('blocks.5', 'norm')],
-}
+GROUPS = {name: [group.split() for group in groups.split('|')] for name, groups in {
+    'test_resnet': 'conv1 bn1 | layer1 | layer2 | layer3 | layer4',
+    'test_efficientnet': 'conv_stem bn1 | blocks.0 | blocks.1 | blocks.2 | blocks.3 | blocks.4 conv_head bn2',
+    'test_convnext': 'stem | stages.0 | stages.1 | stages.2 | stages.3',
+    'test_vit': 'cls_token pos_embed patch_embed | blocks.0 | blocks.1 | blocks.2 | blocks.3 | blocks.4 | '
+                'blocks.5 norm',
+}.items()}
 PAIRS = [('test_resnet', 'test_vit'), ('test_efficientnet', 'test_convnext'), ('test_convnext', 'test_efficientnet')]
 ONE_STAGE = ['--x', '0', '--y', '0', '--lr', '0.01']
 
@@ -89,12 +86,25 @@ def test_frozen_weights_at_each_depth(name, side):
             assert parameter.requires_grad == (not frozen), (depth, part, key)
         counts = [parameter.requires_grad for parameter in pair.branch(side).parameters()]
         assert (False in counts) == (depth > 0)
+    pair.requires_grad_(True)
+    resting = list(pair._resting)
+    for depth in (len(GROUPS[name]) + 1, -1):
+        message = f'{depth} layer groups: model_{side} .* has {len(GROUPS[name])} before its head'
+        with pytest.raises(ValueError, match=message):
+            pair.freeze(side, depth)
+        assert all(parameter.requires_grad for parameter in pair.parameters()) and pair._resting == resting
+
+
+def test_a_model_without_layer_groups_is_refused():
+    with torch.device('meta'):
+        pair = PairWrapper(create_model('test_resnet'), create_model('rdnet_tiny'))
+    with pytest.raises(ValueError, match=r'model_b \(RDNet\) has no coarse layer groups'):
+        pair.freeze('b', 1)
 
 
 @pytest.mark.parametrize('name', [
     'cait_xxs24_224', 'crossvit_9_240', 'deit_tiny_distilled_patch16_224', 'dla34', 'efficientvim_m1',
-    'mobilenetv3_small_050', 'pit_ti_224', 'resnet50_clip_gap',
-])
+    'mobilenetv3_small_050', 'pit_ti_224', 'resnet50_clip_gap'])
 def test_head_is_trained_at_any_depth(name):
     # Families whose layers timm groups in ways of their own, or not at all.
     with torch.device('meta'):
@@ -110,30 +120,6 @@ def test_head_is_trained_at_any_depth(name):
         assert head and all(parameter.requires_grad for parameter in head)
         frozen.append(sum(not parameter.requires_grad for parameter in pair.parameters()))
     assert 0 < frozen[0] < frozen[1] < frozen[2] < len(list(pair.parameters()))
-
-
-@pytest.mark.parametrize(('name', 'depth'), [
-    *((name, depth) for name, groups in GROUPS.items() for depth in (len(groups) + 1, -1)), ('rdnet_tiny', 1)])
-def test_depth_out_of_range(name, depth):
-    with torch.device('meta'):
-        pair = PairWrapper(create_model('test_resnet'), create_model(name))
-    groups = len(GROUPS.get(name, ()))
-    message = f'{depth} layer groups: model_b .* has {groups} before its head'
-    with pytest.raises(ValueError, match=message if groups else r'model_b \(RDNet\) has no coarse layer groups'):
-        pair.freeze('b', depth)
-    assert all(parameter.requires_grad for parameter in pair.parameters()) and pair._resting == []
-
-
-@pytest.mark.parametrize(('options', 'message'), [
-    (['--freeze-depth', '6'], r'--freeze-depth: 6 layer groups: model_a (ResNet) has 5 before its head'),
-    (['--freeze-depth-b', '8'], r'--freeze-depth-b: 8 layer groups: model_b (VisionTransformer) has 7 before its head'),
-    (['--freeze-depth-b', '-1'], '--freeze-depth-b'),
-    (['--freeze-depth', 'all'], '--freeze-depth'),
-], ids=' '.join)
-def test_depth_out_of_range_in_the_command(capsys, digits_folder, tmp_path, options, message):
-    argv = [digits_folder, *PAIR, *SMALL, '--output', tmp_path]
-    assert error_line(capsys, *argv, *options).startswith(message)
-    assert not any(tmp_path.iterdir())
 
 
 def test_layers_that_were_never_trained_are_warned_of(caplog):
@@ -169,10 +155,7 @@ def test_frozen_layers_stay_and_the_others_move(names, how):
 
 
 @pytest.mark.parametrize(('names', 'side'), [
-    (('test_resnet', 'test_vit'), 'a'),
-    (('test_vit', 'test_efficientnet'), 'b'),
-    (('test_efficientnet', 'test_convnext'), 'b'),
-], ids=str)
+    (('test_resnet', 'test_vit'), 'a'), (('test_vit', 'test_efficientnet'), 'b')], ids=str)
 def test_branch_frozen_up_to_its_head_is_a_fixed_function(names, side):
     # Its BatchNorm normalises by the running statistics in training too.
     name = names[SIDES.index(side)]
@@ -201,38 +184,6 @@ def test_synchronized_batch_norm(monkeypatch):
                 converted.append(module)
                 assert module.training != is_frozen(name, key, 3), key
     assert len(converted) == sum(isinstance(module, torch.nn.BatchNorm2d) for module in plain.modules())
-
-
-# the optimizer
-
-
-def settings(optimizer, pair):
-    """What each parameter gets, by name: (scale of its learning rate, weight decay)."""
-    names = {id(parameter): name for name, parameter in pair.named_parameters()}
-    return {
-        names[id(parameter)]: (group.get('lr_scale', 1.), group['weight_decay'])
-        for group in optimizer.param_groups
-        for parameter in group['params']
-    }
-
-
-@pytest.mark.parametrize('options', [
-    [],
-    ['--layer-decay-a', '0.8', '--layer-decay-b', '0.6'],
-    ['--layer-decay-b', '0.7', '--layer-decay-min-scale-b', '0.3', '--weight-decay-a', '0.1'],
-], ids=lambda options: f'{len(options)} options')
-@pytest.mark.parametrize('names', PAIRS[:2], ids='+'.join)
-def test_optimizer_has_the_trainable_weights_as_without_freezing(names, options):
-    found = []
-    for depths in (('0', '0'), ('2', '3')):
-        given, pair = start(names, *options, '--freeze-depth-a', depths[0], '--freeze-depth-b', depths[1])
-        found.append(settings(create_optimizer(given, pair, learning_rates(given, 1)), pair))
-        assert found[-1].keys() == {name for name, parameter in pair.named_parameters() if parameter.requires_grad}
-    whole, part = found
-    assert len(part) < len(whole) and part == {name: whole[name] for name in part}
-    for side in 'ab':
-        scales = {scale for name, (scale, _) in part.items() if name.startswith(f'model_{side}.')}
-        assert (len(scales) > 1) == (f'--layer-decay-{side}' in options)
 
 
 # a whole run

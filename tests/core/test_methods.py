@@ -1,6 +1,7 @@
 """Each method against an implementation of its formulas, against timm's own tasks, and in whole runs."""
 import copy
 import functools
+import io
 import logging
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -11,24 +12,22 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from runs import NOISE, PAIR, SMALL, assert_equal_weights, error_line, last, rows, run, summary, torchrun
-from small import CPU, DEIT, assert_equal_states, make_model, one_branch, seeded
+from runs import NOISE, PAIR, SMALL, assert_equal_weights, error_line, last, rows, run, start_run, summary, torchrun
+from small import CPU, DEIT, TinyModel, assert_equal_states, make_model, one_branch, seeded
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform, resolve_model_data_config
 from timm.layers import DropPath
 from timm.models import save_for_hf
-from timm.optim import Lamb, create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.task import LogitDistillationTask, TokenDistillationTask
 from torch.utils.data import DataLoader
 
 from timm_vpl import PairTask, PairWrapper
 from timm_vpl.core.methods import METHODS
 from timm_vpl.core.names import SIDES, partner_of
-from timm_vpl.core.processes import Processes
 from timm_vpl.core.teacher import Teacher
 from timm_vpl.engine.log import epoch_terms
 from timm_vpl.engine.loop import train_one_epoch
 from timm_vpl.engine.optim import create_criterion, only
-from timm_vpl.engine.run import create_run
 from timm_vpl.engine.trained import create_teacher
 from timm_vpl.options.train import parse_args
 
@@ -162,18 +161,13 @@ CASES = {
 TARGETS = {'hard': ['--smoothing', '0'], 'smooth': ['--smoothing', '0.1'], 'soft': ['--mixup', '0.2']}
 
 
-class TinyModel(nn.Module):
-    """A float64 model with a norm layer, stochastic depth and, if asked for, a distillation token."""
+class Network(TinyModel):
+    """In float64, with a norm layer, stochastic depth and, if asked for, a distillation token."""
 
     def __init__(self, width, norm, drop_path=0., token=False, seed=0):
         torch.manual_seed(seed)
-        super().__init__()
-        self.num_classes = NUM_CLASSES
-        self.stem = nn.Conv2d(3, width, 3, stride=2, bias=False)
-        self.norm = norm(width)
-        self.block = nn.Linear(width, width)
-        self.drop_path = DropPath(drop_path)
-        self.head = nn.Linear(width, NUM_CLASSES)
+        super().__init__(NUM_CLASSES, width)
+        self.norm, self.block, self.drop_path = norm(width), nn.Linear(width, width), DropPath(drop_path)
         if token:
             self.token = nn.Parameter(torch.randn(width))
             self.head_dist = nn.Linear(width, NUM_CLASSES)
@@ -205,23 +199,17 @@ def make_task(case, *options):
     """The method's task on tiny models: pair and criterion as the options say, and the teacher's model."""
     parsed = parse_args(['--dataset', 'digits', *case.options, *options])
     method = METHODS[parsed.method]
-    models = {}
-    for i, side in enumerate(SIDES):
-        if side in parsed.sides:
-            drop_path = 0.5 if method.uniform_drop_path else 0.
-            models[side] = TinyModel(WIDTHS[side], NORMS[side], drop_path, token=side == case.token, seed=i)
+    drop_path = 0.5 if method.uniform_drop_path else 0.
+    models = [Network(WIDTHS[side], NORMS[side], drop_path, token=side == case.token, seed=i)
+              if side in parsed.sides else None for i, side in enumerate(SIDES)]
     teacher = None
     if case.frozen:
-        config = {'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'input_size': (3, 9, 9)}
-        teacher = Teacher(TinyModel(WIDTHS[case.frozen], nn.BatchNorm2d, seed=5), case.frozen, config, config)
+        config = {'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'input_size': (3, 16, 16)}
+        teacher = Teacher(Network(WIDTHS[case.frozen], nn.BatchNorm2d, seed=5), case.frozen, config, config)
     torch.manual_seed(2)
     pair = PairWrapper(
-        models.get('a'),
-        models.get('b'),
-        affine_side=getattr(parsed.own, 'affine_side', 'b'),
-        partner_dim=teacher and teacher.embed_dim,
-        affine=method.projects(parsed.own, parsed.sides),
-    ).double()
+        *models, affine_side=getattr(parsed.own, 'affine_side', 'b'), partner_dim=teacher and teacher.embed_dim,
+        affine=method.projects(parsed.own, parsed.sides)).double()
     criterion = create_criterion(parsed, 3, CPU, case.token)
     criterion.set_epoch(1)  # all terms are on
     return PairTask(pair, criterion, teacher=teacher, verbose=False).train()
@@ -229,7 +217,7 @@ def make_task(case, *options):
 
 def make_batch(targets='hard'):
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(6, 3, 9, 9, dtype=torch.float64, generator=generator)
+    x = torch.randn(6, 3, 16, 16, dtype=torch.float64, generator=generator)
     if targets == 'soft':
         return x, torch.rand(6, NUM_CLASSES, dtype=torch.float64, generator=generator).softmax(-1)
     return x, torch.randint(NUM_CLASSES, (6,), generator=generator)
@@ -325,23 +313,11 @@ def save_teacher(folder, name='test_efficientnet', size=48, class_names=None, in
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
-    data_config = {
-        **resolve_model_data_config(model),
-        'input_size': (in_chans, size, size),
-        'mean': (0.4, 0.5, 0.6)[:in_chans],
-        'std': (0.5,) * in_chans,
-    }
+    data_config = {**resolve_model_data_config(model), 'input_size': (in_chans, size, size),
+                   'mean': (0.4, 0.5, 0.6)[:in_chans], 'std': (0.5,) * in_chans}
     model_config = {'label_names': class_names} if class_names else None
     save_for_hf(model, str(folder), data_config=data_config, model_config=model_config)
     return model
-
-
-def start_run(data, output, *options):
-    """The parts of a run as the command builds them."""
-    parsed = parse_args([str(data), *SMALL, '--output', str(output), '--experiment', 'run', *options])
-    run = create_run(parsed, Processes(CPU))
-    run.task.set_epoch(0)
-    return run
 
 
 @pytest.mark.parametrize('options', [
@@ -485,24 +461,12 @@ def test_cosub_gives_every_block_the_rate(digits_folder, tmp_path):
 
 # dml
 
-class Batches:
-    """A loader of the same few images, which differ by class, in fixed order."""
+class Batches(list):
+    """A loader of given batches, in their order."""
     skipped = 0
 
-    def __init__(self, num_batches):
-        generator = torch.Generator().manual_seed(0)
-        patterns = torch.randn(NUM_CLASSES, 3, 16, 16, generator=generator)
-        self.batches = []
-        for _ in range(num_batches):
-            y = torch.randint(NUM_CLASSES, (8,), generator=generator)
-            self.batches.append((patterns[y] + 0.5 * torch.randn(8, 3, 16, 16, generator=generator), y))
-
-    def __len__(self):
-        return len(self.batches)
-
     def epoch(self, epoch, first_batch):
-        for i, (x, y) in enumerate(self.batches):
-            yield i, x, y, None
+        return ((i, x, y, None) for i, (x, y) in enumerate(self))
 
 
 def plain_kl(logits, reference):
@@ -528,86 +492,72 @@ def plain_dml(model_a, model_b, optimizer_a, optimizer_b, batches):
     return losses
 
 
-def plain_groups(model, weight_decay):
-    """timm's rule: no weight decay on vectors."""
-    return [
-        {'params': [parameter for parameter in model.parameters() if parameter.ndim <= 1], 'weight_decay': 0.},
-        {'params': [parameter for parameter in model.parameters() if parameter.ndim > 1], 'weight_decay': weight_decay},
-    ]
-
-
-OPTIMIZERS = {
-    'momentum': lambda groups, lr: torch.optim.SGD(groups, lr=lr, momentum=0.9),
-    'sgd': lambda groups, lr: torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True),
-    'adamw': lambda groups, lr: torch.optim.AdamW(groups, lr=lr),
-    'lamb': lambda groups, lr: Lamb(groups, lr=lr),  # its step count is its groups', its clipping that of all groups
-}
-
-
-def start_dml(data, output, *options, num_batches=20):
+def start_dml(data, output, *options, num_batches=6, dtype=torch.float32):
     run = start_run(
         data, output, '--method', 'dml', '--model-a', 'test_resnet', '--model-b', 'test_efficientnet',
         '--smoothing', '0', '--sched', 'none', '--weight-decay-a', '0.05', '--weight-decay-b', '0.1', '--mean', '0.5',
         '--std', '0.5', *options)
-    run.loader_train = Batches(num_batches)
+    run.pair.to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    run.loader_train = Batches(
+        (torch.randn(8, 3, 16, 16, generator=generator).to(dtype), torch.randint(4, (8,), generator=generator))
+        for _ in range(num_batches))
     return run
 
 
 @pytest.mark.parametrize(('opt', 'lr_a', 'lr_b'), [
-    ('momentum', 0.01, 0.005), ('lamb', 5e-3, 2e-3), pytest.param('sgd', 0.01, 0.005, marks=pytest.mark.slow),
-    pytest.param('adamw', 1e-3, 3e-4, marks=pytest.mark.slow)])
+    # Lamb's step count is its groups', its clipping that of all groups. Others: test_phases_share_an_optimizer.
+    ('momentum', 0.01, 0.005), ('lamb', 5e-3, 2e-3)])
 def test_dml_is_two_networks_with_an_optimizer_each(digits_folder, tmp_path, opt, lr_a, lr_b):
-    # In float64, since BatchNorm and momentum make 1e-2 of a rounding of float32 within 20 steps.
-    run = start_dml(digits_folder, tmp_path, '--opt', opt, '--lr-a', str(lr_a), '--lr-b', str(lr_b))
-    run.pair.double()
-    run.loader_train.batches = [(x.double(), y) for x, y in run.loader_train.batches]
+    # In float64, since BatchNorm and momentum make 1e-2 of a rounding of float32 within some steps.
+    run = start_dml(
+        digits_folder, tmp_path, '--opt', opt, '--lr-a', str(lr_a), '--lr-b', str(lr_b), dtype=torch.float64)
     models = [copy.deepcopy(run.pair.branch(side)).train() for side in SIDES]
     calls = {'a': [], 'b': []}
     for side in SIDES:
         run.pair.branch(side).register_forward_hook(
             lambda module, args, output, side=side: calls[side].append((torch.is_grad_enabled(), module.training)))
-    optimizers = [
-        OPTIMIZERS[opt](plain_groups(model, decay), lr)
-        for model, decay, lr in zip(models, (0.05, 0.1), (lr_a, lr_b), strict=True)]
+    optimizers = [create_optimizer_v2(model, opt, lr=lr, weight_decay=decay)
+                  for model, decay, lr in zip(models, (0.05, 0.1), (lr_a, lr_b), strict=True)]
     train_one_epoch(run)
-    losses = plain_dml(*models, *optimizers, run.loader_train.batches)
+    losses = plain_dml(*models, *optimizers, run.loader_train)
 
     # a with and, after its update, without gradient; b once.
-    assert calls['a'] == [(True, True), (False, True)] * 20 and calls['b'] == [(True, True)] * 20
+    assert calls['a'] == [(True, True), (False, True)] * 6 and calls['b'] == [(True, True)] * 6
     assert METHODS['dml'].passes(METHODS['dml'].options(), 'ab') == 3
-    assert losses[-1][0] < 0.8 * losses[0][0] and losses[-1][1] < 0.8 * losses[0][1]
-    terms, means = epoch_terms(run), [sum(values) / 20 for values in zip(*losses, strict=True)]
+    terms, means = epoch_terms(run), [sum(values) / 6 for values in zip(*losses, strict=True)]
     for side, model, mean in zip(SIDES, models, means, strict=True):
         state = model.state_dict()
-        assert {int(value) for key, value in state.items() if key.endswith('num_batches_tracked')} == {20}
+        assert {int(value) for key, value in state.items() if key.endswith('num_batches_tracked')} == {6}
         assert_all_close(run.pair.branch(side).state_dict(), state, 1e-8)
         assert terms[f'train_ce_{side}_loss'] + terms[f'train_kl_{side}_loss'] == pytest.approx(mean, rel=1e-8)
     assert terms['train_loss'] == pytest.approx(sum(means), rel=1e-8)
-    assert run.task.num_updates == 20  # batches, not optimizer steps
+    assert run.task.num_updates == 6  # batches, not optimizer steps
 
 
+# kron keeps a generator of its own outside its state; docs/reliability.md says so
 @pytest.mark.slow
-def test_phases_share_an_optimizer_as_if_each_had_its_own():
+@pytest.mark.parametrize('name', list_optimizers(exclude_filters=['fused*', 'bnb*', 'kron*', 'adahessian']))
+def test_phases_share_an_optimizer_as_if_each_had_its_own_and_it_goes_on_exactly(name):
     # Of all kinds: with counts and moments by parameter, by group, or by themselves.
-    names = list_optimizers(exclude_filters=['fused*', 'bnb*', 'kron*', 'adahessian'])
-    inputs = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0))
-
-    def create(name, **models):
-        groups = [
+    def create(models):
+        return create_optimizer_v2([
             {'params': list(model.parameters()), 'side': side, 'lr': 0.01, 'weight_decay': 0.01}
-            for side, model in models.items()]
-        return create_optimizer_v2(groups, opt=name, lr=0.01)
+            for side, model in models.items()], opt=name, lr=0.01)
 
-    def train(name, shared):
+    def train(shared, saved=False):
         torch.manual_seed(0)
-        models = {
-            side: nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3))
-            for side, width in (('a', 8), ('b', 5))}
-        if shared:
-            optimizers = dict.fromkeys(SIDES, create(name, **models))
-        else:
-            optimizers = {side: create(name, **{side: model}) for side, model in models.items()}
-        for x in inputs:
+        models = {side: nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3))
+                  for side, width in (('a', 8), ('b', 5))}
+        optimizers = dict.fromkeys(SIDES, create(models)) if shared else {
+            side: create({side: model}) for side, model in models.items()}
+        for step, x in enumerate(torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0))):
+            if saved and step == 3:
+                file = io.BytesIO()
+                torch.save(optimizers['a'].state_dict(), file)
+                file.seek(0)
+                optimizers = dict.fromkeys(SIDES, create(models))
+                optimizers['a'].load_state_dict(torch.load(file, weights_only=True))
             outputs = {side: model(x) for side, model in models.items()}
             for side in SIDES:
                 partner = models['a'](x) if side == 'b' else outputs['b']
@@ -615,14 +565,13 @@ def test_phases_share_an_optimizer_as_if_each_had_its_own():
                 with only(optimizers[side], side):
                     optimizers[side].step()
                     optimizers[side].zero_grad()
-        return {side + name: value for side in SIDES for name, value in models[side].named_parameters()}, optimizers
+        assert not shared or [group['side'] for group in optimizers['a'].param_groups] == ['a', 'b']
+        return {side + key: value for side in SIDES for key, value in models[side].named_parameters()}
 
-    assert len(names) > 30
-    for name in names:
-        got, optimizers = train(name, shared=True)
-        assert [group['side'] for group in optimizers['a'].param_groups] == ['a', 'b']
-        for key, value in train(name, shared=False)[0].items():
-            assert_close(got[key], value, rtol=0, atol=1e-6, msg=lambda m, name=name: f'{name}: {m}')
+    together = train(shared=True)
+    assert_equal_states(train(shared=True, saved=True), together)
+    for key, value in train(shared=False).items():
+        assert_close(together[key], value, rtol=0, atol=1e-6)
 
 
 def test_dml_with_a_gradient_scaler(digits_folder, tmp_path):
@@ -709,7 +658,7 @@ def assert_trained(name, folder):
 
 
 @pytest.mark.parametrize('name', [
-    name if name in ('dml', 'deit') else pytest.param(name, marks=pytest.mark.slow) for name in METHOD_RUNS])
+    name if name == 'deit' else pytest.param(name, marks=pytest.mark.slow) for name in METHOD_RUNS])
 def test_resumed_run_is_the_uninterrupted_one(digits_folder, teacher_run, tmp_path, caplog, name):
     caplog.set_level(logging.INFO)
     options = [*NOISE, '--mixup', '0.2', '--mixup-off-epoch', '1', '--export', *method_options(name, teacher_run)]
@@ -746,41 +695,7 @@ def test_torchrun_with_everything(digits_folder, teacher_run, tmp_path, name):
     assert {row['processes'] for row in rows(tmp_path / 'run')} == {'2'}
 
 
-# Usage errors
-
-DISTILL, BOTH_MODELS = PAIR[2:], '--model-a test_resnet --model-b test_vit'
-
-
-@pytest.mark.parametrize(('method', 'options', 'parts'), [
-    ('solo', PAIR, ['--method solo', 'one model', BOTH_MODELS]),
-    ('dml', PAIR[:2], ['--method dml', 'two models', 'missing: --model-b']),
-    ('distill', [*PAIR, '--teacher', 'test_vit'], ['--method distill', 'one model', '--model-b test_vit']),
-    ('cosub', [*PAIR, '--drop-path', '0.1'], ['--method cosub', 'one model']),
-    ('deit', [*DISTILL, '--teacher', 'test_resnet'], ['--method deit', DISTILL[1], 'no distillation token', 'pit_']),
-    ('deit', PAIR, ['--method deit', BOTH_MODELS, 'deit_']),
-    ('distill', DISTILL, ['--method distill', 'needs --teacher']),
-    ('deit', STUDENT, ['--method deit', 'needs --teacher', 'or a second model']),
-    ('vpl', [*PAIR, '--teacher', 'test_vit'], ['--teacher test_vit', '--method vpl has two models']),
-    ('dml', [*PAIR, '--teacher', 'test_vit'], ['--teacher test_vit', '--method dml has two models']),
-    ('deit', [*PAIR[:2], *STUDENT, '--teacher', 'x'], ['--teacher x', '--method deit has two models']),
-    ('solo', [*DISTILL, '--teacher', 'test_vit'], ['--teacher test_vit', '--method solo has no teacher']),
-    ('cosub', DISTILL, ['--drop-path 0', '--method cosub', 'above 0']),
-    ('cosub', [*DISTILL, '--drop-path', '0'], ['--drop-path 0', '--method cosub']),
-    ('cosub', [*DISTILL, '--drop-path', '1'], ['--drop-path 1', 'below 1']),
-    ('cosub', ['--model-a', 'mobilevit_xxs', '--drop-path', '0.1'],
-     ['--model-a mobilevit_xxs', '--method cosub', 'families that work']),
-    ('dml', [*PAIR, '--grad-accum-steps', '2'], ['--grad-accum-steps 2', '--method dml', '--dml-joint']),
-    ('dml', [*PAIR, '--opt', 'lookahead_adamw'], ['--opt lookahead_adamw', '--method dml']),
-    ('dml', [*PAIR, '--kl-weight', '-1'], ['--kl-weight', '-1']),
-    ('distill', [*DISTILL, '--teacher', 'no/such/run'], ['--teacher no/such/run', 'no such file']),
-    ('distill', [*DISTILL, '--teacher', 'resnett'], ['--teacher resnett', 'no model of this name', 'resnet']),
-    ('distill', [*DISTILL, '--teacher', 'local-dir:nowhere'], ['--teacher local-dir:nowhere']),
-    ('deit', [*STUDENT, '--teacher', 'x', '--distillation-alpha', '1.5'], ['--distillation-alpha', '1.5']),
-], ids=lambda value: ' '.join(value[-2:]) if isinstance(value, list) else value)
-def test_usage_errors(capsys, digits_folder, tmp_path, method, options, parts):
-    line = error_line(capsys, digits_folder, *SMALL, '--output', tmp_path, '--method', method, *options)
-    assert all(part in line for part in parts), line
-
+# Usage errors; others: refusals.yaml
 
 def test_models_named_for_deit_have_a_token(capsys, digits_folder, tmp_path):
     line = error_line(capsys, digits_folder, *SMALL, '--output', tmp_path, '--method', 'deit', *PAIR)
@@ -804,6 +719,6 @@ def test_teachers_that_do_not_fit(capsys, digits_folder, teacher_run, tmp_path, 
         save_teacher(teacher, **save)
     teacher.mkdir(exist_ok=True)
     line = error_line(
-        capsys, digits_folder, *SMALL, '--output', tmp_path, '--method', 'distill', *DISTILL, '--teacher', teacher,
+        capsys, digits_folder, *SMALL, '--output', tmp_path, '--method', 'distill', *PAIR[2:], '--teacher', teacher,
         *options)
     assert str(teacher) in line and message in line

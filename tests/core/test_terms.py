@@ -1,18 +1,12 @@
 """The terms by name: texts, directions, gates, parts of their own, and the built-in methods written in them."""
-import argparse
 import copy
-import itertools
 import math
-import re
-import sys
 import warnings
-from fractions import Fraction
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from processes import load_results, run_ranks, run_script
+from processes import run_ranks
 from small import TinyModel
 from timm.task import FeatureDistillationTask
 from torch import nn
@@ -21,7 +15,6 @@ from timm_vpl import PairOutput, PairTask, PairWrapper, StagedLoss
 from timm_vpl.core import distillation, terms
 from timm_vpl.core.method_options import DistillOptions, DMLOptions, PairOptions, VPLOptions
 from timm_vpl.core.methods import METHODS, Setting
-from timm_vpl.core.stages import Span
 from timm_vpl.core.teacher import Teacher
 from timm_vpl.core.term_options import check_terms, column_names, complete, parse_term, term_text
 from timm_vpl.core.terms import ContrastiveLoss, FeatureLoss, LogitLoss, StageLogitLoss, Term, base_term
@@ -30,29 +23,7 @@ NUM_CLASSES = 5
 CONFIG = {'input_size': (3, 16, 16), 'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'interpolation': 'bicubic'}
 
 
-# Spans
-
-def test_span():
-    percents = [0, 100, 20, 50, 33.3, 99.9, 0.5, Fraction(200, 3), 62.5]
-    for epochs, start, end in itertools.product([1, 2, 3, 7, 10, 300, 1000], percents, percents):
-        first, stop = (Fraction(str(value)) * epochs / 100 for value in (start, end))
-        on = [epoch for epoch in range(epochs) if first <= epoch < stop]
-        for over in ('constant', 'fade', 'ramp'):
-            span = Span(epochs, start, end, over)
-            for epoch in {0, 1, epochs // 2, epochs - 1, *on[:2], *on[-2:]} & set(range(epochs)):
-                want = 0.
-                if epoch in on:
-                    done = on.index(epoch)
-                    want = {'constant': Fraction(1), 'fade': 1 - Fraction(done, len(on)),
-                            'ramp': Fraction(done + 1, len(on))}[over]
-                assert span(epoch) == pytest.approx(float(want), abs=1e-12), (epochs, start, end, over, epoch)
-            assert span(epochs) == span(epochs + 9) == span(epochs - 1)
-    for bad in ({'epochs': 0}, {'epochs': 2.5}, {'over': 'up'}, {'start': -1}, {'end': 101}, {'end': math.nan}):
-        with pytest.raises(ValueError, match=f'^{next(iter(bad))} is'):
-            Span(**{'epochs': 4, **bad})
-
-
-# Texts
+# Texts; those that are refused: refusals.yaml
 
 @pytest.mark.parametrize('text, spelled', [
     ('kl', 'kl,learner=b'),
@@ -68,66 +39,6 @@ def test_term_text(text, spelled):
     found = term_text(text)
     assert parse_term(found) == parse_term(text) and term_text(found) == found
     assert spelled in (None, found)
-
-
-@pytest.mark.parametrize('text, line', [
-    ('', "there is no term ''; expected one of ce, contrastive"),
-    ('KL', "there is no term 'KL'"),
-    ('kl,', "'' is no option of the term kl; it has learner, weight"),
-    ('kl,tau=1', "'tau=1' is no option of the term kl"),
-    ('kl,learner', "'learner' is no option of the term kl"),
-    ('kl,weight=1,weight=1', 'weight is given twice'),
-    ('kl,weight=-1', "weight=-1: '-1' is not a number >= 0"),
-    ('kl,weight=nan', "weight=nan: 'nan' is not a number"),
-    ('kl,temperature=0', "'0' is not a number > 0"),
-    ('kl,end=101', "'101' is not a percentage from 0 to 100"),
-    ('kl,alpha=1', "'1' is not a number > 0 and < 1"),
-    ('kl,learner=c', 'learner=c: expected one of a, b, both'),
-    ('kl,leader=', 'leader=: expected one of a, b, teacher, average'),
-    ('kl,hard=1', 'hard=1: expected true or false'),
-    ('embed,distance=l2', 'distance=l2: expected one of mse, cosine'),
-    ('tokens,features=', 'features=: expected at least one'),
-])
-def test_text_of_no_term(text, line):
-    with pytest.raises(argparse.ArgumentTypeError, match=re.escape(f'{text}: ') + '.*' + re.escape(line)):
-        term_text(text)
-
-
-@pytest.mark.parametrize('texts, sides, teacher, line', [
-    ([], 'ab', False, 'needs a term by which a branch follows another network'),
-    (['ce,weight=2'], 'ab', False, 'needs a term'),
-    (['tokens,learner=both'], 'ab', False, 'tokens,learner=both: expected a learner of a, b'),
-    (['kl,learner=a'], 'b', True, 'kl,learner=a: there is no --model-a'),
-    (['kl,learner=both'], 'b', True, 'there is no --model-a'),
-    (['kl,start=50,end=50'], 'ab', False, 'start=50 is not below end=50'),
-    (['kl,learner=both,alpha=.5'], 'ab', False, 'alpha needs one learner'),
-    (['tokens,features=stage1,leader_features=stage1+stage2'], 'ab', False, 'differ in number'),
-    (['kl,leader=b'], 'ab', False, 'kl,learner=b: its leader is b, expected another of a, b, teacher, average'),
-    (['tokens,leader=average'], 'ab', False, 'its leader is average, expected another of a, b, teacher'),
-    (['kl,learner=both,leader=teacher'], 'ab', True, 'its leader is teacher'),
-    (['contrastive,learner=both,leader=teacher'], 'ab', True, 'its leader is teacher'),
-    (['kl,leader=teacher'], 'ab', False, 'which needs --teacher'),
-    (['kl'], 'b', False, 'its leader is teacher, which needs --teacher'),
-    (['kl,leader=average'], 'b', True, 'its leader is average, which needs two models'),
-    (['kl,leader=a'], 'b', True, 'its leader is a, which needs --model-a'),
-    (['tokens,weight=0'], 'ab', False, 'weight=0 leaves it untrained'),
-    (['kl,alpha=.9,start=50'], 'ab', False, 'alpha needs one learner, all epochs and a constant weight'),
-    (['kl,alpha=.9,when=leader-ahead'], 'ab', False, 'alpha needs one learner, all epochs and a constant weight'),
-    (['kl,learner=both,hard=true'], 'ab', False, 'hard=true needs one learner'),
-    (['kl,hard=true,temperature=4'], 'ab', False, 'takes no temperature'),
-    (['tokens,features=embed'], 'ab', False, 'embed is no feature map'),
-    (['ofa,features=stage1+embed'], 'ab', False, 'embed is no feature map'),
-    (['kl'], 'ab', True, '--teacher: no term follows it (leader=teacher)'),
-    (['token', 'token,learner=a'], 'ab', False, 'one branch learns by its token'),
-    (['kl,end=50', 'ce,weight=0'], 'ab', False, 'no term trains branch b in all epochs'),
-    (['kl,learner=both,when=leader-ahead'], 'ab', False, 'when=leader-ahead needs one learner'),
-    (['kl', 'kl,temperature=4'], 'ab', False, 'two terms have the name kl_b_a_loss'),
-    (['kl', 'kl,leader=teacher'], 'b', True, 'two terms have the name kl_b_teacher_loss'),
-    (['kl', 'ce', 'ce,weight=2'], 'ab', False, 'two terms have the name ce_b_loss'),
-])
-def test_terms_that_can_not_be(texts, sides, teacher, line):
-    with pytest.raises(ValueError, match=re.escape(line)):
-        check_terms([parse_term(text) for text in texts], tuple(sides), teacher)
 
 
 def test_terms_that_can_be():
@@ -512,16 +423,9 @@ def scenario(rank, world):
 
 
 def test_two_processes(tmp_path):
-    said = run_script(__file__, tmp_path)
-    ranks = load_results(tmp_path, WORLD)
-    assert None not in ranks, said
     want = gradients(make_task(PARTS, teacher=True), slice(None))
-    for found in ranks:
+    for found in run_ranks(tmp_path, WORLD, scenario):
         for step, wanted in zip(found, want, strict=True):
             assert list(step) == list(wanted)
             for name, gradient in wanted.items():
                 torch.testing.assert_close(step[name], gradient, rtol=1e-4, atol=1e-7)
-
-
-if __name__ == '__main__':
-    run_ranks(Path(sys.argv[1]), WORLD, scenario)

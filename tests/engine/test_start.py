@@ -4,7 +4,7 @@ import shutil
 import pytest
 import timm
 import torch
-from hub import NOWHERE
+from hub import NOWHERE, use_hub
 from huggingface_hub import constants
 from runs import NOISE, PAIR, SMALL, differences, error_line, run, status_of
 
@@ -13,31 +13,6 @@ from timm_vpl.core.methods import METHODS
 from timm_vpl.engine.models import create_branch
 from timm_vpl.options.train import parse_args
 from timm_vpl.tools.export import ExportObserver
-
-
-@pytest.mark.parametrize('options, line', [
-    (['--opt', 'adamww'], '--opt adamww: timm has no optimizer of this name, did you mean adamw, radamw or nadamw?'),
-    (['--opt', 'bnbadamw'], '--opt bnbadamw: needs the package bitsandbytes, which is not installed'),
-    (['--opt', 'fusedadam'], '--opt fusedadam: needs the package apex, which is not installed'),
-    (['--opt-betas', '0.9'], '--opt-betas 0.9: --opt adamw has 2 betas'),
-    (['--opt', 'lookahead_adan', '--opt-betas', '0.9', '0.99'], '--opt-betas 0.9 0.99: --opt lookahead_adan has 3 '
-     'betas'),
-], ids=' '.join)
-def test_optimizers_that_can_not_be(options, line, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr('timm_vpl.engine.optim.find_spec', lambda package: None)  # as where it is not installed
-    assert error_line(capsys, tmp_path, *PAIR, *SMALL, *options) == line  # not that this folder holds no data
-
-
-@pytest.mark.parametrize('options, line', [
-    (['--model-b', 'vit_base_patch16_224.augreg_in21kk'], '--model-b vit_base_patch16_224.augreg_in21kk: timm has no '
-     'such pretrained weights, did you mean vit_base_patch16_224.augreg_in21k'),
-    (['--model-b', 'test_vit.zzz'], '--model-b test_vit.zzz: timm has no such pretrained weights'),
-    (['--method', 'distill', '--model-b', '', '--teacher', 'resnet18.a1_in1'], '--teacher: resnet18.a1_in1: can not be '
-     'built: Invalid pretrained tag (a1_in1) for resnet18., did you mean resnet18.a1_in1k'),
-], ids=lambda value: value[-1])
-def test_tags_that_timm_does_not_have(options, line, digits_folder, tmp_path, capsys):
-    data = digits_folder if '--teacher' in options else tmp_path
-    assert error_line(capsys, data, *PAIR, *SMALL, *options).startswith(line)
 
 
 def test_a_file_of_which_no_weight_fits(digits_folder, tmp_path, capsys):
@@ -60,11 +35,7 @@ def test_a_file_of_which_no_weight_fits(digits_folder, tmp_path, capsys):
 
 
 def test_a_hub_out_of_reach_is_told_at_once(tmp_path, capsys, monkeypatch, caplog):
-    for name in ('http_proxy', 'https_proxy', 'all_proxy'):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setattr(constants, 'ENDPOINT', NOWHERE)
-    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
+    use_hub(monkeypatch, NOWHERE, tmp_path)
     for options in (['--pretrained-a'], ['--model-a', 'hf-hub:org/name']):
         line = error_line(capsys, '--dataset', 'digits', *PAIR, *SMALL, *options)
         assert f'not in the cache of the Hub ({tmp_path}), and {NOWHERE} can not be reached' in line
@@ -96,7 +67,7 @@ def test_export_is_tried_before_the_first_epoch(digits_folder, tmp_path, capsys,
     assert status_of(train, [*argv, '--epochs', '1']) == 0 and 'Train:' in caplog.text
 
 
-@pytest.mark.parametrize('workers', ['0', '2'])
+@pytest.mark.parametrize('workers', [pytest.param('0', marks=pytest.mark.slow), '2'])
 def test_what_is_tried_changes_nothing(workers, digits_folder, tmp_path, monkeypatch):
     options = [*NOISE, '--mixup', '0.2', '--export', '--workers', workers, '--epochs', '1']
     folders = [run(digits_folder, tmp_path, *options, name='tried')]

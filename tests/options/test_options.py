@@ -1,12 +1,12 @@
 """The parser: defaults, branches, recipes, refused options, and the one line that each mistake gets."""
 import inspect
-import logging
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import runs
 import yaml
 
 from timm_vpl import ContrastiveLoss, VPLLoss
@@ -33,14 +33,7 @@ def parse_args(argv, **kwargs):
 
 def error_line(capsys, argv):
     """Return what a wrong command line prints, without the `train_vpl.py: error: `."""
-    with pytest.raises(SystemExit) as caught:
-        parse_args(argv)
-    assert caught.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == '' and err.endswith('\n') and err.count('\n') == 1
-    prefix = 'train_vpl.py: error: '
-    assert err.startswith(prefix)
-    return err[len(prefix):-1]
+    return runs.error_line(capsys, *argv, command=parse_args)
 
 
 @pytest.fixture
@@ -141,82 +134,12 @@ def test_model_names_are_those_that_timm_registers():
     assert timm_model_names() == frozenset(timm.list_models())
 
 
-@pytest.mark.parametrize('argv, message', [
-    # models
-    (['--dataset', 'digits'], '--method vpl needs two models; missing: --model-a and --model-b'),
-    (['--dataset', 'digits', '--model-a', 'resnet18'], '--method vpl needs two models; missing: --model-b'),
-    ([*DIGITS, '--method', 'solo'], '--method solo needs one model, --model-a or --model-b; given: --model-a resnet18 '
-     "--model-b vit_tiny_patch16_224 (--model-b '' drops that of a recipe)"),
-    ([*DIGITS, '--model-a', 'resnet5O'], '--model-a resnet5O: timm has no model of this name, did you mean resnet50, '
-     'resnet51q or resnet50t?'),
-    ([*DIGITS, '--model-b', 'timm/resnet18'], '--model-b timm/resnet18 is not the name of a timm model '
-     '(hf-hub:timm/resnet18 or local-dir:timm/resnet18?)'),
-    ([*DIGITS, '--model-b', 'hub:x'], '--model-b hub:x is not the name of a timm model, hf-hub:ID or '
-     'local-dir:FOLDER'),
-    # data
-    (PAIR, 'no data: give a folder or .tar of images (DIR or --data-dir), or try --dataset digits'),
-    ([*PAIR, '--dataset', 'torch/cifar10'], 'no data: give where torch/cifar10 lies (DIR or --data-dir), or try '
-     '--dataset digits'),
-    (['/no\nwhere', *PAIR], 'data folder /no where does not exist'),
-    ([__file__, *PAIR], f'data {__file__} is not a folder or .tar'),
-    (['/tmp', *DIGITS], '--dataset digits comes with the package, but a folder is given: /tmp'),
-    (['/tmp', *PAIR, '--data-dir', '/'], 'DIR /tmp and --data-dir / differ, one is enough'),
-    ([*PAIR, '--dataset', 'cifar10'], '--dataset cifar10 is not one of digits, hfds/NAME, hfids/NAME, tfds/NAME, '
-     'torch/NAME, wds/NAME; leave it out for a folder or .tar'),
-    (['/tmp', 'more', *PAIR], "unexpected argument 'more' (see --help)"),
-    # files
-    ([*DIGITS, '--resume', 'no.pth'], '--resume no.pth: no such file'),
-    ([*DIGITS, '--initial-checkpoint', 'no.pth'], '--initial-checkpoint no.pth: no such file'),
-    ([*DIGITS, '--initial-checkpoint', __file__, '--initial-checkpoint-b', 'no.pth'],
-     '--initial-checkpoint-b no.pth: no such file'),
-    ([*DIGITS, '--pretrained-path-b', 'no.pth'], '--pretrained-path-b no.pth: no such file'),
-    # values
-    ([*DIGITS, '--x', '70', '--y', '40'], '--x 70 and --y 40 add up to more than 100 percent of the epochs'),
-    ([*DIGITS, '--x', '0', '--y', '110'], '--x 0 and --y 110 add up to more than 100 percent of the epochs'),
-    ([*DIGITS, '--y', '110'], '--x 20 and --y 110 add up to more than 100 percent of the epochs'),
-    ([*DIGITS, '--y', '100'], '--x 20 and --y 100 add up to more than 100 percent of the epochs; --x is at its '
-     'default, at most --x 0 fits'),
-    ([*DIGITS, '--x', '90'], '--x 90 and --y 20 add up to more than 100 percent of the epochs; --y is at its '
-     'default, at most --y 10 fits'),
-    ([*DIGITS, '--x', '-1'], "--x: '-1' is not a number >= 0"),
-    ([*DIGITS, '--y', 'nan'], "--y: 'nan' is not a number >= 0"),
-    ([*DIGITS, '--rho', 'inf'], "--rho: 'inf' is not a number > 0"),
-    ([*DIGITS, '--batch-size', '0'], "-b/--batch-size: '0' is not a whole number >= 1"),
-    ([*DIGITS, '--epochs', '1.5'], "--epochs: '1.5' is not a whole number >= 1"),
-    ([*DIGITS, '-j', '-1'], "-j/--workers: '-1' is not a whole number >= 0"),
-    ([*DIGITS, '--lr-a', '0'], "--lr-a: '0' is not a number > 0"),
-    ([*DIGITS, '--smoothing', '1'], "--smoothing: '1' is not a number >= 0 and < 1"),
-    ([*DIGITS, '--drop-path-b', '1.2'], "--drop-path-b: '1.2' is not a number from 0 to 1"),
-    ([*DIGITS, '--model-ema-decay', '1'], "--model-ema-decay: '1' is not a number > 0 and < 1"),
-    ([*DIGITS, '--crop-pct', '87.5'], "--crop-pct: '87.5' is not a fraction above 0 and below 2, such as 0.875 for "
-     '87.5 percent'),
-    ([*DIGITS, '--aug-repeats', '0.5'], "--aug-repeats: '0.5' is not 0 or a number >= 1"),
-    ([*DIGITS, '--opt-kwargs', 'foreach'], "--opt-kwargs: 'foreach' is not of the form key=value"),
-    ([*DIGITS, '--input-size', '3', '32'], '--input-size: expected 3 arguments'),
-    ([*DIGITS, '--amp=yes'], "--amp/--no-amp: takes no value, not 'yes'"),
-    # combinations
-    ([*DIGITS, '-b', '31', '--cutmix', '1'], '--batch-size 31 is odd, --mixup and --cutmix need an even one'),
-    ([*DIGITS, '--in-chans', '1', '--mean', '0', '0', '0'], '--mean 0 0 0 has 3 values, the images have 1 channels'),
-    # options
-    ([*DIGITS, '--model_a', 'x'], 'unknown option --model_a, did you mean --model-a? (see --help)'),
-    ([*DIGITS, '--epoch', '3'], 'unknown option --epoch, did you mean --epochs, --stop-epoch or --start-epoch? '
-     '(see --help)'),
-    ([*DIGITS, '--zzzzzz'], 'unknown option --zzzzzz (see --help)'),
-    ([*DIGITS, '--model', 'resnet50'], '--model is not available: a pair has two models; use --model-a and --model-b'),
-    ([*DIGITS, '--kd-temperature=4'], '--kd-temperature is not available: distillation is a method here; use '
-     '--method distill or deit with --teacher'),
-    ([*DIGITS, '--in-chans', '4', '--input-img-mode', 'RGBA'], '--aa original: its operations know images of mode L '
-     "and RGB, not --input-img-mode RGBA; --aa none goes without"),
-    # recipes
-    (['-c', '/no/where.yml'], '--config /no/where.yml is neither a file nor the name of a recipe; recipes: '
-     'first, second'),
-    (['-c', 'frist'], '--config frist is neither a file nor the name of a recipe; recipes: first'),
-    (['-c', 'elsewhere/first.yaml'], '--config elsewhere/first.yaml is neither a file nor the name of a recipe; '
-     'recipes: first'),
-])
-def test_mistakes_get_one_line(argv, message, capsys, monkeypatch):
+@pytest.mark.parametrize('name, recipes_named', [
+    ('/no/where.yml', 'first, second'), ('frist', 'first'), ('elsewhere/first.yaml', 'first')])
+def test_recipes_that_are_not_there(name, recipes_named, capsys, monkeypatch):
     monkeypatch.setattr(recipes, '_recipes', lambda: {'first': Path('first.yaml'), 'second': Path('second.yaml')})
-    assert error_line(capsys, argv) == message
+    assert error_line(capsys, ['-c', name]) == (
+        f'--config {name} is neither a file nor the name of a recipe; recipes: {recipes_named}')
 
 
 @pytest.mark.parametrize('flag', [
@@ -232,15 +155,6 @@ def test_refused_options(flag, capsys, recipe):
 def test_no_option_is_also_refused():
     for flag in build_parser()._option_string_actions:
         check_not_refused(flag)
-
-
-@pytest.mark.parametrize('name, choice', [
-    ('sched', 'rsqrt'), ('amp_dtype', 'bfloat16'), ('dist_bn', 'reduce'), ('kl_to', 'a')])
-def test_choices_are_named(name, choice, capsys, recipe):
-    flag, path = f'--{name.replace("_", "-")}', recipe(f'{name}: other')
-    for argv, where in (([flag, 'other'], flag), (['-c', path], f'{path}: {name}')):
-        message = error_line(capsys, [*DIGITS, *argv])
-        assert message.startswith(f"{where}: invalid choice: 'other' (choose from ") and choice in message
 
 
 def test_decimals_that_add_up_to_100_are_taken():
@@ -312,40 +226,6 @@ def test_folder_on_the_command_line_wins_over_the_recipe(recipe, tmp_path):
     assert parse_args([*PAIR, '-c', recipe(f'data: {tmp_path}')]).data_dir == str(tmp_path)
 
 
-@pytest.mark.parametrize('text, message', [
-    ('', ' is empty'),
-    ('# nothing', ' is empty'),
-    ('- lr', ' is not a mapping of options to values (epochs: 100)'),
-    ('lr', ' is not a mapping of options to values (epochs: 100)'),
-    ('lr: [1', ", line 1 is not YAML: expected ',' or ']', but got '<stream end>'"),
-    ('a: 1\n\tb: 2', ", line 2 is not YAML: found character '\\t' that cannot start any token"),
-    ('lr: 1\nlr: 2', ', line 2: lr is given twice'),
-    ('lr-a: 1\nlr_a: 2', ': lr_a is given twice'),
-    ('model_kwargs: {a: 1, a: 2}', ', line 1: a is given twice'),
-    ('epoch: 3', ': epoch is not an option, did you mean epochs, stop_epoch or start_epoch?'),
-    ('config: other.yaml', ': config: a recipe can not name another recipe'),
-    ('help: true', ': help is not an option, did you mean hflip?'),
-    ('1: 2', ': 1 is not an option'),
-    ('true: 2', ', line 1: True is not the name of an option'),
-    ('lr: fast', ": lr: 'fast' is not a number > 0"),
-    ('lr: -1', ": lr: '-1' is not a number > 0"),
-    ('lr: .nan', ": lr: '.nan' is not a number > 0"),
-    ('lr: [1]', ': lr: [1] is not one value (text that YAML takes for something else needs quotes)'),
-    ('experiment: no', ': experiment: False is not one value (text that YAML takes for something else needs quotes)'),
-    ('wandb_tags: [x, --amp]', ": wandb_tags: '--amp' is not a list of values (text that YAML takes for something "
-     'else needs quotes)'),
-    ('input_size: [3, 32]', ': input_size: expected 3 arguments'),
-    ('amp: 1', ": amp: '1' is not true or false"),
-    ('opt_kwargs: foreach', ": opt_kwargs: 'foreach' is not of the form key=value"),
-    ('kd_model_name: resnet50', ': kd_model_name is not available: distillation is a method here; use --method '
-     'distill or deit with --teacher'),
-    ('mean: &m [*m]', ' is nested too deeply'),
-])
-def test_mistakes_in_a_recipe_get_one_line(text, message, capsys, recipe):
-    path = recipe(text)
-    assert error_line(capsys, [*DIGITS, '-c', path]) == path + message
-
-
 def test_recipe_by_bare_name(monkeypatch, tmp_path):
     for layout in ('clone', 'wheel'):  # hparams beside the package, or in it
         package = tmp_path / layout / 'timm_vpl'
@@ -365,31 +245,6 @@ def test_values_of_a_run_are_a_recipe_of_it(recipe):
     ])
     again = train.parse_args(['-c', recipe(yaml.safe_dump(recipe_values(args)))])
     assert again.flat() == {**args.flat(), 'config': again.run.config}
-
-
-# Warnings
-
-
-@pytest.mark.parametrize('argv, warnings', [
-    ([], []),
-    (['--tau', '0.1', '--rho', '2'], []),
-    (['--tau', '0.1', '--similarity', 'dot', '--contrastive-weight', '0'],
-     ['--tau, --similarity: no effect, the contrastive term is off (--contrastive-weight 0 or --y 100)']),
-    (['--tau', '0.2', '--contrastive-weight', '0'], []),  # the default
-    (['--rho', '2', '--x', '100', '--y', '0'],
-     ['--rho: no effect, the KL term is off (--kl-weight 0 or --x 100)']),
-    (['--amp-dtype', 'bfloat16'], ['--amp-dtype: no effect, --amp is off']),
-    (['--amp', '--amp-dtype', 'bfloat16'], []),
-    (['--lr-a', '0.1', '--lr-base', '0.2'], []),
-    (['--lr', '0.1', '--lr-base', '0.2'], ['--lr-base: no effect, --lr is given']),
-    (['--no-aug', '--hflip', '0'], ['--hflip: no effect, --no-aug turns off all augmentation']),
-    (['--method', 'solo', '--model-b', '', '--lr-b', '0.1', '--x', '30'],
-     ['--x: no effect, --method solo does not read it', '--lr-b: no effect, there is no --model-b']),
-])
-def test_warning_where_an_option_has_no_effect(argv, warnings, caplog):
-    with caplog.at_level(logging.WARNING, logger='timm_vpl'):
-        parse_args([*DIGITS, *argv])
-    assert [record.getMessage() for record in caplog.records] == warnings
 
 
 # Help and docs
@@ -413,28 +268,22 @@ def test_every_changed_default_is_in_the_docs():
         (entry.flag, entry.shown, show(entry.row.timm)) for entry in build_parser().entries.values()
         if entry.row.timm not in (SAME, ABSENT) and entry.side in (None, 'both')
     ] == [
-        ('--lr-base', '0.005 for a, 0.002 for b', '0.1'),
-        ('--weight-decay', '0.05', '2e-05'),
-        ('--device', 'cuda, then mps, then cpu', 'cuda'),
-        ('--opt', 'adamw', 'sgd'),
-        ('--lr-base-size', '1600', '256'),
-        ('--aa', 'original', 'none'),
-        ('--reprob', '0.25', '0'),
-        ('--model-ema', 'on', 'off'),
+        ('--lr-base', '0.005 for a, 0.002 for b', '0.1'), ('--weight-decay', '0.05', '2e-05'),
+        ('--device', 'cuda, then mps, then cpu', 'cuda'), ('--opt', 'adamw', 'sgd'), ('--lr-base-size', '1600', '256'),
+        ('--aa', 'original', 'none'), ('--reprob', '0.25', '0'), ('--model-ema', 'on', 'off'),
         ('--model-ema-warmup', 'on', 'off'),
     ]
     assert (ROOT / 'docs' / 'options.md').read_text(encoding='utf-8') == options_markdown()
 
 
 def test_a_mistake_imports_nothing_heavy():
-    script = (
-        'import sys\n'
-        'from timm_vpl.options.train import parse_args\n'
-        'try:\n'
-        "    parse_args(['--dataset', 'digits', '--model-a', 'resnet5O', '--model-b', 'x'])\n"
-        'finally:\n'
-        "    heavy = {'torch', 'torchvision', 'timm', 'numpy', 'PIL', 'yaml'}\n"
-        '    print(sorted(heavy.intersection(sys.modules)))\n'
-    )
+    script = """
+import sys
+from timm_vpl.options.train import parse_args
+try:
+    parse_args(['--dataset', 'digits', '--model-a', 'resnet5O', '--model-b', 'x'])
+finally:
+    print(sorted({'torch', 'torchvision', 'timm', 'numpy', 'PIL', 'yaml'}.intersection(sys.modules)))
+"""
     done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, '[]\n')

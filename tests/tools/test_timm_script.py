@@ -15,7 +15,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from processes import load_results, run_script
+from processes import run_processes
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models import clean_state_dict
 
@@ -191,6 +191,8 @@ WORLD = 2
 
 def run_process(rank, folder, ports):
     """Train, and go on from the middle of that run, as one of the processes."""
+    os.dup2(os.open(folder / 'log.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    torch.set_num_threads(1)
     calls, no_sync = [], PairTask.no_sync
     PairTask.no_sync = lambda self: calls.append(self) or no_sync(self)
     for port, name, options in zip(ports, ('whole', 'resumed'), (
@@ -213,8 +215,9 @@ def free_ports(count):
 def processes(digits_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp('processes')
     (folder / 'digits').symlink_to(digits_folder)
-    end = run_script(__file__, folder)
-    assert None not in load_results(folder, WORLD), end
+    ports = free_ports(2)
+    assert run_processes((run_process, rank, folder, ports) for rank in range(WORLD)) == [0] * WORLD, (
+        folder / 'log.txt').read_text()
     return folder
 
 
@@ -230,7 +233,7 @@ def test_resumed_run_of_two_processes_equals_the_uninterrupted_one(processes):
 
 def test_two_processes_reduce_gradients_once_an_update(processes):
     # Of two micro-batches to an update, four to an epoch, the first is not reduced: 5 epochs, then 2 resumed ones.
-    assert load_results(processes, WORLD) == [UPDATES * (5 + 2)] * WORLD
+    assert [torch.load(processes / f'{rank}.pt') for rank in range(WORLD)] == [UPDATES * (5 + 2)] * WORLD
 
 
 def test_last_line_of_two_processes(processes, digits_folder):
@@ -252,18 +255,3 @@ def test_under_torchrun(digits_folder, tmp_path):
     assert result.returncode == 0 or 'Signal 6 (SIGABRT)' in result.stderr, result.stderr[-3000:]
     assert set(last_line(result.stderr)) == {'a', 'b'}  # said once, by the first process
     assert load(tmp_path / 'run' / 'last.pth.tar')['task_state'] == {'num_updates': 5}
-
-
-if __name__ == '__main__':
-    torch.set_num_threads(1)
-    ports = free_ports(2)
-    pids = []
-    for rank in range(WORLD):
-        pids.append(os.fork())
-        if not pids[-1]:
-            try:
-                run_process(rank, Path(sys.argv[1]), ports)
-            finally:
-                os._exit(0)
-    for pid in pids:
-        os.waitpid(pid, 0)
