@@ -114,17 +114,8 @@ def pair_kl(output, rho=1., kl_to='a'):
 
 
 def pair_terms(
-        output,
-        target,
-        tau,
-        rho=1.,
-        similarity='cosine',
-        contrastive_to='b',
-        kl_to='a',
-        contrastive_weight=1.,
-        kl_weight=1.,
-        same_class='negative',
-):
+        output, target, tau, rho=1., similarity='cosine', contrastive_to='b', kl_to='a', contrastive_weight=1.,
+        kl_weight=1., same_class='negative'):
     """All terms of the middle stage and their weighted sum, by the names that VPLLoss.terms uses."""
     terms = {
         'ce_a_loss': ce(output.logits_a, target),
@@ -132,10 +123,8 @@ def pair_terms(
         'contrastive_loss': pair_contrastive(output, target, tau, similarity, contrastive_to, same_class),
         'kl_loss': pair_kl(output, rho, kl_to),
     }
-    terms['loss'] = (
-        terms['ce_a_loss'] + terms['ce_b_loss']
-        + contrastive_weight * terms['contrastive_loss'] + kl_weight * terms['kl_loss']
-    )
+    terms['loss'] = (terms['ce_a_loss'] + terms['ce_b_loss'] + contrastive_weight * terms['contrastive_loss']
+                     + kl_weight * terms['kl_loss'])
     return terms
 
 

@@ -5,7 +5,7 @@ import pytest
 import reference
 import torch
 import yaml
-from runs import PAIR, SMALL, error_line, last, rows, run, torchrun
+from runs import PAIR, SMALL, error_line, last, rows, run, start_run, torchrun
 
 from timm_vpl import PairOutput
 from timm_vpl.core.methods import METHODS
@@ -103,21 +103,29 @@ def test_only_the_labels_loss_has_weights(method, options, imbalanced):
             assert torch.equal(weighted[name], plain[name])
 
 
-def test_a_run_with_weights(imbalanced, tmp_path, caplog, capsys):
+def test_a_run_with_weights_goes_on_with_those_that_it_began_with(imbalanced, tmp_path, caplog, capsys):
     caplog.set_level('INFO')
-    options = ['--class-weights', 'balanced', '--epochs', '1']
-    folder = run(imbalanced, tmp_path, *options, name='balanced')
-    assert '--class-weights balanced: 0.5 (class0) to 3 (class1)' in caplog.text
+    weights = tmp_path / 'weights.txt'
+    weights.write_text(' '.join(map(str, BALANCED)))
+    folder = run(imbalanced, tmp_path, '--class-weights', str(weights), '--stop-epoch', '1')
+    assert f'--class-weights {weights}: 0.5 (class0) to 3 (class1)' in caplog.text
     data = yaml.safe_load((folder / 'data.yaml').read_text())
     assert data['contents']['train']['class_weights'] == pytest.approx(dict(zip(COUNTS, BALANCED, strict=True)))
-    assert yaml.safe_load((folder / 'args.yaml').read_text())['class_weights'] == 'balanced'
-    plain = run(imbalanced, tmp_path, '--epochs', '1', name='plain')
-    assert rows(folder)[0]['train_ce_a_loss'] != rows(plain)[0]['train_ce_a_loss']
-    (tmp_path / 'w.txt').write_text(' '.join(map(str, BALANCED)))
-    file = run(imbalanced, tmp_path, '--class-weights', str(tmp_path / 'w.txt'), '--epochs', '1', name='file')
-    assert all(torch.equal(value, last(file)['state_dict'][key]) for key, value in last(folder)['state_dict'].items())
-    line = error_line(capsys, imbalanced, *PAIR, *SMALL, '--epochs', '1', '--resume', folder)
-    assert '--class-weights balanced before, now none' in line
+    assert yaml.safe_load((folder / 'args.yaml').read_text())['class_weights'] == str(weights)
+    argv = [imbalanced, *PAIR, *SMALL, '--resume', folder]
+    assert f'--class-weights {weights} before, now none' in error_line(capsys, *argv)
+    for text, words in (('1 9 1 1', '[0.5, 3.0, 1.5, 1.0] class weights before, now [1.0, 9.0, 1.0, 1.0]'),
+                        ('0 0 0 0', 'all weights are 0')):
+        weights.write_text(text)
+        assert words in error_line(capsys, *argv, '--class-weights', weights)
+
+
+def test_a_run_has_the_weights_in_both_branches(imbalanced, tmp_path):
+    criterion = start_run(imbalanced, tmp_path, *PAIR, '--class-weights', 'balanced').task.criterion.double()
+    target, logits, embed = torch.tensor([0, 1, 2, 3]), torch.rand(4, 4).double(), torch.rand(4, 96)
+    terms = criterion.terms(PairOutput(logits, logits, embed, embed), target)
+    want = reference.ce(logits, target, 0.1, BALANCED)
+    assert float(terms['ce_a_loss']) == float(terms['ce_b_loss']) == pytest.approx(float(want))
 
 
 @pytest.mark.slow
@@ -133,16 +141,3 @@ def test_weights_on_two_processes(imbalanced, tmp_path):
     state, other = last(one)['state_dict'], last(tmp_path / 'two')['state_dict']
     for key in state:
         torch.testing.assert_close(state[key], other[key], rtol=1e-3, atol=1e-4, msg=key)
-
-
-def test_a_resumed_run_has_the_weights_that_it_began_with(digits_folder, tmp_path, capsys):
-    weights = tmp_path / 'weights.txt'
-    weights.write_text('1 2 1 1')
-    run(digits_folder, tmp_path, '--class-weights', str(weights), '--stop-epoch', '1')
-    weights.write_text('1 9 1 1')
-    line = error_line(capsys, digits_folder, *PAIR, *SMALL, '--output', tmp_path, '--experiment', 'run',
-                      '--class-weights', weights, '--resume', 'auto')
-    assert '[1.0, 2.0, 1.0, 1.0] class weights before, now [1.0, 9.0, 1.0, 1.0]' in line
-    weights.write_text('0 0 0 0')
-    assert 'all weights are 0' in error_line(
-        capsys, digits_folder, *PAIR, *SMALL, '--output', tmp_path, '--class-weights', weights)

@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from runs import PAIR, rows, run
+from runs import rows, run
 from small import CPU
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
@@ -53,9 +53,7 @@ PAIRS = {
     'efficientvit_b0 + swin_tiny_patch4_window7_224': [
         '--img-size-a', '64', '--img-size-b', '56', *OTHER_B, '--model-kwargs-b', 'embed_dim=24'],
 }
-SLOW = ['fasternet_t0 + vit_tiny_r_s16_p8_224', 'efficientvit_b0 + swin_tiny_patch4_window7_224']
-
-
+QUICK_PAIRS = list(PAIRS)[:3] + ['test_mambaout + test_coatnet']
 SMALL_PAIR = 'test_resnet + test_vit'
 
 
@@ -120,7 +118,7 @@ def assert_sees_own_images(run, data, configs):
 
 
 @pytest.mark.parametrize('pair', [
-    pytest.param(pair, marks=[pytest.mark.slow] if pair in SLOW else []) for pair in PAIRS])
+    pytest.param(pair, marks=[] if pair in QUICK_PAIRS else pytest.mark.slow) for pair in PAIRS])
 def test_pairs_of_differing_inputs(digits_folder, tmp_path, pair):
     run, configs = start_run(digits_folder, tmp_path, pair, *PAIRS[pair])
     wrapper, source = run.pair, loader_config(configs)
@@ -341,45 +339,31 @@ def test_pretrained_branch_trains_and_validates_on_its_own_images(digits_folder,
 # a whole run
 
 
-@pytest.fixture(scope='module')
-def run_dir(digits_folder, tmp_path_factory):
-    """The folder of a run whose branches have images of other sizes and statistics."""
-    return run(
-        digits_folder, tmp_path_factory.mktemp('runs'), '--img-size-a', '24', *OTHER_B, '--epochs', '1', '--export',
-        '--crop-pct', '1.0', models=PAIR)
+def test_run_and_exports_validate_each_branch_on_its_own_images(digits_folder, tmp_path):
+    folder = run(
+        digits_folder, tmp_path, '--img-size-a', '24', *OTHER_B, '--epochs', '1', '--export', '--crop-pct', '1.0')
+    [summary] = rows(folder)
 
+    def validate(*argv):
+        path = tmp_path / 'results.json'
+        argv = ['validate', *map(str, argv), '--device', 'cpu', '--workers', '0', '--results-file', str(path)]
+        assert main(argv) == 0
+        return json.loads(path.read_text())
 
-def validated(tmp_path, *argv):
-    """The rows of a validation."""
-    path = tmp_path / 'results.json'
-    assert main(['validate', *map(str, argv), '--device', 'cpu', '--workers', '0', '--results-file', str(path)]) == 0
-    return json.loads(path.read_text())
+    def assert_same_figures(row, side, weights):
+        prefix = 'eval_ema' if weights == 'ema' else 'eval'
+        for metric in ('top1', 'top5', 'loss'):
+            assert row[metric] == pytest.approx(float(summary[f'{prefix}_{metric}_{side}']), rel=1e-6)
 
-
-def assert_same_figures(row, run_dir, side, weights='ema'):
-    [summary] = rows(run_dir)
-    prefix = 'eval_ema' if weights == 'ema' else 'eval'
-    for metric in ('top1', 'top5', 'loss'):
-        assert row[metric] == pytest.approx(float(summary[f'{prefix}_{metric}_{side}']), rel=1e-6)
-
-
-@pytest.mark.parametrize(('side', 'name', 'size', 'statistics'), [
-    ('a', 'test_resnet', 24, HALF),
-    ('b', 'test_vit', 32, {'mean': (0.4,) * 3, 'std': (0.3,) * 3}),
-])
-def test_export_keeps_its_own_inputs(digits_folder, tmp_path, run_dir, side, name, size, statistics):
-    folder = run_dir / 'export' / f'vpl-{name}'
-    cfg = json.loads((folder / 'config.json').read_text())['pretrained_cfg']
-    assert cfg['input_size'] == [3, size, size] and cfg['crop_pct'] == 1.0
-    assert {key: tuple(cfg[key]) for key in ('mean', 'std')} == statistics
-    [row] = validated(tmp_path, folder, digits_folder)
-    assert row['images'] == 17 and row['img_size'] == size
-    assert_same_figures(row, run_dir, side)
-
-
-def test_run_validates_each_branch_its_own_way(digits_folder, tmp_path, run_dir):
-    found = validated(tmp_path, run_dir / 'last.pth.tar', digits_folder, '-b', '8')
+    found = validate(folder / 'last.pth.tar', digits_folder, '-b', '8')
     assert [(row['branch'], row['weights'], row['img_size']) for row in found] == [
         ('a', 'raw', 24), ('a', 'ema', 24), ('b', 'raw', 32), ('b', 'ema', 32)]
     for row in found:
-        assert_same_figures(row, run_dir, row['branch'], row['weights'])
+        assert_same_figures(row, row['branch'], row['weights'])
+    for side, name, size, mean, std in (('a', 'test_resnet', 24, 0.5, 0.5), ('b', 'test_vit', 32, 0.4, 0.3)):
+        config = json.loads((folder / 'export' / f'vpl-{name}' / 'config.json').read_text())['pretrained_cfg']
+        assert config['input_size'] == [3, size, size] and config['crop_pct'] == 1.0
+        assert (config['mean'], config['std']) == ([mean] * 3, [std] * 3)
+        [row] = validate(folder / 'export' / f'vpl-{name}', digits_folder)
+        assert row['images'] == 17 and row['img_size'] == size
+        assert_same_figures(row, side, 'ema')

@@ -30,16 +30,9 @@ def make_output(num_images=4, dim=6, num_classes=5, dtype=torch.float64, seed=0,
     def leaf(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
-    return PairOutput(
-        leaf(num_images, num_classes),
-        leaf(num_images, num_classes),
-        leaf(num_images, dim),
-        leaf(num_images, dim),
-        # Other values than embed_a/b, so that it shows which of the two is used.
-        stopped_a=leaf(num_images, dim) if 'a' in stopped else None,
-        stopped_b=leaf(num_images, dim) if 'b' in stopped else None,
-        sample_ids=ids,
-    )
+    fields = [leaf(num_images, width) for width in (num_classes, num_classes, dim, dim)]
+    # Other values than embed_a/b, so that it shows which of the two is used.
+    return PairOutput(*fields, sample_ids=ids, **{f'stopped_{side}': leaf(num_images, dim) for side in stopped})
 
 
 def make_target(num_images=4, num_classes=5, soft=False, seed=0, dtype=torch.float64):
@@ -104,23 +97,22 @@ def assert_finite(criterion, output, target):
 @pytest.mark.parametrize('contrastive_to', SIDES)
 def test_terms_and_gradients_equal_reference(contrastive_to, similarity, same_class):
     rng = random.Random(f'{contrastive_to} {similarity} {same_class}')
-    for i, (soft, with_ids, with_stopped) in enumerate(itertools.product((False, True), repeat=3)):
+    for i, (soft, copies, with_stopped) in enumerate(itertools.product((False, True), repeat=3)):
         stopped = rng.choice(['a', 'b', 'ab']) if with_stopped else ''
         num_images, dim, num_classes = rng.randint(1, 9), rng.randint(1, 17), rng.randint(2, 12)
-        ids = torch.tensor([rng.randint(0, num_images // 2) for _ in range(num_images)]) if with_ids else None
+        if copies:  # and few classes
+            num_images, num_classes = rng.randint(5, 9), rng.randint(2, 3)
+        ids = torch.tensor([rng.choice([0, 3, -2, 10 ** 12]) for _ in range(num_images)]) if copies else None
         seed = rng.randrange(10 ** 6)
         output = make_output(num_images, dim, num_classes, seed=seed, stopped=stopped, ids=ids)
         target = make_target(num_images, num_classes, soft, seed)
+        if copies and i % 4 == 2:  # of one class, as they are without mixup
+            target = target[ids % num_images]
         settings = {
             'tau': rng.uniform(0.05, 2) if similarity == 'cosine' else rng.uniform(1, 50),
-            'rho': rng.uniform(0.5, 4),
-            'similarity': similarity,
-            'contrastive_to': contrastive_to,
-            'kl_to': SIDES[i % 3],
-            'contrastive_weight': rng.uniform(0.1, 3),
-            'kl_weight': rng.uniform(0.1, 3),
-            'same_class': same_class,
-        }
+            'rho': rng.uniform(0.5, 4), 'similarity': similarity, 'contrastive_to': contrastive_to,
+            'kl_to': SIDES[i % 3], 'contrastive_weight': rng.uniform(0.1, 3), 'kl_weight': rng.uniform(0.1, 3),
+            'same_class': same_class}
         criterion = make_criterion(**settings)
         got = criterion.terms(output, target)
         want = reference.pair_terms(output, target, **settings)
@@ -131,26 +123,6 @@ def test_terms_and_gradients_equal_reference(contrastive_to, similarity, same_cl
             assert_close(got[name], want[name], what)
             assert_same_gradients(gradients(got[name], leaves), gradients(want[name], leaves), what)
         assert torch.equal(criterion(output, target), got['loss'])
-
-
-@pytest.mark.parametrize('seed', range(18))
-def test_many_images_of_few_classes_and_copies(seed):
-    rng = random.Random(seed)
-    num_images, num_classes = rng.randint(5, 9), rng.randint(2, 3)
-    ids = torch.tensor([rng.randint(0, 3) for _ in range(num_images)])
-    target = make_target(num_images, num_classes, soft=rng.random() < 0.5, seed=seed)
-    if seed % 2:  # copies of one class, as they are without mixup
-        target = target[ids]
-    output = make_output(num_images, rng.randint(1, 17), num_classes, seed=seed, stopped='ab', ids=ids)
-    settings = {
-        'tau': rng.uniform(0.05, 2),
-        'contrastive_to': rng.choice(SIDES),
-        'same_class': ('negative', 'ignore', 'positive')[seed % 3],
-    }
-    got = make_criterion(**settings).terms(output, target)['contrastive_loss']
-    want = reference.pair_contrastive(output, target, **settings)
-    assert_close(got, want, 'contrastive_loss')
-    assert_same_gradients(gradients(got, leaves_of(output)), gradients(want, leaves_of(output)), 'contrastive_loss')
 
 
 @pytest.mark.parametrize('settings, scale, target, want', [
@@ -179,18 +151,6 @@ def test_kl_by_hand():
     assert float(to_a) == pytest.approx((0.5 * math.log(2) + 0.5 * math.log(2 / 3)) / 2, abs=1e-12)
     to_b = make_criterion(rho=3., kl_to='b').terms(output, target)['kl_loss']
     assert float(to_b) == pytest.approx((0.25 * math.log(0.5) + 0.75 * math.log(1.5)) / 2, abs=1e-12)
-
-
-def test_one_hot_targets_equal_class_indices():
-    output = make_output(7, 5, 4, stopped='a', ids=torch.tensor([0, 0, 1, -2, -2, 3, 10 ** 12]))
-    target = make_target(7, 4)
-    one_hot = torch.nn.functional.one_hot(target, 4).double()
-    for same_class in ('negative', 'ignore', 'positive'):
-        criterion = make_criterion(same_class=same_class)
-        hard, soft = criterion.terms(output, target), criterion.terms(output, one_hot)
-        assert_close(hard['loss'], reference.pair_terms(output, target, 0.2, same_class=same_class)['loss'], 'loss')
-        for name in hard:
-            assert_close(soft[name], hard[name], name)
 
 
 # who learns, where the caller says nothing; otherwise the loops tell
@@ -243,11 +203,7 @@ def test_base_loss_serves_both_branches(name, base_loss, loop):
 @pytest.mark.parametrize('epochs, x, y, epoch, on', [
     (10, 20, 20, 1, {'contrastive_loss'}),
     (10, 20, 20, 2, {'contrastive_loss', 'kl_loss'}),
-    (10, 20, 20, 7, {'contrastive_loss', 'kl_loss'}),
-    (10, 20, 20, 8, {'kl_loss'}),
     (10, 20, 20, 1000, {'kl_loss'}),
-    (3, 33.4, 33.3, 1, {'contrastive_loss'}),
-    (10, 0, 100, 0, {'kl_loss'}),
     (10, 100, 0, 10, {'contrastive_loss'}),
 ])
 def test_terms_by_stage(epochs, x, y, epoch, on):
@@ -266,11 +222,8 @@ def test_terms_by_stage(epochs, x, y, epoch, on):
 def test_what_a_stage_does_not_use_cannot_spoil_it(value):
     output, target = make_output(stopped='a'), make_target()
     spoiled = torch.full((4, 6), value, dtype=torch.float64)
-    output = output._replace(
-        embed_a=spoiled.clone().requires_grad_(),
-        embed_b=spoiled.clone().requires_grad_(),
-        stopped_a=spoiled.clone().requires_grad_(),
-    )
+    output = output._replace(**{
+        name: spoiled.clone().requires_grad_() for name in ('embed_a', 'embed_b', 'stopped_a')})
     criterion = VPLLoss(10, 20, 20, tau=0.2)
     criterion.set_epoch(9)
     assert_finite(criterion, output, target)
@@ -399,17 +352,10 @@ def test_extremes(name, dtype, similarity, same_class):
 # bad input
 
 @pytest.mark.parametrize('name, value', [
-    ('tau', 0), ('tau', -0.1), ('tau', float('nan')),
-    ('rho', 0.), ('rho', -2), ('rho', float('nan')),
-    ('similarity', 'euclidean'),
-    ('contrastive_to', 'c'), ('contrastive_to', None),
-    ('kl_to', 'ab'),
-    ('same_class', 'drop'),
-    ('contrastive_loss', -1), ('contrastive_loss', float('nan')),
-    ('kl_loss', -0.5), ('kl_loss', float('nan')),
-    ('epochs', 0),
-    ('x', -1), ('y', 101), ('x', float('nan')),
-])
+    ('tau', 0), ('tau', -0.1), ('tau', math.nan), ('rho', 0.), ('rho', -2), ('rho', math.nan),
+    ('similarity', 'euclidean'), ('contrastive_to', 'c'), ('contrastive_to', None), ('kl_to', 'ab'),
+    ('same_class', 'drop'), ('contrastive_loss', -1), ('contrastive_loss', math.nan), ('kl_loss', -0.5),
+    ('kl_loss', math.nan), ('epochs', 0), ('x', -1), ('y', 101), ('x', math.nan)])
 def test_bad_arguments(name, value):
     with pytest.raises(ValueError, match=rf'\b{name}\b.*{value}'):
         VPLLoss(**{**ONE_STAGE, name.replace('_loss', '_weight'): value})
@@ -427,15 +373,11 @@ def leaf(*shape):
 
 
 @pytest.mark.parametrize('changes, sizes, target', [
-    ({'embed_b': leaf(4, 7)}, '67', make_target()),
-    ({'embed_a': leaf(4, 1)}, '16', make_target()),
-    ({'embed_a': leaf(3, 6)}, '34', make_target()),
-    ({'embed_b': leaf(1, 6)}, '14', make_target()),
-    ({'logits_a': leaf(3, 5)}, '34', make_target()),
-    ({'logits_b': leaf(1, 5)}, '14', make_target()),
+    *(({name: leaf(*shape)}, sizes, make_target()) for name, shape, sizes in (
+        ('embed_b', (4, 7), '67'), ('embed_a', (4, 1), '16'), ('embed_a', (3, 6), '34'), ('embed_b', (1, 6), '14'),
+        ('logits_a', (3, 5), '34'), ('logits_b', (1, 5), '14'))),
     ({'sample_ids': torch.zeros(1, dtype=torch.int64)}, '14', make_target()),
-    *(({}, f'4{n}', make_target(n, soft=soft)) for n in (1, 3) for soft in (False, True)),
-])
+    *(({}, f'4{n}', make_target(n, soft=soft)) for n in (1, 3) for soft in (False, True))])
 def test_mismatched_shapes(changes, sizes, target):
     with pytest.raises(ValueError) as error:
         make_criterion()(make_output()._replace(**changes), target)
@@ -450,46 +392,6 @@ def test_plain_logits_are_told_what_to_wrap(output):
         criterion(output, make_target())
 
 
-class Scaled:
-    """A term that holds a module and is none."""
-
-    def __init__(self, loss):
-        self.loss = loss
-
-    def __call__(self, output, target):
-        return 2 * self.loss(output.logits_b, target)
-
-
-@pytest.mark.parametrize('how', ['base_term', 'around', 'closure', 'partial', 'module', 'attribute', 'method'])
-def test_what_a_term_holds_follows_the_criterion(how):
-    module = torch.nn.CrossEntropyLoss(weight=torch.tensor([1., 2., 3., 4., 5.])).eval()
-    criterion = StagedLoss([{
-        'base_term': lambda: base_term('a', module),
-        'partial': lambda: Term('x_loss', functools.partial(lambda own, output, y: own(output[0], y), module)),
-        'module': lambda: Term('x_loss', OnLogits(module)),
-        'around': lambda: base_term('a', lambda logits, target: module(logits, target)),
-        'closure': lambda: Term('x_loss', lambda output, target: module(output.logits_a, target)),
-        'attribute': lambda: Term('x_loss', Scaled(module)),
-        'method': lambda: Term('x_loss', Scaled(module).__call__),
-    }[how]()])
-    assert how == 'module' or not criterion.state_dict()  # its keys are its own
-    criterion.double()
-    criterion.set_epoch(0)
-    assert module.weight.dtype == torch.float64 and criterion(make_output(), make_target()).dtype == torch.float64
-    criterion.to('meta')
-    assert module.weight.device.type == 'meta'
-
-
-def test_term_that_names_what_comes_later():
-    def term(output, target):
-        return later(output.logits_a, target)
-
-    criterion = StagedLoss([Term('x_loss', term)]).double()
-    later = torch.nn.CrossEntropyLoss(weight=torch.ones(5)).double()
-    criterion.set_epoch(0)
-    assert criterion(make_output(), make_target()).isfinite()
-
-
 class OnLogits(torch.nn.Module):
     """A term that is a module."""
 
@@ -501,18 +403,54 @@ class OnLogits(torch.nn.Module):
         return self.loss(output.logits_b, target)
 
 
+class Scaled:
+    """A term that holds a module and is none."""
+
+    def __init__(self, loss):
+        self.loss = loss
+
+    def __call__(self, output, target):
+        return 2 * self.loss(output.logits_b, target)
+
+
+HOLDERS = {
+    'base term': lambda module: base_term('a', module),
+    'partial': lambda module: Term('x_loss', functools.partial(lambda own, output, y: own(output[0], y), module)),
+    'module': lambda module: Term('x_loss', OnLogits(module)),
+    'around': lambda module: base_term('a', lambda logits, target: module(logits, target)),
+    'closure': lambda module: Term('x_loss', lambda output, target: module(output.logits_a, target)),
+    'attribute': lambda module: Term('x_loss', Scaled(module)),
+    'method': lambda module: Term('x_loss', Scaled(module).__call__),
+}
+
+
+@pytest.mark.parametrize('how', HOLDERS)
+def test_what_a_term_holds_follows_the_criterion(how):
+    module = torch.nn.CrossEntropyLoss(weight=torch.ones(5)).eval()
+    criterion = StagedLoss([HOLDERS[how](module)])
+    assert how == 'module' or not criterion.state_dict()  # its keys are its own
+    criterion.double()
+    criterion.set_epoch(0)
+    assert module.weight.dtype == torch.float64 and criterion(make_output(), make_target()).dtype == torch.float64
+    criterion.to('meta')
+    assert module.weight.device.type == 'meta'
+
+
+def test_term_that_names_what_comes_later():
+    criterion = StagedLoss([Term('x_loss', lambda output, target: later(output.logits_a, target))]).double()
+    later = torch.nn.CrossEntropyLoss(weight=torch.ones(5)).double()
+    criterion.set_epoch(0)
+    assert criterion(make_output(), make_target()).isfinite()
+
+
 @pytest.mark.parametrize('clone', [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=['copy', 'pickle'])
 def test_copied_criterion_is_the_criterion(clone):
     module = torch.nn.CrossEntropyLoss(weight=torch.tensor([1., 2., 3., 4., 5.], dtype=torch.float64))
     criteria = [
         make_criterion(base_loss=module),
         StagedLoss([
-            base_term('a', module),
-            Term('kl_loss', kl_loss('both', 2.)),
-            Term('hard_loss', token_loss('b')),
-            Term('soft_loss', token_loss('b', 3.)),
-            Term('cosub_loss', submodel_loss('a', True)),
-        ]),
+            base_term('a', module), Term('kl_loss', kl_loss('both', 2.)), Term('hard_loss', token_loss('b')),
+            Term('soft_loss', token_loss('b', 3.)), Term('cosub_loss', submodel_loss('a', True))]),
     ]
     output, target = make_output(ids=torch.arange(4)), make_target()
     output = output._replace(dist_logits_b=output.logits_a * 2)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from small import (
     DEIT,
     NUM_CLASSES,
-    SIZE,
     TinyModel,
     assert_equal_outputs,
     assert_equal_states,
@@ -68,8 +67,7 @@ def test_output_begins_with_logits_and_embeddings():
 @pytest.mark.parametrize('side', SIDES)
 def test_branch_alone_is_the_bare_model(side, name):
     bare = make_model(name, **STOCHASTIC)
-    pair = one_branch(side, copy.deepcopy(bare))
-    other = partner_of(side)
+    pair, other = one_branch(side, copy.deepcopy(bare)), partner_of(side)
     output, want = seeded(1, pair, images()), seeded(1, bare, images())
     logits, embed = getattr(output, f'logits_{side}'), getattr(output, f'embed_{side}')
     assert torch.equal(logits, want)
@@ -78,13 +76,11 @@ def test_branch_alone_is_the_bare_model(side, name):
     assert getattr(output, f'logits_{other}') is None and getattr(output, f'embed_{other}') is None
     for result in (logits, want):
         result.square().sum().backward()
-    for parameter, wanted in zip(pair.parameters(), bare.parameters(), strict=True):
-        assert torch.equal(parameter.grad, wanted.grad)
-
-    assert pair.sides == (side,) and pair.affine is None
+    assert all(torch.equal(*(each.grad for each in both)) for both in zip(
+        pair.parameters(), bare.parameters(), strict=True))
+    assert pair.sides == (side,) == copy.deepcopy(pair).sides and pair.affine is None
     assert set(pair.state_dict()) == {f'model_{side}.{key}' for key in bare.state_dict()}
     assert pair.num_classes == NUM_CLASSES and pair.get_classifier() == (pair.branch(side).get_classifier(),)
-    assert copy.deepcopy(pair).sides == (side,)
 
 
 def test_two_headed_branch_gives_class_token_and_second_logits():
@@ -171,11 +167,8 @@ def test_stopped_embedding_moves_the_affine_layer_only(side):
 @pytest.mark.parametrize(('name_a', 'affine'), [('test_resnet', True), ('test_convnext', False)])
 def test_state_dict_holds_each_part_once(name_a, affine):
     pair = make_pair(name_a)
-    want = [
-        *(f'model_a.{key}' for key in pair.model_a.state_dict()),
-        *(f'model_b.{key}' for key in pair.model_b.state_dict()),
-        *(['affine.weight', 'affine.bias'] if affine else []),
-    ]
+    want = [f'model_{side}.{key}' for side in SIDES for key in pair.branch(side).state_dict()]
+    want += ['affine.weight', 'affine.bias'] if affine else []
     assert list(pair.state_dict()) == want
     parameters = [name for name, _ in pair.named_parameters()]
     assert parameters == [key for key in want if key in set(parameters)]
@@ -236,12 +229,16 @@ class Adapted(nn.Module):
         return self.base(self.scale * x)
 
 
-@pytest.mark.parametrize('side', SIDES)
-@pytest.mark.parametrize('make', [
-    lambda model: make_model('test_resnet' if hasattr(model, 'fc') else 'test_vit', seed=9),
-    Adapted,
-    lambda model: torch.compile(model, backend='eager'),
-], ids=['other', 'adapted', 'compiled'])
+def another(model):
+    return make_model('test_resnet' if hasattr(model, 'fc') else 'test_vit', seed=9)
+
+
+def compiled(model):
+    return torch.compile(model, backend='eager')
+
+
+@pytest.mark.parametrize('make, side', [
+    (another, 'a'), (another, 'b'), (Adapted, 'a'), (Adapted, 'b'), (compiled, 'b')])
 def test_model_that_is_assigned_is_the_one_that_runs(make, side, dynamo):
     pair = make_pair().eval()
     pair.parts[side].memory_format = torch.channels_last
@@ -293,7 +290,7 @@ def test_bare_model_stays_usable_and_holds_nothing():
     pair = make_pair().eval()
     want, embed = copy.deepcopy(pair.model_a)(images(seed=1)), pair(images()).embed_a
     with pytest.raises(RuntimeError):  # a forward that fails leaves nothing behind
-        pair.run('a', torch.randn(2, 4, SIZE, SIZE))  # four channels
+        pair.run('a', torch.randn(2, 4, 32, 32))  # four channels
     assert torch.equal(pair.model_a(images(seed=1)), want)
     assert torch.equal(copy.deepcopy(pair.model_a)(images(seed=1)), want)
     assert nothing_held(pair)
@@ -400,11 +397,8 @@ def test_reset_classifier_hooks_the_new_one():
 
 def group_settings(optimizer):
     """What each parameter gets: {id: (lr_scale, weight decay)}."""
-    return {
-        id(parameter): (group.get('lr_scale', 1.), group['weight_decay'])
-        for group in optimizer.param_groups
-        for parameter in group['params']
-    }
+    return {id(parameter): (group.get('lr_scale', 1.), group['weight_decay'])
+            for group in optimizer.param_groups for parameter in group['params']}
 
 
 PAIRS = {
@@ -414,15 +408,9 @@ PAIRS = {
     'test_byobnet + deit': lambda: make_pair('test_byobnet', DEIT),
     'not timm\'s + test_vit': lambda: PairWrapper(TinyModel(), make_model('test_vit')),
 }
-LAYER_DECAYS = [
-    {},
-    {'layer_decay': 0.75},
-    {'layer_decay': 0.75, 'layer_decay_min_scale': 0.3},
-    {'layer_decay': 0.5, 'filter_bias_and_bn': False},
-]
-
-
-@pytest.mark.parametrize('kwargs', LAYER_DECAYS, ids=lambda kwargs: '-'.join(map(str, kwargs.values())) or 'plain')
+@pytest.mark.parametrize('kwargs', [
+    {}, {'layer_decay': 0.75}, {'layer_decay': 0.75, 'layer_decay_min_scale': 0.3},
+    {'layer_decay': 0.5, 'filter_bias_and_bn': False}], ids=str)
 @pytest.mark.parametrize('make', PAIRS.values(), ids=PAIRS)
 def test_parameters_get_what_they_get_alone(make, kwargs):
     pair = make()
@@ -443,19 +431,27 @@ def test_parameters_get_what_they_get_alone(make, kwargs):
     assert min(scales) >= kwargs.get('layer_decay_min_scale', 0.)
 
 
-@pytest.mark.parametrize('layer_decay', [None, 0.75])
-def test_named_groups_of_the_script_are_each_branchs_own(layer_decay):
-    pair = make_pair()
+@pytest.mark.parametrize('frozen', [0, 2])
+@pytest.mark.parametrize('layer_decays', [(None, None), (0.75, 0.75), (0.8, 0.6)])
+def test_named_groups_of_the_script_are_each_branchs_own(layer_decays, frozen):
+    pair, decays = make_pair(), {'a': 0.1, 'b': 0.05}
+    values = {'model': 'x', 'weight_decay': decays, 'layer_decay': dict(zip(SIDES, layer_decays, strict=True)),
+              'layer_decay_min_scale': {'a': None, 'b': 0.7}}
     options = make_options({
-        'model_a': 'x', 'model_b': 'x', 'weight_decay_a': 0.1, 'weight_decay_b': 0.05, 'layer_decay': layer_decay})
+        f'{name}_{side}': value[side] if isinstance(value, dict) else value
+        for name, value in values.items() for side in SIDES})
+    want = {id(pair.affine.weight): (1., 0.05), id(pair.affine.bias): (1., 0.)}
+    for side, layer_decay in zip(SIDES, layer_decays, strict=True):
+        want.update(group_settings(create_optimizer_v2(
+            pair.branch(side), 'adamw', lr=1, weight_decay=decays[side], layer_decay=layer_decay,
+            layer_decay_min_scale=values['layer_decay_min_scale'][side] or 0.)))
+        pair.freeze(side, frozen)
+    trained = {id(parameter) for parameter in pair.parameters() if parameter.requires_grad}
+    assert (len(trained) < len(want)) == (frozen > 0)
     groups = param_groups(options, pair, {'a': 0.5, 'b': 0.25})
     assert {(group['side'], group['lr']) for group in groups} == {('a', 0.5), ('b', 0.25)}
-    got = group_settings(create_optimizer_v2(groups, 'adamw', lr=1))
-    want = {id(pair.affine.weight): (1., 0.05), id(pair.affine.bias): (1., 0.)}
-    for side, weight_decay in (('a', 0.1), ('b', 0.05)):
-        want.update(group_settings(create_optimizer_v2(
-            pair.branch(side), 'adamw', lr=1, weight_decay=weight_decay, layer_decay=layer_decay)))
-    assert got == want
+    assert group_settings(create_optimizer_v2(groups, 'adamw', lr=1)) == {
+        key: value for key, value in want.items() if key in trained}
 
 
 # compilation
@@ -489,10 +485,13 @@ def quick_model(width=6, drop_rate=0.):
     return model
 
 
+def quick_pair():
+    return PairWrapper(quick_model(), quick_model(width=7)).eval()
+
+
 def compile_branches(pair):
-    graphs = {}
+    graphs = {side: Graphs() for side in pair.sides}
     for side in pair.sides:
-        graphs[side] = Graphs()
         pair.parts[side].compile(backend=graphs[side])
     return graphs
 
@@ -523,30 +522,24 @@ def test_compiled_branch_is_one_graph_with_the_same_outputs(names, backend, dyna
     assert backend or counts(graphs) == [1, 1]
     assert list(pair.state_dict()) == list(eager.state_dict())
     # The bare model is as it was.
-    assert torch.equal(pair.eval().model_a(images()), eager.eval().model_a(images()))
-    assert nothing_held(pair)
+    assert torch.equal(pair.eval().model_a(images()), eager.eval().model_a(images())) and nothing_held(pair)
 
 
 def test_copy_of_a_compiled_pair_starts_uncompiled(dynamo):
-    pair = PairWrapper(quick_model(), quick_model(width=7)).eval()
-    want = pair(images())
-    graphs = compile_branches(pair)
+    pair, fresh = quick_pair(), quick_pair()
+    want, graphs = pair(images()), compile_branches(pair)
     assert_equal_outputs(pair(images()), want)
-    other = copy.deepcopy(pair)
+    before, other = counts(graphs), copy.deepcopy(pair)
     assert all(other.parts[side]._compiled_call_impl is None for side in SIDES)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.1)
-    fresh = PairWrapper(quick_model(), quick_model(width=7)).eval()
     fresh.load_state_dict(other.state_dict())
-    before = counts(graphs)
     assert_equal_outputs(other(images()), fresh(images()))
     own = compile_branches(other)
     assert_equal_outputs(other(images()), fresh(images()))
-    assert counts(own) == [1, 1]
-    # The original still gives its own.
-    assert_equal_outputs(pair(images()), want)
-    assert counts(graphs) == before
+    assert_equal_outputs(pair(images()), want)  # the original still gives its own
+    assert counts(own) == [1, 1] and counts(graphs) == before
 
 
 def test_uses_of_a_run_stay_below_dynamos_limit(dynamo):
@@ -573,12 +566,11 @@ def test_each_branch_has_a_limit_of_its_own(dynamo):
     # And what is learnt of sizes is its own: with one for both, images of another size would be compiled for any size.
     with torch._dynamo.config.patch(recompile_limit=2):
         for _ in range(2):
-            pair = PairWrapper(quick_model(), quick_model(width=7))
+            pair = quick_pair()
             graphs = compile_branches(pair)
             x = {'a': images(), 'b': torch.randn(4, 3, 48, 48)}
             for mode in (True, False):
                 output = pair.train(mode)(x)
                 assert torch.equal(output.logits_a, pair.model_a(x['a']))
                 assert torch.equal(output.logits_b, pair.model_b(x['b']))
-            assert counts(graphs) == [2, 2]
-            assert not graphs['a'].varying and not graphs['b'].varying
+            assert counts(graphs) == [2, 2] and not any(graphs[side].varying for side in SIDES)

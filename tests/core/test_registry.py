@@ -144,13 +144,16 @@ def name_of(case):
     return '-'.join([case.name, *map(str, case.kwargs.values())])
 
 
-@pytest.mark.parametrize('module', [
-    pytest.param(module, marks=pytest.mark.slow) if module in TABLES['slow'] else module for module in MODULES])
+def marks(name):
+    return [pytest.mark.slow] if name in TABLES['slow'] else []
+
+
+@pytest.mark.parametrize('module', [pytest.param(module, marks=marks(module)) for module in MODULES])
 def test_values(module):
     check_values(case_of(module))
 
 
-@pytest.mark.parametrize('case', SPECIAL, ids=name_of)
+@pytest.mark.parametrize('case', [pytest.param(case, id=name_of(case), marks=marks(case.name)) for case in SPECIAL])
 def test_values_of_special_heads(case):
     if not timm.is_model(case.name):
         pytest.skip(f'this timm has no {case.name}')

@@ -23,17 +23,11 @@ def bomb():
 
 
 BROKEN = {
-    'empty': b'',
-    'text': b'<html>404 Not Found</html>',
-    'truncated JPEG': JPEG[:len(JPEG) // 2],
-    'JPEG header alone': JPEG[:30],
-    'truncated PNG': PNG[:len(PNG) // 2],
-    'damaged PNG': PNG[:60] + bytes(20) + PNG[80:],
-    'bomb': bomb(),
+    'empty': b'', 'text': b'<html>404 Not Found</html>', 'bomb': bomb(),
+    'truncated JPEG': JPEG[:len(JPEG) // 2], 'JPEG header alone': JPEG[:30],
+    'truncated PNG': PNG[:len(PNG) // 2], 'damaged PNG': PNG[:60] + bytes(20) + PNG[80:],
     'floats': encoded(Image.fromarray(np.ones((4, 4), dtype=np.float32)), 'TIFF'),
-    'link to nothing': 'gone.png',
-    'link to itself': '0000.png',
-}
+    'link to nothing': 'gone.png', 'link to itself': '0000.png'}
 
 
 @pytest.mark.parametrize('what', BROKEN)

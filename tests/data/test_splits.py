@@ -149,19 +149,14 @@ def test_class_maps(folder, tar):
 
 
 @pytest.mark.parametrize(('name', 'content', 'message'), [
-    ('a.pkl', b'', 'Ran out of input'),
-    ('a.pkl', b'no pickle', ''),
+    ('a.pkl', b'', 'Ran out of input'), ('a.pkl', b'no pickle', ''),
     ('a.pkl', pickle.dumps({'class0': 0})[:-5], ''),
     ('a.pkl', pickle.dumps(os.getcwd), 'is not permitted in a class map file'),
     ('a.pkl', pickle.dumps(['class0']), 'expected a dict'),
-    ('a.pkl', pickle.dumps({}), 'not a class index for each name'),
-    ('a.pkl', pickle.dumps({'class0': '0'}), 'not a class index for each name'),
-    ('a.pkl', pickle.dumps({'class0': -1}), 'not a class index for each name'),
-    ('a.txt', b'class0\n\nclass1\n', 'a line without a name'),
-    ('a.txt', b'class0\nclass0\nclass1\n', 'a name twice'),
-    ('a.txt', b'\xff\xfe\x00', "can't decode byte"),
-    ('a.csv', b'class0,0\n', 'Unsupported class map file extension'),
-])
+    *(('a.pkl', pickle.dumps(indices), 'not a class index for each name') for indices in (
+        {}, {'class0': '0'}, {'class0': -1})),
+    ('a.txt', b'class0\n\nclass1\n', 'a line without a name'), ('a.txt', b'class0\nclass0\nclass1\n', 'a name twice'),
+    ('a.txt', b'\xff\xfe\x00', "can't decode byte"), ('a.csv', b'class0,0\n', 'Unsupported class map file extension')])
 def test_a_damaged_class_map_is_refused(digits_folder, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError) as caught:
