@@ -62,7 +62,8 @@ def test_stop_names_what_is_bad(digits_folder, tmp_path, monkeypatch, capsys, sp
             assert all(tensor.isfinite().all() for tensor in checkpoint[key].values())
 
 
-@pytest.mark.parametrize('options', [[], ['--opt-kwargs', 'fused=True'], ['--method', 'dml']], ids=' '.join)
+@pytest.mark.parametrize('options', [
+    [], pytest.param(['--opt-kwargs', 'fused=True'], marks=pytest.mark.slow), ['--method', 'dml']], ids=' '.join)
 def test_skip_leaves_the_update_out(digits_folder, tmp_path, monkeypatch, caplog, options):
     options = [*OPTIONS, *options, '--on-nonfinite', 'skip']
     phases = 2 if 'dml' in options else 1

@@ -20,13 +20,9 @@ FLAGS = {name: sorted(parser._option_string_actions) for name, parser in PARSERS
 DESTS = sorted(PARSERS['train'].entries)
 WORDS = {
     'train': ['--dataset', 'digits', '--model-a', 'resnet18', '--model-b', 'vit_tiny_patch16_224'],
-    'validate': ['resnet18', '--dataset', 'digits'],
-    'predict': ['resnet18', 'image.png'],
-    'inspect': ['resnet18', 'resnet34', '--dataset', 'digits'],
-    'export': ['run'],
-    'report': ['run'],
-    'study': ['plan.yaml'],
-}
+    'validate': ['resnet18', '--dataset', 'digits'], 'predict': ['resnet18', 'image.png'],
+    'inspect': ['resnet18', 'resnet34', '--dataset', 'digits'], 'export': ['run'], 'report': ['run'],
+    'study': ['plan.yaml']}
 
 # Surrogates are what bytes that are not UTF-8 become on a command line.
 text = st.text(st.characters(codec=None), max_size=12)

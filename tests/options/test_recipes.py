@@ -1,5 +1,4 @@
 """Every recipe and its header's command parse, its real models are built on the meta device, its method trains."""
-import csv
 import logging
 import math
 import pickle
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from runs import ROOT, rows
 from timm.data import dataset_factory
 
 from timm_vpl.cli import train
@@ -23,18 +23,12 @@ from timm_vpl.engine.optim import learning_rates
 from timm_vpl.options.recipes import read_recipe
 from timm_vpl.options.train import build_parser, parse_args
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / 'hparams').glob('*.yaml'))
 CLASSES = {'imagenet': 1000, 'cifar10': 10, 'cifar100': 100, 'flowers102': 102, 'cars': 196, 'quickstart': 10,
            'finetune': 10}
 TERMS = {
-    'vpl': ('ce_a', 'ce_b', 'contrastive', 'kl'),
-    'solo': ('ce',),
-    'dml': ('ce_a', 'kl_a', 'ce_b', 'kl_b'),
-    'distill': ('ce', 'pair'),
-    'deit': ('ce', 'distill'),
-    'cosub': ('ce_a', 'ce_b', 'cosub_a', 'cosub_b'),
-}
+    'vpl': ('ce_a', 'ce_b', 'contrastive', 'kl'), 'solo': ('ce',), 'dml': ('ce_a', 'kl_a', 'ce_b', 'kl_b'),
+    'distill': ('ce', 'pair'), 'deit': ('ce', 'distill'), 'cosub': ('ce_a', 'ce_b', 'cosub_a', 'cosub_b')}
 # Values that a recipe repeats although they are the defaults: the papers give them.
 GIVEN = {
     'aa', 'batch_size', 'decay_rate', 'distillation_tau', 'distillation_type', 'epochs', 'lr_base_a', 'lr_base_b',
@@ -42,18 +36,13 @@ GIVEN = {
     'smoothing', 'warmup_epochs', 'weight_decay_a', 'weight_decay_b', 'x', 'y'}
 # Learning rates and images an update that are not the VPL paper's.
 OTHERS = {
-    '_original_': ({'a': 0.1}, 256),
-    '_deit_hard_vitb': ({'b': 0.001}, 1024),
-    '_deit_soft_vitb': ({'b': 0.001}, 1024),
-    '_cosub_vitb': ({'b': 0.003}, 2048),
-    '_finetune384_': ({'b': 5e-6}, 512),
-}
+    '_original_': ({'a': 0.1}, 256), '_deit_hard_vitb': ({'b': 0.001}, 1024), '_deit_soft_vitb': ({'b': 0.001}, 1024),
+    '_cosub_vitb': ({'b': 0.003}, 2048), '_finetune384_': ({'b': 5e-6}, 512)}
 # One of each way to train; the others take their two steps under `pytest -m slow`.
 QUICK = {
-    'imagenet_vpl_bi_resnet50_vitb_300ep', 'imagenet_vpl_vits_vitb_300ep', 'imagenet_solo_resnet50_original_100ep',
-    'imagenet_dml_resnet50_vitb_300ep', 'cifar10_dml_joint_convnext_vit', 'imagenet_distill_resnet50_from_vitb_300ep',
-    'imagenet_distill_vitb_from_resnet50_300ep', 'imagenet_deit_hard_vitb_300ep', 'imagenet_deit_soft_vitb_300ep',
-    'imagenet_cosub_vitb_800ep', 'imagenet_finetune384_vitb', 'cars_transfer_resnet50', 'quickstart'}
+    'imagenet_vpl_bi_resnet50_vitb_300ep', 'imagenet_solo_resnet50_original_100ep', 'imagenet_dml_resnet50_vitb_300ep',
+    'imagenet_distill_vitb_from_resnet50_300ep', 'imagenet_deit_hard_vitb_300ep', 'imagenet_cosub_vitb_800ep',
+    'imagenet_finetune384_vitb', 'quickstart'}
 VPL = ROOT / 'hparams' / 'imagenet_vpl_resnet50_vitb_300ep.yaml'
 TINY_DISTILLED = 'patch_size=8 embed_dim=48 depth=1 num_heads=3'
 
@@ -244,8 +233,7 @@ def two_steps(path, data_dir, output, *options, source=None):
             tiny = f'local-dir:{source}/export/vpl-{tiny}'
         argv += [f'--model-{side}', tiny]
     assert train([*argv, *options]) == 0
-    with open(output / path.stem / 'summary.csv', newline='') as f:
-        [row] = csv.DictReader(f)
+    [row] = rows(output / path.stem)
     losses = [name for name in row if name.startswith('train_') and name.endswith('_loss') and name != 'train_loss']
     assert len(losses) == len(TERMS[args.method])
     assert all(math.isfinite(float(row[name])) for name in [*losses, 'train_loss'])
@@ -255,17 +243,14 @@ def two_steps(path, data_dir, output, *options, source=None):
 @pytest.fixture(scope='module')
 def pair_run(digits_folder, tmp_path_factory):
     """A run of the main recipe, with its exports."""
-    return two_steps(VPL, digits_folder, tmp_path_factory.mktemp('pair'), '--export')
-
-
-def test_vpl_recipe_trains_and_exports(pair_run):
-    assert {path.name for path in (pair_run / 'export').iterdir()} == {'vpl-test_resnet', 'vpl-test_vit'}
+    folder = two_steps(VPL, digits_folder, tmp_path_factory.mktemp('pair'), '--export')
+    assert {path.name for path in (folder / 'export').iterdir()} == {'vpl-test_resnet', 'vpl-test_vit'}
+    return folder
 
 
 @pytest.mark.parametrize('path', [
     pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
-    for path in RECIPES if path != VPL
-])
+    for path in RECIPES if path != VPL])
 def test_two_steps(path, digits_folder, pair_run, tmp_path):
     larger = ['--img-size', '64'] if '_finetune384_' in path.stem else []
     two_steps(path, digits_folder, tmp_path, *larger, source=pair_run)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import differences
+from runs import differences, status_of
 
+from timm_vpl.cli import main
 from timm_vpl.errors import UsageError
 from timm_vpl.tools.study import check_plan, read_plan
 
@@ -42,15 +43,21 @@ def start(plan, output, *options):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def test_a_plan_is_plain_commands(plan, tmp_path):
+def here(capsys, plan, output, *options):
+    """Do a study in this process, whose runs are processes; return its status and what it prints."""
+    capsys.readouterr()
+    status = status_of(main, ['study', plan, '--output', output, *options])
+    return status, *capsys.readouterr()
+
+
+def test_a_plan_is_plain_commands(plan, tmp_path, capsys):
     rows = STUDENT, {'name': 'vpl', 'tau': 0.1, 'scale': [0.5, 1], 'epochs': 3}, SOLO
     path = plan(*rows, data='seed-{seed}', options={'epochs': 2})
-    done = start(path, tmp_path / 'out', '--print-commands', '--data-dir', str(tmp_path))
-    out, err = done.communicate()
-    assert (err, done.returncode) == (
+    status, out, err = here(capsys, path, tmp_path / 'out', '--print-commands', '--data-dir', tmp_path)
+    assert (err, status) == (
         'timm-vpl study: error: a, seed 1: --dataset digits comes with the package, but a folder is given: '
         f'{tmp_path}/seed-1\n', 2)
-    out, err = start(path, tmp_path / 'out', '--print-commands').communicate()
+    status, out, err = here(capsys, path, tmp_path / 'out', '--print-commands')
     common = f'--output {tmp_path}/out --experiment'
     config = f'timm-vpl train --config {tmp_path}/base.yaml'
     # A seed has all its rows before the next begins, a teacher comes before its student.
@@ -79,36 +86,36 @@ def test_wrong_plans(plan, tmp_path, rows, keys, message):
     assert message in str(error.value)
 
 
-def test_a_row_runs_and_a_broken_one_is_listed(plan, tmp_path):
+def test_a_row_runs_and_a_broken_one_is_listed(plan, tmp_path, capsys, digits_folder):
     """Two runs of one epoch; the second start skips what is done and refuses what has other options."""
-    path, out = plan(BROKEN, SOLO, seeds=[1]), tmp_path / 'out'
-    study = start(path, out)
-    printed, err = study.communicate()
-    assert study.returncode == 1
+    out, few = tmp_path / 'out', {'dataset': None, 'data_dir': str(digits_folder), 'batch_size': 8}
+    status, printed, err = here(capsys, plan(BROKEN, SOLO, seeds=[1], recipe=few), out)
+    assert status == 1
     assert err == ("Failed: broken-seed-1: status 2, timm-vpl train: error: --opt lamb: Lamb.__init__() got an "
                    "unexpected keyword argument 'nonsense'\n")
     assert 'a-seed-1: ' in printed and 'runs left: 0' in printed and '## Verdict' in printed
     finished = (out / 'a-seed-1' / 'summary.csv').stat().st_mtime_ns
     facts = yaml.safe_load((out / 'a-seed-1' / 'data.yaml').read_text())
-    assert (facts['train']['images'], facts['validation']['images']) == (1437, 360)
-    assert facts['train']['files'] != facts['validation']['files'] and facts['train']['classes'] == list('0123456789')
+    assert (facts['train']['images'], facts['validation']['images']) == (40, 17)
+    assert facts['train']['files'] != facts['validation']['files']
+    assert facts['train']['classes'] == [f'class{i}' for i in range(4)]
     [environment] = yaml.safe_load((out / 'a-seed-1' / 'environment.yaml').read_text())
     assert {'torch', 'timm', 'pillow', 'device', 'timm_vpl', 'threads'} == environment.keys()
 
     # A second start trains nothing of what is done, and measures by it.
-    dry, err = start(plan(SOLO, seeds=[1, 2]), out, '--dry-run').communicate()
+    _, dry, err = here(capsys, plan(SOLO, seeds=[1, 2], recipe=few), out, '--dry-run')
     assert err == '' and re.match(
         r'row +runs left +minutes a run +core-hours\na +1 +0\.\d +0\.\d\d\n1 of 2 runs left: 0\.0\d hours', dry)
     assert (out / 'a-seed-1' / 'summary.csv').stat().st_mtime_ns == finished
-    other = plan({**SOLO, 'lr_a': 0.1}, seeds=[1])
+    other = plan({**SOLO, 'lr_a': 0.1}, seeds=[1], recipe=few)
     with pytest.raises(UsageError, match='a-seed-1: is finished with lr_a 0.003, the plan says 0.1; name the row'):
         check_plan(read_plan(other, None, out))
     # What would not end in time is not started, nor what it would teach; a broken row is listed all the same.
-    limited = start(plan(BROKEN, STUDENT, SOLO, seeds=[2]), out, '--limit-minutes', '0.001')
-    printed, err = limited.communicate()
+    limited = plan(BROKEN, STUDENT, SOLO, seeds=[2], recipe=few)
+    status, printed, err = here(capsys, limited, out, '--limit-minutes', '0.001')
     assert printed.splitlines()[:2] == [
         f'{name}-seed-2: not started, it would not end in time' for name in ('a', 'student')]
-    assert limited.returncode == 1 and err.startswith('Failed: broken-seed-2: its trial failed: ')
+    assert status == 1 and err.startswith('Failed: broken-seed-2: its trial failed: ')
 
 
 @pytest.mark.slow
