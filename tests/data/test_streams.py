@@ -2,6 +2,7 @@
 import itertools
 import random
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from loading import CONFIG, CPU, options, refusal
 from PIL import Image
-from processes import load_results, run_ranks
+from processes import run_ranks
 from runs import NOISE, PAIR, SMALL, differences, rows, torchrun
 
 from timm_vpl.core.processes import Processes
@@ -133,15 +134,15 @@ def count(argv, processes):
     return found['a']['images'], len(calls)
 
 
-def test_counts_of_real_processes(streams, tmp_path):
-    def cases(rank, world):
-        processes = Processes(CPU, rank, world)
-        return [
-            count([*streams[kind, shards], '-vb', 7, '-j', workers, '--val-num-samples', told], processes)
-            for kind, shards, workers, told in (('wds', 1, 2, 61), ('hfids', 4, 0, 61), ('wds', 7, 1, 60))]
+def count_cases(streams, rank, world):
+    processes = Processes(CPU, rank, world)
+    return [
+        count([*streams[kind, shards], '-vb', 7, '-j', workers, '--val-num-samples', told], processes)
+        for kind, shards, workers, told in (('wds', 1, 2, 61), ('hfids', 4, 0, 61), ('wds', 7, 1, 60))]
 
-    run_ranks(tmp_path, 3, cases)
-    first, *others = load_results(tmp_path, 3)
+
+def test_counts_of_real_processes(streams, tmp_path):
+    first, *others = run_ranks(tmp_path, 3, partial(count_cases, streams))
     assert first == [(NUMBER, 3), (NUMBER, 3), (
         'data: the stream has 61 images, not 60; --val-num-samples 61 says so, if no line before this one names a '
         'shard that could not be read')]
