@@ -139,7 +139,7 @@ def test_the_overlay_shows_mean_and_range_of_the_seeds():
     runs = read_runs(sorted(map(str, RUNS.iterdir())))
     groups = make_groups(runs)
     records = make_records(groups)
-    panels = group_panels(records, groups)
+    panels = group_panels(groups)
     figure, axes, _ = drawn(panels, 'svg')
     assert [panel.title for panel in panels] == ['test_resnet', 'test_vit']
     count = 0
@@ -172,7 +172,7 @@ def test_rows_of_one_name_are_told_apart(tmp_path):
 
     def labels(*folders):
         groups = make_groups(read_runs(folders))
-        panels = group_panels(make_records(groups), groups)
+        panels = group_panels(groups)
         for panel in panels:
             assert len({(line.color, line.dash) for line in panel.lines}) == len(panel.lines)
         return {panel.title: [line.label for line in panel.lines] for panel in panels}

@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from ..core.names import SIDES
-from .runs import number, short_name
+from .runs import data_title, number, short_name
 
 # Okabe and Ito: told apart by the colour-blind too. Their yellow is too pale for a line on white.
 INK, BLUE, RED, GREEN, ORANGE, PURPLE, SKY = (
@@ -166,48 +166,47 @@ def _directed(term: str, options: Mapping[str, Any]) -> str:
     return f'{term} → {options[f"{term}_to"]}' if options.get(f'{term}_to') else term
 
 
-def group_panels(records: Sequence[Mapping[str, Any]], groups: Sequence[Any], further: bool = False) -> list[Panel]:
+def group_panels(groups: Sequence[Any], further: bool = False) -> list[Panel]:
     """Return panels in which the rows of a report lie over each other: the mean of a row's runs, and their range.
 
     Args:
-        records: Records of the report (`make_records`), in their order.
-        groups: The groups that they are of.
+        groups: Groups of finished runs (`make_groups`).
         further: Instead of a panel for each model, those of the branches' average and of each term of the loss.
     """
-    by_runs = {tuple(str(run.path) for run in group.runs): group.runs for group in groups}
-    labels = [_row_label(record, records) for record in records]
+    rows = [(group, i) for group in groups for i in range(len(group.run.sides))]
+    labels = [_row_label(*row, rows) for row in rows]
     looks = {label: (ROWS[i % len(ROWS)], DASHES[i // len(ROWS) % len(DASHES)])
              for i, label in enumerate(dict.fromkeys(labels))}
-    unit = 'top-1 (%), EMA' if {record['weights'] for record in records} == {'ema'} else 'top-1 (%)'
-    several = len({record['data'] for record in records}) > 1
+    unit = 'top-1 (%), EMA' if {group.run.weights for group in groups} == {'ema'} else 'top-1 (%)'
+    several = len({data_title(group.run) for group in groups}) > 1
     panels: dict[tuple, Panel] = {}
-    for record, label in zip(records, labels, strict=True):
-        runs = by_runs[tuple(record['runs'])]
-        side = runs[0].sides.index(record['branch'])
-        curves = {record['model']: [run.column(run.sides[side]) for run in runs]}
+    for (group, i), label in zip(rows, labels, strict=True):
+        curves = {group.run.models[i]: [run.column(run.sides[i]) for run in group.runs]}
         if further:
-            curves = {'average of the branches': [run.column('ens') for run in runs], **{
-                name: [column] * len(runs) for column in runs[0].rows[0] if (name := _term(column))}}
-        for name, columns in curves.items() if not (further and side) else ():  # a row has them once
-            found = {epoch: values for epoch in runs[0].rows if None not in (
-                values := [run.rows[epoch].get(column) for run, column in zip(runs, columns, strict=True)])}
+            curves = {'average of the branches': [run.column('ens') for run in group.runs], **{
+                name: [column] * len(group.runs) for column in group.run.rows[0] if (name := _term(column))}}
+        for name, columns in curves.items() if not (further and i) else ():  # a row has them once
+            found = {epoch: values for epoch in group.run.rows if None not in (
+                values := [run.rows[epoch].get(column) for run, column in zip(group.runs, columns, strict=True)])}
             if not found:
                 continue
-            place = (name, record['data']) if several else (name,)
+            place = (name, data_title(group.run)) if several else (name,)
             look = {'unit': 'loss', 'format': '#.3g'} if _term(columns[0]) else {'unit': unit, 'late': True}
-            low, high = ([edge(values) for values in found.values()] if len(runs) > 1 else [] for edge in (min, max))
-            title = ', '.join(map(short_name, place))
-            panels.setdefault(place, Panel(title, lines=[], **look)).lines.append(Line(
-                label, list(found), list(map(fmean, found.values())), *looks[label], False, low, high, len(runs)))
+            low, high = (list(map(edge, found.values())) if len(group.runs) > 1 else [] for edge in (min, max))
+            panels.setdefault(place, Panel(', '.join(map(short_name, place)), lines=[], **look)).lines.append(Line(
+                label, list(found), list(map(fmean, found.values())), *looks[label], False, low, high, len(group.runs)))
     return sorted(panels.values(), key=lambda panel: not panel.late)
 
 
-def _row_label(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
+def _row_label(group: Any, index: int, rows: Sequence[tuple[Any, int]]) -> str:
     """Return the name of a row, and what else tells it from the others of that name."""
-    named = [other for other in records if other['framework'] == record['framework']]
-    pairs = {(other['model'], other['model_a'], other['model_b']) for other in named}
+    def models(group: Any) -> str:
+        return ' + '.join(str(group.run.options.get(f'model_{side}')) for side in SIDES)
+
+    named = [(other, i) for other, i in rows if other.name == group.name]
+    pairs = {(other.run.models[i], models(other)) for other, i in named}
     further = {
-        f'{record["num_epochs"]} epochs': len({other['num_epochs'] for other in named}) > 1,
-        f'{record["model_a"]} + {record["model_b"]}': len({model for model, *_ in pairs}) < len(pairs),
-        record['branch']: record['model_a'] == record['model_b']}
-    return ', '.join([record['framework'], *(text for text, wanted in further.items() if wanted)])
+        f'{group.run.num_epochs} epochs': len({other.run.num_epochs for other, _ in named}) > 1,
+        models(group): len({model for model, _ in pairs}) < len(pairs),
+        group.run.sides[index]: len({*group.run.models}) < len(group.run.models)}
+    return ', '.join([group.name, *(text for text, wanted in further.items() if wanted)])

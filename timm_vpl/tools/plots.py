@@ -101,7 +101,7 @@ def _span_texts(panel: Panel) -> list[list[str]]:
     """Return the lines of the labels of a panel's spans; none of one that is too narrow."""
     epochs = panel.spans[-1][1] - panel.spans[0][0] + 1 if panel.spans else 1
     widths = [75 * (end - start + 1) // epochs for start, end, _ in panel.spans]
-    return [textwrap.wrap(text, width) if width >= 8 else []
+    return [textwrap.wrap(text.replace(' → ', '\xa0→\xa0'), width) if width >= 8 else []
             for (_, _, text), width in zip(panel.spans, widths, strict=True)]
 
 

@@ -51,6 +51,8 @@ class Bars:
                 ('Epoch', run.updates_per_epoch, run.num_updates % run.updates_per_epoch, _FORMAT),
                 ('Run', run.end_epoch, run.progress.epoch, _FORMAT), ('', None, 0, '{desc}{postfix}'))))
         self._begin_epoch(run)
+        for row in run.rows:
+            self._note(run, row)
 
     def _begin_epoch(self, run) -> None:
         stage = stage_of(run)
@@ -74,14 +76,19 @@ class Bars:
     def validated(self, run, row: dict[str, Any]) -> None:
         """Move the bar of the run, and show the accuracies."""
         self._epoch.reset()
-        if row['eval_top1'] != '':
-            self._top1 = [f'top-1 {side} {row[f"eval_top1_{side}"]:.2f}' for side in run.pair.sides]
+        self._note(run, row)
         self._run.update()
         self._show_left(run)
+
+    def _note(self, run, row: dict[str, Any]) -> None:
+        if row['eval_top1'] != '':
+            self._top1 = [f'top-1 {side} {row[f"eval_top1_{side}"]:.2f}' for side in run.pair.sides]
 
     def _show_left(self, run) -> None:
         _show(self._run, [f'left {show_time(seconds_left(run))}', *self._top1])
 
-    def close(self, run) -> None:
+    def end(self, run) -> None:
         """Remove them."""
         self._closing.close()
+
+    close = end

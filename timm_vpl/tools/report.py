@@ -52,23 +52,26 @@ def make_report(run_dirs: Sequence[str], format: str = 'md', plot: str | None = 
     groups = make_groups(run for run in runs if not run.progress)
     records = make_records(groups)
     alone = runs[0] if len(runs) == 1 and runs[0].rows else None
-    panels = run_panels(alone.rows.values(), alone.options) if alone else group_panels(records, groups)
+    panels = run_panels(alone.rows.values(), alone.options) if alone else group_panels(groups)
     if plot and not panels:
         raise UsageError(f'--plot {plot}: nothing to draw; {runs[0].path}: {runs[0].progress}')
-    if plot and alone:
-        draw_file(panels, plot, run_title(alone.options))
-    elif plot:
-        draw_file(panels, plot, '; '.join(dict.fromkeys(record['data'] for record in records)), BAND)
+    if plot:
+        title = run_title(alone.options) if alone else '; '.join(dict.fromkeys(record['data'] for record in records))
+        draw_file(panels, plot, title, '' if alone else BAND)
     if html:
         page = make_page(
             runs[0].path.resolve().name if len(runs) == 1 else f'Report of {len(runs)} runs',
             [*report_parts(records, unfinished, as_html), *_run_parts(groups, runs)],
-            panels if alone else panels + group_panels(records, groups, further=True),
+            panels if alone else panels + group_panels(groups, further=True),
             f'Drag over a figure to zoom in, double-click for all epochs; a click on a name hides its line. '
             f'{"" if alone else BAND} Epochs count from 0, as in summary.csv.')
         with writing(html, encoding='utf-8') as file:
             file.write(page)
-    return to_json(records, unfinished) if format == 'json' else to_markdown(records, unfinished)
+    if format == 'md':
+        return to_markdown(records, unfinished)
+    return json.dumps([*records, *(
+        {'framework': run.framework, 'runs': [str(run.path)], 'n': 0, 'unfinished': run.progress}
+        for run in unfinished)], indent=2)
 
 
 def read_runs(run_dirs: Sequence[str]) -> list[Run]:
@@ -95,23 +98,18 @@ class Group:
     runs: list[Run]
     name: str = ''
 
-    @property
-    def place(self) -> tuple:
-        run = self.runs[0]
-        return run.framework, run.models, run.recipe['data'], run.num_epochs
+    def __post_init__(self):
+        self.run = self.runs[0]  # what it says of its recipe holds for all
+        self.method = self.run.options['method']
+        self.place = self.run.framework, self.run.models, self.run.recipe['data'], self.run.num_epochs
 
-    @property
-    def method(self) -> str:
-        """The method of all its runs."""
-        return self.runs[0].options['method']
-
-    def total(self, cost: str, epochs: int | None = None) -> Any:
-        """Return the mean over the runs of what the first epochs cost (default: all); None where one does not tell."""
-        return _mean([run.total(cost, epochs) for run in self.runs])
+    def total(self, cost: str) -> Any:
+        """Return the mean over the runs of what they cost; None where one does not tell."""
+        return _mean([run.total(cost) for run in self.runs])
 
 
 def make_groups(runs: Iterable[Run], names: Mapping[str, str] = MappingProxyType({})) -> list[Group]:
-    """Return the groups of runs; those that would look the same are named by the options that differ.
+    """Return the groups of runs in the order of the report; those that would look the same are named by what differs.
 
     Args:
         runs: The runs.
@@ -119,14 +117,14 @@ def make_groups(runs: Iterable[Run], names: Mapping[str, str] = MappingProxyType
     """
     groups: list[Group] = []
     for run in runs:
-        group = next((group for group in groups if group.runs[0].recipe == run.recipe), None)
-        if group is None:
-            groups.append(Group([run]))
+        found = [group.runs for group in groups if group.run.recipe == run.recipe]
+        if found:
+            found[0].append(run)
         else:
-            group.runs.append(run)
+            groups.append(Group([run]))
     for group in groups:
-        run = group.runs[0]
-        alike = [other.runs[0].recipe for other in groups if other.place == group.place]
+        run = group.run
+        alike = [other.run.recipe for other in groups if other.place == group.place]
         # What another option switches off is not told, where that one tells the groups apart.
         told = {name for name in differing(*alike)
                 if len({repr(recipe[name]) for recipe in alike if name in recipe}) > 1}
@@ -138,33 +136,35 @@ def make_groups(runs: Iterable[Run], names: Mapping[str, str] = MappingProxyType
             f'{name}={show(values.get(name))}'
             for name in sorted({*own_options(run), *told}.difference(terms_off(run))))
         group.name = names.get(str(run.path)) or (f'{run.framework} ({parts})' if parts else run.framework)
-    return groups
+    order = {method: i for i, method in enumerate(['solo', *METHODS])}
+    return sorted(groups, key=lambda group: (
+        data_title(group.run), group.run.num_epochs, order.get(group.method, len(order))))
 
 
 # Differences to training alone
 
 
-def _baselines(group: Group, index: int, groups: list[Group]) -> dict[str, dict[str, Any]]:
+def _baselines(group: Group, index: int, groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
     """Return what a branch is compared with: solo runs of the same epochs, and of the same training FLOPs.
 
     They have the same model and data; of several groups, the one with the fewest further options that differ, and of
     the same FLOPs (within SAME_COST, whatever the epochs) the nearest.
     """
-    run, flops = group.runs[0], group.total('flops')
+    run, flops = group.run, group.total('flops')
     recipe = {**run.recipe, **make_recipe(run.options, (run.sides[index],), run.teacher)}
     found: dict[str, list[tuple]] = {'epochs': [], 'flops': []}
     for solo in groups if group.method != 'solo' else ():
         names = [
-            name for name in differing(recipe, solo.runs[0].recipe)
+            name for name in differing(recipe, solo.run.recipe)
             if name not in (*METHOD_OPTIONS, 'method', 'branch') and not name.endswith(('_a', '_b'))]
         if solo.method != 'solo' or {'data', 'model'}.intersection(names):
             continue
         further = [name for name in names if name not in ('epochs', 'num_epochs')]
         if 'num_epochs' not in names:
             found['epochs'].append((len(names), 0, further, solo))
-        solo_flops = solo.total('flops')
-        if flops and solo_flops and abs(solo_flops / flops - 1) <= SAME_COST:
-            found['flops'].append((len(further), abs(solo_flops / flops - 1), further, solo))
+        distance = abs((solo.total('flops') or 0) / flops - 1) if flops else 1
+        if distance <= SAME_COST:
+            found['flops'].append((len(further), distance, further, solo))
     return {
         kind: _baseline(group, index, *min(solos, key=lambda found: found[:2])[2:])
         for kind, solos in found.items() if solos}
@@ -174,31 +174,27 @@ def _baseline(group: Group, index: int, differs: list[str], solo: Group) -> dict
     """Return the difference of a branch to its model alone, by runs of the same seed, data and environment."""
     by_seed = {(run.options.get('seed'), run.pairing): run for run in solo.runs if run.pairing}
     pairs = [
-        (run.sides[index], run, by_seed[key]) for run in group.runs
+        (run, run.sides[index], by_seed[key]) for run in group.runs
         if (key := (run.options.get('seed'), run.pairing)) in by_seed]
-    found = {'name': solo.name, 'num_epochs': solo.runs[0].num_epochs, 'differs': differs, 'reason': '', 'text': '-'}
+    found = {'name': solo.name, 'num_epochs': solo.run.num_epochs, 'differs': differs, 'reason': '', 'text': '-'}
     if not pairs:
         seeds = [{str(run.options.get('seed')) for run in each.runs} for each in (group, solo)]
         listed = ' and '.join(', '.join(sorted(each)) for each in seeds)
-        reason = ('environment or data of the seeds that both have differ, or are not known' if seeds[0] & seeds[1] else
-                  f'no common seed ({listed})')
-        return {**found, 'reason': reason}
-    gains = [_last(run, side) - _last(alone) for side, run, alone in pairs]
-    difference = paired_difference(gains)
-    return {**found, **asdict(difference), 'text': str(difference), 'gains': gains, **_reached(pairs)}
-
-
-def _reached(pairs: list[tuple[str, Run, Run]]) -> dict[str, Any]:
-    """Return after what cost the mean top-1 of branches reaches the mean of their solo models at the end."""
+        return {**found, 'reason': f'no common seed ({listed})' if not seeds[0] & seeds[1] else (
+            'environment or data of the seeds that both have differ, or are not known')}
+    gains = [_last(run, side) - _last(alone) for run, side, alone in pairs]
     target = fmean(_last(alone) for *_, alone in pairs)
-    means = {epoch: [run.figure(side, epoch) for side, run, _ in pairs] for epoch in pairs[0][1].rows}
+    means = {epoch: [run.figure(side, epoch) for run, side, _ in pairs] for epoch in pairs[0][0].rows}
+    # After what cost the mean of the branches reaches that of their models alone at the end.
     reached = next((
         epoch + 1 for epoch, values in means.items() if None not in values and fmean(values) >= target - 1e-9), None)
-    costs = {}
-    for cost in ('flops', 'seconds'):
-        costs[f'solo_{cost}'] = _mean([alone.total(cost) for *_, alone in pairs])
-        costs[f'reached_{cost}'] = reached and _mean([run.total(cost, reached) for _, run, _ in pairs])
-    return {'solo_top1': target, 'reached_epochs': reached, **costs}
+    difference = paired_difference(gains)
+    return {
+        **found, **asdict(difference), 'text': str(difference), 'gains': gains, 'solo_top1': target,
+        'reached_epochs': reached,
+        **{f'solo_{cost}': _mean([alone.total(cost) for *_, alone in pairs]) for cost in ('flops', 'seconds')},
+        **{f'reached_{cost}': reached and _mean([run.total(cost, reached) for run, *_ in pairs])
+           for cost in ('flops', 'seconds')}}
 
 
 def _last(run: Run, side: str | None = None) -> float:
@@ -212,25 +208,25 @@ def _mean(values: list[Any]) -> Any:
 # Records
 
 
-def make_records(groups: list[Group]) -> list[dict[str, Any]]:
+def make_records(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Return a record a branch of a group."""
-    records = [_record(group, index, groups) for group in groups for index in range(len(group.runs[0].sides))]
-    order = ['solo', *METHODS]
-    return sorted(records, key=lambda r: (
-        r['data'], r['num_epochs'], order.index(r['method']) if r['method'] in order else len(order)))
+    return [_record(group, index, groups) for group in groups for index in range(len(group.run.sides))]
 
 
-def _record(group: Group, index: int, groups: list[Group]) -> dict[str, Any]:
+def _record(group: Group, index: int, groups: Sequence[Group]) -> dict[str, Any]:
     branches = [(run, run.sides[index]) for run in group.runs]  # a solo model may be a in one run, b in another
     run, side = branches[0]
     best = [run.best_epoch(side) for run, side in branches]
     last = [run.num_epochs - 1] * len(best)
-    sets = list(dict.fromkeys(name for run in group.runs for name in run.sets))
-    record = {
+    sets = dict.fromkeys(name for run in group.runs for name in run.sets)
+    figures = {
+        f'{title}{_SET_TITLES.get(set_, set_)} {METRICS[metric]}': figure
+        for (title, epochs), set_, metric in product((('', last), ('best ', best)), sets, METRICS)
+        if not (title and metric == 'top5') and (figure := _figure(branches, epochs, set_, metric))}
+    return {
         'framework': group.name,
         'method': group.method,
-        'model_a': run.options.get('model_a') or None,
-        'model_b': run.options.get('model_b') or None,
+        **{name: run.options.get(name) or None for name in ('model_a', 'model_b')},
         'branch': side,
         'model': run.models[index],
         'data': data_title(run),
@@ -241,23 +237,19 @@ def _record(group: Group, index: int, groups: list[Group]) -> dict[str, Any]:
         'seeds': [run.options.get('seed') for run in group.runs],
         'subsets': len({repr(run.data.get('train')) for run in group.runs}) > 1,
         'runs': [str(run.path) for run in group.runs],
-        'figures': {
-            f'{title}{_SET_TITLES.get(set_, set_)} {METRICS[metric]}': figure
-            for (title, epochs), set_, metric in product((('', last), ('best ', best)), sets, METRICS)
-            if not (title and metric == 'top5') and (figure := _figure(branches, epochs, set_, metric))},
+        'figures': figures,
         'best_epochs': best,
         **{cost: group.total(cost) for cost in COSTS},
         'teacher_flops': _mean([run.teacher and run.teacher.total('flops') for run in group.runs]),
+        'top1': figures[f'{_SET_TITLES.get(run.val_set, run.val_set)} {METRICS["top1"]}'],
         'baselines': _baselines(group, index, groups),
     }
-    record['top1'] = record['figures'][f'{_SET_TITLES.get(run.val_set, run.val_set)} {METRICS["top1"]}']
-    return record
 
 
 def _figure(branches: list[tuple[Run, str]], epochs: list[int], set_: str, metric: str) -> dict[str, Any] | None:
     """Return mean, deviation, median and collapsed runs of a figure, over the runs that have it."""
-    values = [run.figure(side, epoch, set_, metric) for (run, side), epoch in zip(branches, epochs, strict=True)]
-    values = [value for value in values if value is not None]
+    found = [run.figure(side, epoch, set_, metric) for (run, side), epoch in zip(branches, epochs, strict=True)]
+    values = [value for value in found if value is not None]
     if not values:
         return None
     middle = median(values)
@@ -266,14 +258,7 @@ def _figure(branches: list[tuple[Run, str]], epochs: list[int], set_: str, metri
         'collapsed': sum(value < COLLAPSED * middle for value in values)}
 
 
-# Formats
-
-
-def to_json(records: list[dict[str, Any]], unfinished: list[Run]) -> str:
-    """Return the records as JSON, and those of unfinished runs."""
-    return json.dumps([*records, *(
-        {'framework': run.framework, 'runs': [str(run.path)], 'n': 0, 'unfinished': run.progress}
-        for run in unfinished)], indent=2)
+# Pages
 
 
 def to_markdown(records: list[dict[str, Any]], unfinished: list[Run]) -> str:
@@ -293,53 +278,120 @@ def report_parts(
     records = [_safe(record, safe) for record in records]
     for data, of_data in groupby(records, key=lambda r: r['data']):  # which they are sorted by
         groups = [list(branches) for _, branches in groupby(of_data, key=lambda r: r['runs'])]
-        rows = [r for branches in groups for r in branches]
-        models = list(dict.fromkeys(r['model'] for r in sorted(rows, key=lambda r: r['branch'])))
         yield 'h2', data
-        yield 'p', 'Top-1 (percent) of the last epoch, mean ± standard deviation (runs).'
-        yield 'table', _summary(groups, models)
-        yield 'h3', 'Each branch'
-        yield 'table', _branches(rows, models, safe)
-        yield 'h3', 'Cost'
-        yield 'table', _costs(groups)
-        reached = _convergence(rows)
-        if reached[1]:
-            yield 'h3', "Until solo's final top-1"
-            yield 'table', reached
+        yield from _tables(groups, [r for branches in groups for r in branches], safe)
     if unfinished:
         yield 'h2', 'Unfinished, in no average of this report'
         yield 'table', (['Run', 'Framework', 'Models', 'Progress'], [
             (*map(safe, (run.path, run.framework, ' + '.join(run.models))), run.progress) for run in unfinished])
     if records:
         yield 'h2', 'Notes'
-        yield 'ul', list(dict.fromkeys(_notes(records, safe)))
+        yield 'ul', [*_NOTES, *dict.fromkeys(note for record in records for note in _notes(record, safe))]
+
+
+def _safe(record: dict[str, Any], safe: Callable[[Any], str]) -> dict[str, Any]:
+    """Return a record whose names are safe in a page, with its cells of the first columns."""
+    names = {name: safe(record[name]) for name in ('framework', 'model', 'data')}
+    models = ' + '.join(safe(record[name]) for name in ('model_a', 'model_b') if record[name])
+    return {**record, **names, 'place': (record['num_epochs'], names['framework'], models)}
+
+
+def _tables(groups: list[list[dict]], rows: list[dict], safe: Callable[[Any], str]) -> Iterator[Part]:
+    """Yield the tables of a data set: of its groups, and of all their branches."""
+    place = ('Epochs', 'Framework', 'Models')
+    models = list(dict.fromkeys(r['model'] for r in sorted(rows, key=lambda r: r['branch'])))
+    yield 'p', 'Top-1 (percent) of the last epoch, mean ± standard deviation (runs).'
+    yield 'table', ([*place, *models], [
+        (*branches[0]['place'],
+         *(' / '.join(str(_shown(r['top1'])) for r in branches if r['model'] == name) or None for name in models))
+        for branches in groups])
+    names = dict.fromkeys(name for best in (False, True) for r in rows for name in r['figures']
+                          if name.startswith('best ') == best)
+    yield 'h3', 'Each branch'
+    yield 'table', (
+        [*place, 'Model', 'Weights', *map(safe, names), 'median (collapsed)', 'best epoch', 'Δ solo, same epochs',
+         'Δ solo, same FLOPs'],
+        [(*r['place'], r['model'], r['weights'], *(_shown(r['figures'].get(name)) for name in names),
+          f'{r["top1"]["median"]:.2f} ({r["top1"]["collapsed"]})', ', '.join(map(str, r['best_epochs'])),
+          *(r['baselines'].get(kind, {}).get('text') for kind in ('epochs', 'flops')))
+         for r in sorted(rows, key=lambda r: (r['num_epochs'], models.index(r['model'])))])
+    yield 'h3', 'Cost'
+    yield 'table', (
+        [*place, 'Processes', 'FLOPs', 'Image-passes', 'Time', 'Time an epoch', 'Device-hours', "Time / solo's"],
+        [(*branches[0]['place'], *_costs(branches)) for branches in groups])
+    reached = [
+        (*r['place'], r['model'], f'{solo["solo_top1"]:.2f}', solo['reached_epochs'] or 'not reached',
+         *(scale(solo[f'{who}_{cost}']) for who in ('reached', 'solo')
+           for cost, scale in (('flops', _count), ('seconds', _time))))
+        for r in rows if 'solo_top1' in (solo := r['baselines'].get('epochs', {}))]
+    if reached:
+        yield 'h3', "Until solo's final top-1"
+        yield 'table', ([
+            *place, 'Model', "Solo's top-1", 'After epochs', 'FLOPs', 'Time', "Solo's FLOPs", "Solo's time"], reached)
+
+
+def _costs(branches: list[dict[str, Any]]) -> tuple:
+    r = branches[0]
+    seconds, hours = r['seconds'], r['device_hours']
+    solos = [branch['baselines'].get('epochs', {}).get('solo_seconds') for branch in branches]
+    return (
+        ' then '.join(map(str, r['processes'])), _count(r['flops']), _count(r['image_passes']), _time(seconds),
+        _time(seconds and seconds / r['num_epochs']), hours and (f'{hours:.2f}' if hours >= 1 else f'{hours:.3g}'),
+        f'{seconds / sum(solos):.2f}' if all((seconds, *solos)) else None)
+
+
+_NOTES = (
+    'The best epoch (counted from 0, as in summary.csv) has the highest top-1 on the evaluation set itself, which '
+    'flatters it: compare last epochs.',
+    f'Collapsed: below {COLLAPSED:.0%} of the median of its row.',
+    'FLOPs: forward and backward of training as torch counts them, with the forward of a frozen teacher, without its '
+    'training. An image-pass is one image through one network, forward, whatever its size.',
+    'Time is that of training, without validation and without the training of a frozen teacher. Device-hours are '
+    'time x processes: GPU hours, where each process has a GPU.',
+    'Δ solo: points above the same model alone, by the seeds that both have, on the same data in the same environment: '
+    'mean [95 % t interval] (seeds, p of the sign-flip test from 6 seeds on). Same FLOPs: a solo run that costs what '
+    f"the whole pair costs, within {SAME_COST:.0%}, whatever its epochs. Time / solo's: 1 is to train each branch "
+    "alone, one after the other. Until solo's final top-1: by the means over the same seeds.")
+
+
+def _notes(r: dict[str, Any], safe: Callable[[Any], str]) -> Iterator[str]:
+    """Yield what is to be noted of a record."""
+    what = f'{r["framework"]}, {r["model"]}, {r["num_epochs"]} epochs'
+    for kind, baseline in r['baselines'].items():
+        name, differs = safe(baseline['name']), ', '.join(baseline['differs'])
+        if differs:
+            yield f'{what}: its baseline of the same {kind}, {name}, differs in {safe(differs)}.'
+        if baseline['reason']:
+            yield f'{what}: no difference to {name}: {safe(baseline["reason"])}.'
+    if r['teacher_flops']:
+        yield f'{what}: the training of its teacher took {_count(r["teacher_flops"])} more FLOPs.'
+    if len(set(r['seeds'])) < r['n']:
+        yield f'{what}: the seeds are not all different ({safe(", ".join(map(str, r["seeds"])))}).'
+    if r['subsets']:
+        yield f'{r["data"]}: the seeds are trained on different images.'
 
 
 def _run_parts(groups: Sequence[Group], runs: Sequence[Run]) -> Iterator[Part]:
     """Yield in HTML what the tables do not show: options that differ, the command and the environment of each run."""
-    recipes = [group.runs[0].recipe for group in groups]
-    told = [name for name in differing(*recipes) if name not in ('data', 'teacher')]
+    told = [name for name in differing(*(group.run.recipe for group in groups)) if name not in ('data', 'teacher')]
     if told:
         yield 'h2', 'Options that differ'
         yield 'table', (['Framework', 'Epochs', *map(as_html, told)], [
-            (as_html(group.name), group.runs[0].num_epochs,
-             *(as_html(show(recipe[name])) if name in recipe else None for name in told))
-            for group, recipe in zip(groups, recipes, strict=True)])
+            (as_html(group.name), group.run.num_epochs,
+             *(as_html(show(group.run.recipe[name])) if name in group.run.recipe else None for name in told))
+            for group in groups])
     yield 'h2', 'Commands'
     yield 'p', 'Options at their defaults are left out.'
     for run in runs:
         yield 'p', f'{as_html(run.path)}: {as_html(run.framework)}, seed {as_html(run.options.get("seed"))}'
         yield 'pre', as_html(_command(run))
-    environments: dict[str, tuple[dict, list[Run]]] = {}
-    for run in runs:
-        for environment in run.environment:
-            environments.setdefault(repr(environment), (environment, []))[1].append(run)
-    names = list(dict.fromkeys(name for environment, _ in environments.values() for name in environment))
+    names = list(dict.fromkeys(name for run in runs for environment in run.environment for name in environment))
     if names:
+        rows = [row for run in runs for row in {
+            tuple(as_html(environment.get(name, '-')) for name in names): None for environment in run.environment}]
         yield 'h2', 'Environment'
         yield 'table', (['Runs', *map(as_html, names)], [
-            (f'{len(within)} of {len(runs)}', *(as_html(environment.get(name, '-')) for name in names))
-            for environment, within in environments.values()])
+            (f'{rows.count(row)} of {len(runs)}', *row) for row in dict.fromkeys(rows)])
 
 
 def _command(run: Run) -> str:
@@ -350,102 +402,11 @@ def _command(run: Run) -> str:
         return shlex.join(['timm-vpl', 'train', '--config', str(run.path / 'args.yaml')])
 
 
-_PLACE = ('Epochs', 'Framework', 'Models')
-Table = tuple[list, list[tuple]]  # header and rows
-
-
-def _safe(record: dict[str, Any], safe: Callable[[Any], str]) -> dict[str, Any]:
-    """Return a record whose names are safe in a page, with its cells of the columns _PLACE."""
-    names = {name: safe(record[name]) for name in ('framework', 'model', 'data')}
-    models = ' + '.join(safe(record[name]) for name in ('model_a', 'model_b') if record[name])
-    return {**record, **names, 'place': (record['num_epochs'], names['framework'], models)}
-
-
-def _summary(groups, models) -> Table:
-    """Return a table of the last top-1: a row a group, a column a model."""
-    return [*_PLACE, *models], [
-        (*branches[0]['place'],
-         *(' / '.join(_shown(r['top1']) for r in branches if r['model'] == name) or None for name in models))
-        for branches in groups]
-
-
-def _branches(records, models, safe) -> Table:
-    shown = dict.fromkeys(name for r in records for name in r['figures'])
-    names = sorted(shown, key=lambda name: name.startswith('best '))
-    return (
-        [*_PLACE, 'Model', 'Weights', *map(safe, names), 'median (collapsed)', 'best epoch',
-         'Δ solo, same epochs', 'Δ solo, same FLOPs'],
-        [(*r['place'], r['model'], r['weights'],
-          *(_shown(r['figures'][name]) if name in r['figures'] else None for name in names),
-          f'{r["top1"]["median"]:.2f} ({r["top1"]["collapsed"]})', ', '.join(map(str, r['best_epochs'])),
-          *(r['baselines'].get(kind, {}).get('text') for kind in ('epochs', 'flops')))
-         for r in sorted(records, key=lambda r: (r['num_epochs'], models.index(r['model'])))])
-
-
-def _costs(groups) -> Table:
-    rows = []
-    for branches in groups:
-        r = branches[0]
-        seconds, hours = r['seconds'], r['device_hours']
-        solos = [branch['baselines'].get('epochs', {}).get('solo_seconds') for branch in branches]
-        rows.append((
-            *r['place'], ' then '.join(map(str, r['processes'])),
-            _scaled(r['flops'], _COUNT), _scaled(r['image_passes'], _COUNT),
-            _scaled(seconds, _TIME), _scaled(seconds and seconds / r['num_epochs'], _TIME),
-            hours and (f'{hours:.2f}' if hours >= 1 else f'{hours:.3g}'),
-            f'{seconds / sum(solos):.2f}' if all((seconds, *solos)) else None))
-    return [
-        *_PLACE, 'Processes', 'FLOPs', 'Image-passes', 'Time', 'Time an epoch', 'Device-hours', "Time / solo's"], rows
-
-
-def _convergence(records) -> Table:
-    rows = [
-        (*r['place'], r['model'], f'{solo["solo_top1"]:.2f}', solo['reached_epochs'] or 'not reached',
-         *(_scaled(solo[f'{who}_{cost}'], units) for who in ('reached', 'solo')
-           for cost, units in (('flops', _COUNT), ('seconds', _TIME))))
-        for r in records if 'solo_top1' in (solo := r['baselines'].get('epochs', {}))]
-    return [
-        *_PLACE, 'Model', "Solo's top-1", 'After epochs', 'FLOPs', 'Time', "Solo's FLOPs", "Solo's time"], rows
-
-
-def _notes(records, safe) -> list[str]:
-    notes = [
-        'The best epoch (counted from 0, as in summary.csv) has the highest top-1 on the evaluation set itself, which '
-        'flatters it: compare last epochs.',
-        f'Collapsed: below {COLLAPSED:.0%} of the median of its row.',
-        'FLOPs: forward and backward of training as torch counts them, with the forward of a frozen teacher, without '
-        'its training. An image-pass is one image through one network, forward, whatever its size.',
-        'Time is that of training, without validation and without the training of a frozen teacher. Device-hours are '
-        'time x processes: GPU hours, where each process has a GPU.',
-        'Δ solo: points above the same model alone, by the seeds that both have, on the same data in the same '
-        'environment: mean [95 % t interval] (seeds, p of the sign-flip test from 6 seeds on). Same FLOPs: a solo run '
-        f"that costs what the whole pair costs, within {SAME_COST:.0%}, whatever its epochs. Time / solo's: 1 is to "
-        "train each branch alone, one after the other. Until solo's final top-1: by the means over the same seeds.",
-    ]
-    for r in records:
-        what = f'{r["framework"]}, {r["model"]}, {r["num_epochs"]} epochs'
-        for kind, baseline in r['baselines'].items():
-            if baseline['differs']:
-                notes.append(f'{what}: its baseline of the same {kind}, {safe(baseline["name"])}, differs in '
-                             f'{safe(", ".join(baseline["differs"]))}.')
-            if baseline['reason']:
-                notes.append(f'{what}: no difference to {safe(baseline["name"])}: {safe(baseline["reason"])}.')
-        if r['teacher_flops']:
-            notes.append(f'{what}: the training of its teacher took {_scaled(r["teacher_flops"], _COUNT)} more FLOPs.')
-        if len(set(r['seeds'])) < r['n']:
-            notes.append(f'{what}: the seeds are not all different ({safe(", ".join(map(str, r["seeds"])))}).')
-        if r['subsets']:
-            notes.append(f'{r["data"]}: the seeds are trained on different images.')
-    return notes
-
-
-def _shown(figure: dict[str, Any]) -> str:
+def _shown(figure: dict[str, Any] | None) -> str | None:
+    if figure is None:
+        return None
     deviation = '' if figure['std'] is None else f' ± {figure["std"]:.2f}'
     return f'{figure["mean"]:.2f}{deviation} ({figure["n"]})'
-
-
-_COUNT = ((1e18, ' E'), (1e15, ' P'), (1e12, ' T'), (1e9, ' G'), (1e6, ' M'), (1e3, ' k'), (1, ''))
-_TIME = ((3600, ' h'), (60, ' min'), (1, ' s'))
 
 
 def _scaled(value: float | None, units: tuple) -> str | None:
@@ -453,3 +414,11 @@ def _scaled(value: float | None, units: tuple) -> str | None:
         return None
     size, unit = next((step for step in units if value >= step[0]), units[-1])
     return f'{value / size:.2f}{unit}'
+
+
+def _count(value: float | None) -> str | None:
+    return _scaled(value, ((1e18, ' E'), (1e15, ' P'), (1e12, ' T'), (1e9, ' G'), (1e6, ' M'), (1e3, ' k'), (1, '')))
+
+
+def _time(seconds: float | None) -> str | None:
+    return _scaled(seconds, ((3600, ' h'), (60, ' min'), (1, ' s')))

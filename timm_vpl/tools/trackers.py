@@ -159,5 +159,5 @@ def observers_of(options: Options) -> list[Any]:
                 raise UsageError(f"--{name.replace('_', '-')}: needs the package {package} (pip install {package})")
             trackers.append(tracker())
     bars = sys.stderr.isatty() and not (run.quiet or run.no_progress)
-    return [
-        Bars() if bars else Lines(), *[ExportObserver()] * run.export, *[CurvesObserver()] * run.curves, *trackers]
+    return [  # bars below what the others say when they start
+        *[ExportObserver()] * run.export, *[CurvesObserver()] * run.curves, *trackers, Bars() if bars else Lines()]
