@@ -335,18 +335,19 @@ def test_extremes(name, dtype, similarity, same_class):
     output = EXTREMES[name](make_output(dtype=dtype))
     output = PairOutput(*(None if field is None else field.detach().requires_grad_() for field in output))
     soft = make_target(soft=True, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    for target in (torch.tensor([0, 1, 1, 2]), torch.tensor([2, 2, 2, 2]), soft):
-        for tau, rho, to in ((0.2, 1., 'both'), (1., 0.5, 'a'), (128., 1., 'b')):
-            settings = {'tau': tau, 'similarity': similarity, 'same_class': same_class, 'contrastive_to': to}
-            criterion = make_criterion(rho=rho, kl_to=to, **settings)
-            terms = assert_finite(criterion, output, target)
-            with torch.autocast('cpu', dtype=torch.bfloat16):
-                assert_finite(criterion, output, target)
-            if same_class == 'ignore' and target.ndim == 1 and (target == 2).all():
-                assert float(terms['contrastive_loss'].detach()) == 0.
-            if dtype == torch.float64 and 'embedding' in name and 'large' not in name:
-                want = reference.pair_contrastive(output, target, **settings)
-                assert_close(terms['contrastive_loss'], want, 'contrastive_loss')
+    for i, target in enumerate((torch.tensor([0, 1, 1, 2]), torch.tensor([2, 2, 2, 2]), soft)):
+        # Each target with another setting for each name.
+        tau, rho, to = ((0.2, 1., 'both'), (1., 0.5, 'a'), (128., 1., 'b'))[(i + list(EXTREMES).index(name)) % 3]
+        settings = {'tau': tau, 'similarity': similarity, 'same_class': same_class, 'contrastive_to': to}
+        criterion = make_criterion(rho=rho, kl_to=to, **settings)
+        terms = assert_finite(criterion, output, target)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            assert_finite(criterion, output, target)
+        if same_class == 'ignore' and target.ndim == 1 and (target == 2).all():
+            assert float(terms['contrastive_loss'].detach()) == 0.
+        if dtype == torch.float64 and 'embedding' in name and 'large' not in name:
+            want = reference.pair_contrastive(output, target, **settings)
+            assert_close(terms['contrastive_loss'], want, 'contrastive_loss')
 
 
 # bad input

@@ -1,10 +1,8 @@
 """Each method against an implementation of its formulas, against timm's own tasks, and in whole runs."""
 import copy
-import functools
 import io
 import logging
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import reference
@@ -35,7 +33,7 @@ NUM_CLASSES = 4
 STUDENT = ['--model-b', DEIT, '--model-kwargs-b', 'depth=2', 'embed_dim=48', 'num_heads=3']
 IMAGENET = {'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD, 'input_size': (3, 32, 32)}
 
-# The formulas. A case is a method with some options; its terms are those of one optimizer phase, each with its weight.
+# The formulas. A case is a method with some options, and the terms of each optimizer phase.
 
 TAU, RHO, W_C, W_K, ALPHA, T = 0.4, 1.7, 0.6, 1.3, 0.3, 2.5
 CONTRASTIVE = ['--tau', str(TAU), '--contrastive-weight', str(W_C)]
@@ -44,100 +42,49 @@ KL = ['--rho', str(RHO), '--kl-weight', str(W_K)]
 
 class Case(NamedTuple):
     options: list
-    terms: Any  # terms(outputs, ce, phase) -> {name: (value, weight)}
+    phases: list  # of each {name: (weight, function of Outputs)}
     frozen: str = ''  # side of the teacher
     token: str = ''  # side of the student with a distillation token
 
 
-def contrastive(o, learner, similarity='cosine'):
-    """Eq. 3 to 5, the partner detached; the affine layer P learns always."""
-    h = {side: o.h[side] if learner in (side, 'both') else o.h[side].detach() for side in SIDES}
-    h[o.affine_side] = o.affine(h[o.affine_side])
-    return reference.contrastive(h['a'], h['b'], TAU, similarity)
-
-
-def follow(o, learner):
-    """KL(sg p_partner || p_learner)."""
-    return reference.kl(o.z[partner_of(learner)].detach(), o.z[learner], RHO)
+def ce(side, weight=1):
+    return {f'ce_{side}_loss': (weight, lambda o: o.ce(side))}
 
 
 def vpl_case(contrastive_to='b', kl_to='a', affine_side='b', similarity='cosine'):
-    return Case(
-        [*PAIR, *CONTRASTIVE, *KL, '--contrastive-to', contrastive_to, '--kl-to', kl_to, '--affine-side', affine_side,
-         '--similarity', similarity],
-        lambda o, ce, phase: {
-            'ce_a_loss': (ce(o.z['a']), 1),
-            'ce_b_loss': (ce(o.z['b']), 1),
-            'contrastive_loss': (contrastive(o, contrastive_to, similarity), W_C),
-            'kl_loss': (reference.kl(o.z['b'], o.z['a'], RHO) if kl_to == 'both' else follow(o, kl_to), W_K),
-        })
-
-
-def solo_case(side):
-    return Case(
-        ['--method', 'solo', f'--model-{side}', 'test_vit'],
-        lambda o, ce, phase: {f'ce_{side}_loss': (ce(o.z[side]), 1)})
-
-
-def dml_terms(o, ce, phase):
-    side = SIDES[phase]
-    return {f'ce_{side}_loss': (ce(o.z[side]), 1), f'kl_{side}_loss': (follow(o, side), W_K)}
-
-
-def dml_joint_terms(o, ce, phase):
-    return {
-        'ce_a_loss': (ce(o.z['a']), 1),
-        'ce_b_loss': (ce(o.z['b']), 1),
-        'kl_a_loss': (reference.kl(o.z['b'], o.z['a'], RHO), W_K / 2),
-        'kl_b_loss': (reference.kl(o.z['a'], o.z['b'], RHO), W_K / 2),
-    }
+    options = [*PAIR, *CONTRASTIVE, *KL, '--contrastive-to', contrastive_to, '--kl-to', kl_to, '--affine-side',
+               affine_side, '--similarity', similarity]
+    return Case(options, [{
+        **ce('a'), **ce('b'), 'contrastive_loss': (W_C, lambda o: o.contrastive(contrastive_to, similarity)),
+        'kl_loss': (W_K, lambda o: o.kl('b', 'a') if kl_to == 'both' else o.follow(kl_to))}])
 
 
 def distill_case(student, which):
-    default = {'a': 'kl', 'b': 'contrastive'}[student]
-    chosen = [] if which == default else ['--distill-terms', which]
-    options = [*chosen, *(CONTRASTIVE if which != 'kl' else []), *(KL if which != 'contrastive' else [])]
-
-    def terms(o, ce, phase):
-        found = {f'ce_{student}_loss': (ce(o.z[student]), 1)}
-        if which != 'kl':
-            found['contrastive_loss'] = (contrastive(o, student), W_C)
-        if which != 'contrastive':
-            found['kl_loss'] = (follow(o, student), W_K)
-        return found
-
-    return Case(
-        ['--method', 'distill', f'--model-{student}', 'test_vit', '--teacher', 'test_resnet', *options],
-        terms, frozen=partner_of(student))
+    terms = {'contrastive': (W_C, lambda o: o.contrastive(student)), 'kl': (W_K, lambda o: o.follow(student))}
+    given = {'contrastive': CONTRASTIVE, 'kl': KL}
+    chosen = [which] if which in terms else list(terms)
+    options = ['--method', 'distill', f'--model-{student}', 'test_vit', '--teacher', 'test_resnet']
+    options += [] if which == {'a': 'kl', 'b': 'contrastive'}[student] else ['--distill-terms', which]
+    return Case([*options, *(word for name in chosen for word in given[name])],
+                [{**ce(student), **{f'{name}_loss': terms[name] for name in chosen}}], frozen=partner_of(student))
 
 
 def deit_case(student, kind, online=False):
     teacher = partner_of(student)
-    options = ['--method', 'deit', f'--model-{student}', DEIT, '--distillation-alpha', str(ALPHA)]
-    options += [f'--model-{teacher}' if online else '--teacher', 'test_resnet', '--distillation-type', kind]
-    options += ['--distillation-tau', str(T)] if kind == 'soft' else []
-
-    def terms(o, ce, phase):
-        hard = kind == 'hard'
-        token = reference.token_hard if hard else lambda *logits: reference.token_soft(*logits, T)
-        return {
-            **({f'ce_{teacher}_loss': (ce(o.z[teacher]), 1)} if online else {}),
-            f'ce_{student}_loss': (ce(o.z[student]), 1 - ALPHA),
-            f'distill_{student}_loss': (token(o.token, o.z[teacher]), ALPHA),
-        }
-
-    return Case(options, terms, frozen='' if online else teacher, token=student)
+    options = ['--method', 'deit', f'--model-{student}', DEIT, '--distillation-alpha', str(ALPHA),
+               f'--model-{teacher}' if online else '--teacher', 'test_resnet', '--distillation-type', kind,
+               *(['--distillation-tau', str(T)] if kind == 'soft' else [])]
+    token = {'hard': lambda o: reference.token_hard(o.token, o.z[teacher]),
+             'soft': lambda o: reference.token_soft(o.token, o.z[teacher], T)}[kind]
+    terms = {**(ce(teacher) if online else {}), **ce(student, 1 - ALPHA), f'distill_{student}_loss': (ALPHA, token)}
+    return Case(options, [terms], frozen='' if online else teacher, token=student)
 
 
 def cosub_case(*options):
-    return Case(
-        ['--method', 'cosub', '--model-a', 'test_vit', '--drop-path', '0.5', *options],
-        lambda o, ce, phase: {
-            'ce_a_loss': (ce(o.z['a']), 1 / 4),
-            'ce_b_loss': (ce(o.z['b']), 1 / 4),
-            'cosub_a_loss': (reference.submodel(o.z['a'], o.z['b'], '--bce-sum' in options), 1 / 4),
-            'cosub_b_loss': (reference.submodel(o.z['b'], o.z['a'], '--bce-sum' in options), 1 / 4),
-        })
+    def submodel(side):
+        return lambda o: reference.submodel(o.z[side], o.z[partner_of(side)], '--bce-sum' in options)
+    return Case(['--method', 'cosub', '--model-a', 'test_vit', '--drop-path', '0.5', *options], [{
+        **ce('a', 1 / 4), **ce('b', 1 / 4), **{f'cosub_{side}_loss': (1 / 4, submodel(side)) for side in SIDES}}])
 
 
 DML = ['--method', 'dml', *PAIR, *KL]
@@ -147,10 +94,12 @@ CASES = {
     'vpl, Bi': vpl_case('both', 'both'),
     'vpl, swapped': vpl_case('a', 'b'),
     'vpl, dot': vpl_case(similarity='dot'),
-    'solo a': solo_case('a'),
-    'solo b': solo_case('b'),
-    'dml': Case(DML, dml_terms),
-    'dml, joint': Case([*DML, '--dml-joint'], dml_joint_terms),
+    **{f'solo {side}': Case(['--method', 'solo', f'--model-{side}', 'test_vit'], [ce(side)]) for side in SIDES},
+    'dml': Case(DML, [
+        {**ce(side), f'kl_{side}_loss': (W_K, lambda o, side=side: o.follow(side))} for side in SIDES]),
+    'dml, joint': Case([*DML, '--dml-joint'], [{
+        **ce('a'), **ce('b'), 'kl_a_loss': (W_K / 2, lambda o: o.kl('b', 'a')),
+        'kl_b_loss': (W_K / 2, lambda o: o.kl('a', 'b'))}]),
     **{f'distill {side}, {which}': distill_case(side, which)
        for side in SIDES for which in ('kl', 'contrastive', 'both')},
     **{f'deit {side}, {kind}{", online" * online}': deit_case(side, kind, online)
@@ -223,32 +172,48 @@ def make_batch(targets='hard'):
     return x, torch.randint(NUM_CLASSES, (6,), generator=generator)
 
 
-def label_loss(case, smoothing, y, z):
-    """The loss of the labels."""
-    if 'cosub' in case.options:
-        return reference.binary_ce(z, y, smoothing) * (z.shape[1] if '--bce-sum' in case.options else 1)
-    return reference.ce(z, y, smoothing)
+class Outputs:
+    """What the formulas need, with each network run by hand, and what they have in common."""
 
+    def __init__(self, case, pair, teacher, x, y, smoothing):
+        self.case, self.y, self.smoothing, self.z, self.h = case, y, smoothing, {}, {}
+        self.affine, self.affine_side = pair.affine or nn.Identity(), pair.affine_side
+        for side in pair.sides:
+            model = pair.branch(side)
+            if 'cosub' in case.options:
+                self.z['a'], self.z['b'] = model.head(model.features(torch.cat([x, x]))).chunk(2)
+                continue
+            self.h[side] = model.features(x)
+            self.z[side] = model.head(self.h[side])
+            if side == case.token:
+                self.token = model.token_logits(self.h[side])
+        if case.frozen:
+            model = teacher.branch.model
+            assert not model.norm.training
+            with torch.no_grad():
+                self.h[case.frozen] = model.features(x)
+                self.z[case.frozen] = model.head(self.h[case.frozen])
 
-def plain_outputs(case, pair, teacher, x):
-    """What the formulas need, with each network run by hand."""
-    o = SimpleNamespace(z={}, h={}, affine=pair.affine or nn.Identity(), affine_side=pair.affine_side)
-    for side in pair.sides:
-        model = pair.branch(side)
-        if 'cosub' in case.options:
-            o.z['a'], o.z['b'] = model.head(model.features(torch.cat([x, x]))).chunk(2)
-            continue
-        o.h[side] = model.features(x)
-        o.z[side] = model.head(o.h[side])
-        if side == case.token:
-            o.token = model.token_logits(o.h[side])
-    if case.frozen:
-        model = teacher.branch.model
-        assert not model.norm.training
-        with torch.no_grad():
-            o.h[case.frozen] = model.features(x)
-            o.z[case.frozen] = model.head(o.h[case.frozen])
-    return o
+    def ce(self, side):
+        """The loss of the labels."""
+        if 'cosub' in self.case.options:
+            scale = NUM_CLASSES if '--bce-sum' in self.case.options else 1
+            return scale * reference.binary_ce(self.z[side], self.y, self.smoothing)
+        return reference.ce(self.z[side], self.y, self.smoothing)
+
+    def contrastive(self, learner, similarity='cosine'):
+        """Eq. 3 to 5, the partner detached; the affine layer P learns always."""
+        h = {side: self.h[side] if learner in (side, 'both') else self.h[side].detach() for side in SIDES}
+        h[self.affine_side] = self.affine(h[self.affine_side])
+        return reference.contrastive(h['a'], h['b'], TAU, similarity)
+
+    def kl(self, p, q):
+        """KL(p_p || p_q)."""
+        return reference.kl(self.z[p], self.z[q], RHO)
+
+    def follow(self, learner):
+        """KL(sg p_partner || p_learner)."""
+        return reference.kl(self.z[partner_of(learner)].detach(), self.z[learner], RHO)
 
 
 def assert_close(got, want, rtol=1e-10, atol=1e-10, msg=None):
@@ -275,18 +240,17 @@ def test_terms_and_gradients(name, targets):
     task = make_task(case, *TARGETS[targets])
     pair, plain = task.trainable_module, copy.deepcopy(task.trainable_module)
     x, y = make_batch(targets)
-    ce = functools.partial(label_loss, case, 0.1 if targets == 'smooth' else 0., y)
-    o = seeded(4, plain_outputs, case, plain, task.teacher, x)
+    o = seeded(4, Outputs, case, plain, task.teacher, x, y, 0.1 if targets == 'smooth' else 0.)
     assert task.phases == (('a', 'b') if name == 'dml' else ('ab',))
-    for phase in range(len(task.phases)):
+    for phase, terms in enumerate(case.phases):
         if phase:  # the partner says what it says after its update
             with torch.no_grad():
                 o.z['a'] = copy.deepcopy(plain.model_a)(x)
         result = seeded(4, task, x, y, phase=phase)
-        want = case.terms(o, ce, phase)
-        total = sum(weight * value for value, weight in want.values())
+        want = {name: formula(o) for name, (_, formula) in terms.items()}
+        total = sum(weight * want[name] for name, (weight, _) in terms.items())
         assert set(result) == {*want, 'loss', 'output'}
-        assert_all_close(result, {'loss': total, **{term: value for term, (value, _) in want.items()}})
+        assert_all_close(result, {**want, 'loss': total})
 
         pair.zero_grad()
         plain.zero_grad()
@@ -695,7 +659,7 @@ def test_torchrun_with_everything(digits_folder, teacher_run, tmp_path, name):
     assert {row['processes'] for row in rows(tmp_path / 'run')} == {'2'}
 
 
-# Usage errors; others: refusals.yaml
+# Usage errors; others: command_lines.yaml
 
 def test_models_named_for_deit_have_a_token(capsys, digits_folder, tmp_path):
     line = error_line(capsys, digits_folder, *SMALL, '--output', tmp_path, '--method', 'deit', *PAIR)

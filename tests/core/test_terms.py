@@ -23,7 +23,7 @@ NUM_CLASSES = 5
 CONFIG = {'input_size': (3, 16, 16), 'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'interpolation': 'bicubic'}
 
 
-# Texts; those that are refused: refusals.yaml
+# Texts; those that are refused: command_lines.yaml
 
 @pytest.mark.parametrize('text, spelled', [
     ('kl', 'kl,learner=b'),

@@ -73,7 +73,7 @@ def bad_checkpoint(content):
 
 RESUME = ['-b', 8, '--resume', '{}/last.pth.tar']
 WEIGHTS = {'state_dict': {'model_a.weight': torch.zeros(1)}, 'epoch': 0, 'optimizer': {}}
-# How the data or a checkpoint is spoilt, options, what is said, status; command lines alone: refusals.yaml.
+# How the data or a checkpoint is spoilt, options, what is said, status; command lines alone: command_lines.yaml.
 REFUSED = {
     'no folder': (shutil.rmtree, [], '{}', 2),
     'empty class': (lambda folder: (folder / 'train' / 'class9').mkdir(), [], 'class9 holds no image', 2),

@@ -2,7 +2,7 @@
 import pytest
 import torch
 import yaml
-from runs import NOISE, PAIR, SMALL, TIMES, assert_equal_weights, error_line, last, rows, run, torchrun
+from runs import NOISE, PAIR, SMALL, TIMES, assert_equal_weights, error_line, last, rows, run, train_in
 
 from timm_vpl.cli import train
 from timm_vpl.engine.optim import create_scheduler
@@ -86,11 +86,12 @@ def test_a_run_of_the_same_name_is_not_written_over(digits_folder, tmp_path):
 @pytest.mark.parametrize('options', [
     ['--amp', '--amp-dtype', 'bfloat16', '--clip-grad', '1.0', '--clip-mode', 'agc'],
     ['--grad-accum-steps', '2', '--opt', 'lamb', '--sched-on-updates'],
-    ['--aug-repeats', '3', '--no-model-ema', '--layer-decay', '0.75'],
-    ['--mixup', '0.8', '--bce-loss', '--val-interval', '2'],
-    ['--similarity', 'dot', '--tau', '64', '--same-class', 'ignore', '--affine-side', 'a', '--kl-to', 'both'],
-    pytest.param(['--torchcompile', 'eager', '--save-epochs', '1'], marks=pytest.mark.slow, id='--torchcompile'),
     ['--channels-last-a', '--grad-checkpointing-b', '--in-chans', '1', '--eval-metric', 'loss_b'],
+    *(pytest.param(options, marks=pytest.mark.slow) for options in (
+        ['--aug-repeats', '3', '--no-model-ema', '--layer-decay', '0.75'],
+        ['--mixup', '0.8', '--bce-loss', '--val-interval', '2'],
+        ['--similarity', 'dot', '--tau', '64', '--same-class', 'ignore', '--affine-side', 'a', '--kl-to', 'both'],
+        ['--torchcompile', 'eager', '--save-epochs', '1'])),
 ], ids=lambda options: options[0])
 def test_options_train(digits_folder, tmp_path, options):
     folder = run(digits_folder, tmp_path, *options)
@@ -128,7 +129,7 @@ def test_two_processes_train_as_one(digits_folder, tmp_path):
         '--opt', 'sgd', '--lr', '0.02', '--aa', '', '--reprob', '0', '--epochs', '3', '--x', '40', '--y', '30',
         '--eval-metric', 'top1_ens']
     one = run(digits_folder, tmp_path, *quiet, name='one', models=models)
-    torchrun(2, digits_folder, *models, *SMALL, *quiet, '-b', '4', '--output', tmp_path, '--experiment', 'two')
+    train_in(2, digits_folder, *models, *SMALL, *quiet, '-b', '4', '--output', tmp_path, '--experiment', 'two')
     two = tmp_path / 'two'
     assert [row['stage'] for row in rows(two)] == ['1', '1', '2']
     for key, value in rows(one)[2].items():

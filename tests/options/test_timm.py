@@ -105,29 +105,6 @@ def test_the_model_of_a_timm_recipe_is_the_other_branch(digits_folder, tmp_path,
         '--initial-checkpoint-b /no/where: no such file')
 
 
-@pytest.mark.parametrize('text, passes', [
-    ('aug_splits: 0', True), ('aug_splits: 3', False), ('jsd_loss: false', True), ('jsd_loss: true', False),
-    ("fuser: ''", True), ('fuser: nvfuser', False), ('kd_temperature: 4.0', True), ('kd_temperature: 4', True),
-    ('kd_temperature: 2.0', False), ('naflex_train_seq_lens: [128, 256, 576, 784, 1024]', True),
-    ('naflex_train_seq_lens: [128]', False), ('worker_seeding: all', True), ('worker_seeding: part', False),
-    ('epoch_repeats: 0.0', True), ('tta: 2', False), ('patience_epochs: 10', True), ('no_prefetcher: false', True)])
-def test_refused_options_pass_where_they_do_nothing(text, passes, digits_folder, tmp_path, capsys):
-    path = tmp_path / 'recipe.yaml'
-    path.write_text(text)
-    argv = [digits_folder, '--model-a', 'test_resnet', '--model-b', 'test_vit', '-c', path]
-    if passes:
-        assert parse_args(list(map(str, argv)))
-    else:
-        assert refused(capsys, argv).startswith(f'{path}: {text.split(":")[0]} is not available: ')
-
-
-def test_a_mistyped_key_does_not_pass(digits_folder, tmp_path, capsys):
-    path = tmp_path / 'recipe.yaml'
-    path.write_text('smoothin: 0')
-    assert refused(capsys, [digits_folder, '-c', path]) == (
-        f'{path}: smoothin is not an option, did you mean smoothing?')
-
-
 def test_the_rows_tell_of_timms_script(timm_scripts):
     """Each option of timm's script is an option here with the default that its row tells, or refused."""
     spec = importlib.util.spec_from_file_location('timm_train', timm_scripts / 'train.py')
