@@ -144,6 +144,6 @@ def error_line(capsys, *argv, command=train, statuses=(2,)) -> str:
 
 
 def content(folder: Path) -> dict:
-    """Return all that would show that a folder was touched."""
-    return {path: (path.lstat().st_mtime_ns, path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest())
-            for path in [folder, *folder.rglob('*')]}
+    """Return all that would show that a file of a folder was touched, made or removed."""
+    return {path: path.is_file() and (path.lstat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+            for path in folder.rglob('*')}

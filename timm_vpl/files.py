@@ -1,10 +1,22 @@
 """Files that are whole or as they were: written under another name, flushed to disk, renamed."""
 import contextlib
 import os
+import re
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import RunError
+
+
+def temporary(path: str | Path) -> str:
+    """Return a name beside a file's that no other process takes, on whatever machine."""
+    return f'{path}.{uuid.uuid4().hex}.tmp'
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a file's name is one of `temporary`."""
+    return re.fullmatch(r'.*\.[0-9a-f]{32}\.tmp', name, re.DOTALL) is not None
 
 
 @contextlib.contextmanager
@@ -18,15 +30,15 @@ def replacing(path: str, mode: str = 'w', **kwargs) -> Iterator:
     """
     folder = os.path.dirname(path) or '.'
     os.makedirs(folder, exist_ok=True)
-    temporary = Path(f'{path}.{os.getpid()}.tmp')
+    written = Path(temporary(path))
     try:
-        with open(temporary, mode, **kwargs) as file:
+        with open(written, mode, **kwargs) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        replace(temporary, path)
+        replace(written, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        written.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from timm_vpl.cli import train
 from timm_vpl.engine import loop
 from timm_vpl.engine.checkpoint import newest_checkpoint, read_checkpoint, recovery_files
 from timm_vpl.engine.control import STOP, Stopped
+from timm_vpl.files import temporary
 from timm_vpl.options.train import parse_args
 
 SHORT = [
@@ -218,9 +219,10 @@ def test_auto_after_a_death_before_the_first_checkpoint(digits_folder, tmp_path)
     folder = tmp_path / 'run'
     folder.mkdir()
     (folder / 'args.yaml').write_text('method: vpl\n')
-    (folder / 'tmp.pth.tar').write_bytes(b'half')
+    half = Path(temporary(folder / 'last.pth.tar'))
+    half.write_bytes(b'half')
     assert run(digits_folder, tmp_path, '--resume', 'auto', '--epochs', '1') == folder
-    assert (folder / 'last.pth.tar').exists() and not (folder / 'tmp.pth.tar').exists()
+    assert (folder / 'last.pth.tar').exists() and not half.exists()
     assert not (tmp_path / 'run-1').exists()
 
 

@@ -19,7 +19,7 @@ from timm.task import TrainingTask
 
 from .. import __version__
 from ..errors import RunError, first_line
-from ..files import replace, replacing
+from ..files import is_temporary, replace, replacing, temporary
 
 _logger = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ class Saver:
         decreasing: A lower metric is better.
         max_history: Numbered checkpoints to keep.
         milestones: Numbers of completed epochs whose checkpoints are kept for good.
+        check: Raises RunError where the folder is another process's by now.
     """
 
     folder: str
@@ -116,6 +117,7 @@ class Saver:
     decreasing: bool = False
     max_history: int = 10
     milestones: Iterable[int] = ()
+    check: Callable[[], None] = lambda: None
     ranks: Ranks = dataclasses.field(default_factory=Ranks, init=False)
     failed: bool = dataclasses.field(default=False, init=False)  # the last attempt to save an epoch
 
@@ -124,12 +126,13 @@ class Saver:
         recipe = Path(self.folder, RECIPE)
         self._recipe = recipe.read_bytes() if recipe.exists() else None
         last = self._path('last')
+        self._temporary = temporary(last)
         found = _by_saves([last, *recovery_files(self.folder)])
         self._saves = found[-1][0] if found else 0  # of the folder, whatever checkpoint the run goes on from
+        self.newest = os.path.basename(found[-1][-1]) if found else ''  # the name that was saved last
         self._recoveries = [path for *_, path in found if path != last]
-        for path in Path(self.folder).glob('*tmp*'):  # of an earlier attempt that was killed
-            if re.fullmatch(r'tmp\.pth\.tar|.*\.pth\.tar\.tmp|.*\.\d+\.tmp', path.name):
-                path.unlink()
+        for path in filter(is_temporary, os.listdir(self.folder)):  # of an earlier attempt that was killed
+            os.unlink(os.path.join(self.folder, path))
 
     def save(self, epoch: int, state: dict[str, Any], metrics: dict[str, float | None]) -> None:
         """Save a completed epoch; where that fails, say so and keep the older files.
@@ -150,18 +153,19 @@ class Saver:
                 self._link(written, name)
             for name in self.ranks.files.keys() - ranks.files.keys():
                 Path(self._path(name)).unlink(missing_ok=True)
-            replace(written, self._path('last'))
+            self._replace(written, 'last')
             self.ranks, self.failed = ranks, False
 
     def save_recovery(self, epoch: int, batch: int, state: dict[str, Any]) -> bool:
         """Save within an epoch, after `batch` of its batches; return whether that went well."""
-        path = self._path(f'recovery-{epoch}-{max(batch - 1, 0)}')
+        name = f'recovery-{epoch}-{max(batch - 1, 0)}'
+        path = self._path(name)
         if self._recovered == (epoch, batch) and os.path.exists(path):
             return True  # nothing has changed since
         saved = False
         with self._attempt():
             # The epoch is the last one completed.
-            replace(self._write({'epoch': epoch - 1, 'saver': self.ranks.state_dict(), **state}), path)
+            self._replace(self._write({'epoch': epoch - 1, 'saver': self.ranks.state_dict(), **state}), name)
             self._recovered, saved = (epoch, batch), True
             self._recoveries = [*(other for other in self._recoveries if other != path), path]
             for other in self._recoveries[:-2]:
@@ -187,6 +191,10 @@ class Saver:
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, name + EXTENSION)
 
+    def _replace(self, written: str, name: str) -> None:
+        replace(written, self._path(name))
+        self.newest = name + EXTENSION
+
     def _names(self, ranks: Ranks, epoch: int) -> list[str]:
         """Return the names that the checkpoint of an epoch has, beside `last`."""
         numbered = [name for name in ranks.files if name == f'checkpoint-{epoch}']
@@ -209,10 +217,11 @@ class Saver:
                     file.write(self._recipe)
                 _logger.error(f'{self.folder}: was removed, made again; it will hold what is saved from now on')
                 self._forget_missing()
+            self.check()
             yield
         except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into a RuntimeError
             with contextlib.suppress(OSError):
-                os.unlink(self._path('tmp'))
+                os.unlink(self._temporary)
             _logger.error(f'Not saved: {self.folder}: {_cause(e)}; the run goes on, older checkpoints are kept')
 
     def _write(self, state: dict[str, Any]) -> str:
@@ -232,26 +241,25 @@ class Saver:
             'time': time.time(),
             **state,
         }
-        with open(self._path('tmp'), 'wb') as file:
+        with open(self._temporary, 'wb') as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        return self._path('tmp')
+        return self._temporary
 
     def _link(self, source: str, name: str) -> None:
         """Give a file another name, in the place of what has it: a hard link where the file system has them."""
-        temporary = self._path(name) + '.tmp'
-        Path(temporary).unlink(missing_ok=True)
+        other = temporary(self._path(name))
         try:
             try:
-                os.link(source, temporary)
+                os.link(source, other)
             except (OSError, NotImplementedError):
-                shutil.copy2(source, temporary)
-                with open(temporary, 'rb') as file:
+                shutil.copy2(source, other)
+                with open(other, 'rb') as file:
                     os.fsync(file.fileno())
-            replace(temporary, self._path(name))
+            replace(other, self._path(name))
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            Path(other).unlink(missing_ok=True)
 
 
 def _cause(error: BaseException) -> str:
@@ -299,7 +307,7 @@ def newest_checkpoint(folder: str) -> str | None:
         if newer:
             _logger.warning(f'Passed over: {", ".join(newer)}: newer by the clock, but saved before {newest}')
         return newest
-    left = [path.name for path in sorted(Path(folder).glob('*.pth.tar')) if 'tmp' not in path.name]
+    left = [path.name for path in sorted(Path(folder).glob('*.pth.tar'))]
     if left:
         raise RunError(f'--resume auto: of the checkpoints in {folder} none can be read ({", ".join(left[:4])}); '
                        f'for a fresh start move them away')

@@ -15,6 +15,7 @@ from ..options.checks import is_auto
 from ..options.train import Options, changed_options, recipe_values
 from .checkpoint import newest_checkpoint, read_checkpoint
 from .device import by_first, from_all
+from .owner import Owner
 from .step import Progress
 
 _logger = logging.getLogger('train')
@@ -29,18 +30,18 @@ class Start:
     optimizer: bool = True  # go on with that of the checkpoint
 
 
-def find_start(options: Options, processes: Processes) -> Start:
+def find_start(options: Options, processes: Processes, owner: Owner) -> Start:
     """Return where all processes begin.
 
     The checkpoint is that of --resume; with --resume auto or a folder, and where torchrun has restarted the processes,
-    the newest one of the run's folder.
+    the newest one of the run's folder, which is this run's own from then on.
     """
     # torchrun counts only the restarts for which a process of the same machine has failed.
     restarted = any(from_all(processes, os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'))
-    return by_first(processes, partial(_find_start, options, restarted))
+    return by_first(processes, partial(_find_start, options, restarted, owner))
 
 
-def _find_start(options, restarted):
+def _find_start(options, restarted, owner):
     if restarted and not options.run.experiment:
         _logger.warning(
             'Restarted by torchrun, from the beginning: only a run with --experiment NAME goes on by itself')
@@ -55,6 +56,7 @@ def _find_start(options, restarted):
     by_hand = Start(options.run.resume, auto, options.run.start_epoch, not options.run.no_resume_opt)
     if not auto and not (restarted and options.run.experiment):
         return by_hand
+    owner.claim(folder)
     path = newest_checkpoint(folder)
     if path is None and options.run.resume not in ('', 'auto') and auto:
         raise UsageError(f'--resume {options.run.resume}: no checkpoint in this folder')

@@ -30,6 +30,7 @@ from .environment import environment
 from .evaluate import evaluate
 from .log import SUMMARY, log_plan
 from .loop import fit, save_recovery, try_validation
+from .owner import Owner
 from .resume import find_start, load_checkpoint, output_of, restore_ranks, resume
 from .run import Run, create_run
 
@@ -56,9 +57,9 @@ def train(options: Options, observers: Iterable[Any] = ()) -> None:
             faulthandler.enable(sys.__stderr__)  # stacks after a crash in native code
     processes = init_device(options.device.device, options.loader.workers, options.run.deterministic)
     set_output(options.run.quiet, options.run.no_progress, processes.rank == 0)
-    run = None
+    run, owner = None, Owner()
     try:
-        start = find_start(options, processes)
+        start = find_start(options, processes, owner)
         with agreement(processes):
             checkpoint = load_checkpoint(start) if start.path else None
             run = create_run(options, processes, start)
@@ -71,7 +72,7 @@ def train(options: Options, observers: Iterable[Any] = ()) -> None:
                          f'finished; no file is changed')
             return
         try_validation(run)
-        by_first(processes, lambda: open_folder(run, checkpoint))
+        by_first(processes, lambda: open_folder(run, checkpoint, owner))
         begin(run, checkpoint)
         checkpoint = None  # it may be large
         with run.control:
@@ -85,6 +86,7 @@ def train(options: Options, observers: Iterable[Any] = ()) -> None:
     finally:
         if run is not None:
             run.tell('close')
+        owner.release()
         if processes.distributed:
             with contextlib.suppress(RuntimeError):  # of a group that is already broken
                 torch.distributed.destroy_process_group()
@@ -120,15 +122,16 @@ def is_finished(run: Run) -> bool:
         return False  # the run goes on and says why
 
 
-def open_folder(run: Run, checkpoint: dict[str, Any] | None) -> None:
+def open_folder(run: Run, checkpoint: dict[str, Any] | None, owner: Owner) -> None:
     """Make the run's folder, or enter it again, and all that writes to it.
 
     Args:
         run: The run.
         checkpoint: The checkpoint that the run goes on from.
+        owner: What makes the folder this run's own.
     """
     data_config, recipe = models.loader_config(run.configs), recipe_values(run.options)
-    run.output_dir = _create_output_dir(run, data_config, recipe)
+    run.output_dir = _create_output_dir(run, data_config, recipe, owner)
     run.saver = Saver(
         run.output_dir,
         run.task,
@@ -140,6 +143,7 @@ def open_folder(run: Run, checkpoint: dict[str, Any] | None) -> None:
         decreasing='loss' in run.options.run.eval_metric,
         max_history=run.options.run.checkpoint_hist,
         milestones=run.options.run.save_epochs or (),
+        check=owner.check,
     )
     if checkpoint and os.path.samefile(os.path.dirname(run.start.path) or '.', run.output_dir):
         run.saver.resume(checkpoint.get('saver', {}), run.start.path, checkpoint.get('epoch'))
@@ -147,7 +151,7 @@ def open_folder(run: Run, checkpoint: dict[str, Any] | None) -> None:
     run.tell('start')
 
 
-def _create_output_dir(run, data_config, recipe) -> str:
+def _create_output_dir(run, data_config, recipe, owner) -> str:
     options, start = run.options, run.start
     name = options.run.experiment or '-'.join([
         datetime.now().strftime('%Y%m%d-%H%M%S'),
@@ -158,6 +162,7 @@ def _create_output_dir(run, data_config, recipe) -> str:
     with refusing(f'--output {output_of(options)}', AssertionError, OSError):
         # A run of the same name is continued with --resume, never written over.
         output_dir = get_outdir(output_of(options), name, inc=not (start.path or start.auto))
+        owner.claim(output_dir)
         if start.path and not options.run.experiment:
             _logger.info(f'New folder {output_dir}: --output and --experiment continue in the old one')
         contents = {'train': split_card(run.loader_train.images), 'validation': split_card(run.loader_eval.dataset)}

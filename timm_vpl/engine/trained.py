@@ -82,7 +82,7 @@ def _checkpoint_files(source: str) -> dict[str, str]:
     if len(best) == len(SIDES):
         return best
     # One model, or a run that was killed before its first epoch was ranked; a file half written is none.
-    found = [path for path in Path(source).glob('*.pth.tar') if not path.name.endswith('tmp.pth.tar')]
+    found = list(Path(source).glob('*.pth.tar'))
     if not found:
         raise UsageError(f'{source}: no checkpoint in this folder (best_a.pth.tar, best_b.pth.tar, last.pth.tar, ...)')
     newest = max(found, key=lambda path: (path.name == 'last.pth.tar', path.stat().st_mtime_ns))

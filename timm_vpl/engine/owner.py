@@ -1,0 +1,145 @@
+"""Who trains in a folder: one process, which says so in a file there and touches it as long as it lives."""
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+
+from ..errors import RunError, UsageError
+from ..files import temporary
+from ..text import one_line
+
+_logger = logging.getLogger('train')
+
+FILE = 'owner'
+BEAT = 5  # seconds between two touches
+STALE = 30  # seconds without one after which an owner that can't be looked up is dead
+
+
+class Owner:
+    """Makes a folder this process's own, for as long as it lives.
+
+    All of it holds on network file systems too: a file is created that must not be there, renamed, and opened anew to
+    be read. Clocks do not matter: a process of this machine is looked up, of another the file is watched for a change.
+    """
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._card = f'{socket.gethostname()} {os.getpid()} {_machine()} {uuid.uuid4().hex}\n'
+        self._released = threading.Event()
+
+    def claim(self, folder: str) -> None:
+        """Own a folder, if it is there and can be written to.
+
+        Raises:
+            UsageError: A process that lives owns it.
+        """
+        path = Path(folder, FILE)
+        if not os.path.isdir(folder) or (self._path is not None and os.path.samefile(folder, self._path.parent)):
+            return
+        try:
+            while self._path is None:
+                try:
+                    self._write(path)
+                    self._path = path
+                except FileExistsError:
+                    _take_over(path)
+        except OSError:  # nothing can be written there; whoever tries to says so
+            return
+        threading.Thread(target=self._beat, args=(path,), daemon=True).start()
+
+    def check(self) -> None:
+        """Make sure that the folder is still this process's own.
+
+        Raises:
+            RunError: Another process has taken it over, which took this one for dead.
+        """
+        if self._path is None:
+            return
+        with contextlib.suppress(FileExistsError):
+            self._write(self._path)  # where the folder was removed and made again
+        found = self._path.read_text()
+        if found != self._card:
+            raise RunError(f'{self._path.parent}: {_name(found)} trains there now; this one stood still too long, and '
+                           f'leaves the folder to it')
+
+    def release(self) -> None:
+        """Let others own the folder."""
+        path, self._path = self._path, None
+        self._released.set()
+        with contextlib.suppress(OSError):
+            if path is not None and path.read_text() == self._card:
+                path.unlink()
+
+    def _write(self, path: Path) -> None:
+        with open(path, 'x') as file:
+            file.write(self._card)
+
+    def _beat(self, path: Path) -> None:
+        while not self._released.wait(BEAT):
+            with contextlib.suppress(OSError):
+                if path.read_text() == self._card:
+                    os.utime(path)
+
+
+def _take_over(path: Path) -> None:
+    """Remove the file of an owner that is dead.
+
+    Raises:
+        UsageError: The owner lives.
+    """
+    with contextlib.suppress(FileNotFoundError):  # it has gone meanwhile
+        seen, beat = path.read_text(), path.stat().st_mtime_ns
+        if not _is_dead(seen):
+            _logger.warning(f'{path.parent}: {_name(seen)} trained there; looking for up to {STALE} s whether it lives')
+            begun = time.monotonic()
+            while time.monotonic() - begun < STALE:
+                time.sleep(1)
+                if (path.read_text(), path.stat().st_mtime_ns) != (seen, beat):
+                    raise UsageError(f'--output {path.parent}: {_name(seen)} trains there; end it, or take another '
+                                     f'--experiment')
+        stale = Path(temporary(path))
+        path.rename(stale)
+        if stale.read_text() != seen:  # another process was quicker, and owns the folder
+            with contextlib.suppress(OSError):
+                os.link(stale, path)
+        stale.unlink()
+
+
+def _parse(card: str) -> tuple[str, int, str] | None:
+    """Return host, process and machine of a card; None where it says something else."""
+    try:
+        host, process, machine, _ = card.split()
+        return host, int(process), machine
+    except ValueError:
+        return None
+
+
+def _name(card: str) -> str:
+    owner = _parse(card)
+    return f'process {owner[1]} on {one_line(owner[0])}' if owner else 'another process'
+
+
+def _is_dead(card: str) -> bool:
+    """Return whether the process of a card is of this machine, and has ended."""
+    owner = _parse(card)
+    if owner is None or owner[-1] != _machine():
+        return False
+    try:
+        os.kill(owner[1], 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        pass
+    return False
+
+
+def _machine() -> str:
+    """Return a name of this machine since it has started, as far as processes are numbered together."""
+    try:
+        return Path('/proc/sys/kernel/random/boot_id').read_text().strip() + os.readlink('/proc/self/ns/pid')
+    except OSError:
+        return uuid.uuid4().hex  # it can't be told
