@@ -21,6 +21,8 @@ html_static_path = ['_static']
 html_css_files = ['site.css']
 html_copy_source = html_show_sourcelink = False
 html_math_renderer = 'mathml'
+highlight_language = 'none'
+smartquotes = False  # they would make a dash of an option's two
 
 myst_enable_extensions = ['dollarmath']
 myst_heading_anchors = 3
@@ -32,12 +34,13 @@ python_use_unqualified_type_names = True
 toc_object_entries = False
 
 
-def link_files(app, page, source):
-    """Let a link to Markdown outside this folder be a file: MyST takes it for a page, which it is in the repository."""
+def fit_links(app, page, source):
+    """Let links that fit the repository fit the site: a page has its title, Markdown outside this folder is a file."""
     def link(match):
         path = (DOCS / page).parent / match[1]
         return match[0] if path.resolve().is_relative_to(DOCS) else f'](path:{match[1]})'
-    source[0] = re.sub(r'\]\((\.\.[^)#]*\.md)\)', link, source[0])
+    text = re.sub(r'\]\((\.\.[^)#]*\.md)\)', link, source[0])
+    source[0] = re.sub(r'\[[\w./]+\.md\]\((?!path:)', '[](', text)
 
 
 def mathml(block):
@@ -49,5 +52,5 @@ def mathml(block):
 
 
 def setup(app):
-    app.connect('source-read', link_files)
+    app.connect('source-read', fit_links)
     app.add_html_math_renderer('mathml', mathml(block=False), mathml(block=True))
