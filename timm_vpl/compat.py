@@ -110,12 +110,14 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
-def compile_modes() -> list[str]:
-    """Return the modes of torch.compile.
+def compile_modes() -> dict[str, bool]:
+    """Return of each mode of torch.compile whether it records CUDA graphs.
 
-    torch._inductor.list_mode_options. If it goes: torch.compile refuses an unknown mode at the first step.
+    torch._inductor.list_mode_options. If it goes: torch.compile refuses an unknown mode at the first step;
+    'max-autotune' and 'reduce-overhead' record.
     """
-    return list(torch._inductor.list_mode_options())
+    return {mode: options.get('triton.cudagraphs', False)
+            for mode, options in torch._inductor.list_mode_options().items()}
 
 
 @contextlib.contextmanager

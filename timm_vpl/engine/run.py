@@ -174,6 +174,23 @@ def _gate_images(options: Options, train: Split) -> tuple[Split, Split | None]:
     return withhold(train, 2. if data.gate_pct is None else data.gate_pct)
 
 
+def _check_compile(options: Options, device: torch.device, networks: int) -> None:
+    """Raise UsageError where torch can't compile so, or what one compiled network has said would be lost to another."""
+    backend, mode, modes = options.input.torchcompile, options.input.torchcompile_mode, compile_modes()
+    graphs = {'--torchcompile': backend == 'cudagraphs', '--torchcompile-mode': modes.get(mode or '', False)}
+    for flag, value, known in (
+            ('--torchcompile', backend, torch.compiler.list_backends(exclude_tags=())),
+            ('--torchcompile-mode', mode, [None, *modes]),
+    ):
+        if value not in known:
+            raise UsageError(f'{flag} {value}: expected one of {", ".join(filter(None, known))}')
+        # Each call of a compiled function may overwrite what those before it returned, unless a backward is to come.
+        if graphs[flag] and device.type == 'cuda' and (networks > 1 or options.optimizer.grad_accum_steps > 1):
+            raise UsageError(
+                f'{flag} {value}: its CUDA graphs overwrite the outputs of one network by those of another, and '
+                f'gradients that accumulate; --torchcompile-mode max-autotune-no-cudagraphs tunes without them')
+
+
 def _create_task(options, pair, teacher, criterion, processes) -> PairTask:
     device = processes.device
     if len(criterion.phases) > 1 and options.optimizer.grad_accum_steps > 1:
@@ -194,12 +211,7 @@ def _create_task(options, pair, teacher, criterion, processes) -> PairTask:
             device=torch.device('cpu') if options.ema.model_ema_force_cpu else None,
         )
     if options.input.torchcompile:
-        for flag, value, known in (
-                ('--torchcompile', options.input.torchcompile, torch.compiler.list_backends(exclude_tags=())),
-                ('--torchcompile-mode', options.input.torchcompile_mode, [None, *compile_modes()]),
-        ):
-            if value not in known:
-                raise UsageError(f'{flag} {value}: expected one of {", ".join(filter(None, known))}')
+        _check_compile(options, device, len(pair.sides) + (teacher is not None))
         task.compile(backend=options.input.torchcompile, mode=options.input.torchcompile_mode)
         task.compile_ema(backend=options.input.torchcompile, mode=options.input.torchcompile_mode)
     return task
