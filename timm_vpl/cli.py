@@ -1,40 +1,42 @@
 """The command line: `timm-vpl SUBCOMMAND`, `python -m timm_vpl SUBCOMMAND`, and train_vpl.py."""
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
 
 from . import __version__
-from .errors import RunError, UsageError
+from .core.processes import launched
+from .engine.boundary import as_line
+from .errors import Stopped, UsageError
 from .options.commands import COMMANDS, parse_command
 from .options.parser import as_given
-from .options.train import mistakes_end, parse_args
+from .options.train import take_args
 from .text import one_line
 
 
 def train(argv: list[str] | None = None, prog: str = 'train_vpl.py') -> int:
     """Train; return the exit status: 0, 1 for a failure, 2 for a usage error, 128 + N after signal N."""
-    options = parse_args(argv, prog)
-
     def work():
-        from .engine.control import Stopped  # torch and timm, once the options are known to be good
-        from .engine.train import train
+        options = take_args(argv, prog)
+        from .engine.train import train  # torch and timm, once the options are known to be good
         from .tools.trackers import observers_of
         try:
             train(options, observers_of(options))
         except UsageError as e:
             raise UsageError(as_given(str(e), options.command[1])) from e
         except Stopped as e:
-            if os.environ.get('RANK', '0') == '0':
+            if launched().rank == 0:
                 print(f'{prog}: {e}', file=sys.stderr)
-            raise SystemExit(e.exit_status) from None
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # those that stand still too: they would be waited for, one by one
+            raise SystemExit(_end(e.exit_status)) from None
     return _finish(prog, work)
 
 
 def command(name: str, argv: list[str], prog: str) -> int:
     """Do the work of a smaller command; return the exit status."""
     def work():
-        with mistakes_end(prog):
-            options = parse_command(name, argv, prog)
+        options = parse_command(name, argv, prog)
         # Here, since they import torch and timm.
         if name == 'validate':
             from .tools.validate import validate_models
@@ -58,23 +60,33 @@ def command(name: str, argv: list[str], prog: str) -> int:
 
 
 def _finish(prog: str, work: Callable[[], int | None]) -> int:
-    """Do the work of a command and return its exit status; an expected error becomes one line."""
+    """Do the work of a command and return its exit status; an error becomes one line."""
     try:
-        return work() or 0
-    except UsageError as e:
-        print(f'{prog}: error: {one_line(e)}', file=sys.stderr)
-        return e.exit_status
+        return _end(work() or 0)
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        if os.environ.get('LOCAL_RANK', '0') == '0':
-            print(f'{prog}: interrupted', file=sys.stderr)
-        return 130
+        line, status = f'{prog}: interrupted', 130
     except Exception as e:  # of this package, of another, or of user code
-        from .engine.boundary import as_line
-        print(f'{prog}: error: {one_line(as_line(e))}', file=sys.stderr)
-        return RunError.exit_status
+        error = as_line(e)
+        line, status = f'{prog}: error: {one_line(error)}', error.exit_status
+    if launched().world_size > 1:
+        from .engine.peers import fail
+        return fail(line, status)
+    print(line, file=sys.stderr)
+    return status
+
+
+def _end(status: int) -> int:
+    """Return the exit status, unless there are other processes: then end this one at once.
+
+    A thread of gloo's that frees a tensor while the interpreter ends aborts the process (pytorch PR 179291).
+    """
+    if launched().world_size > 1:
+        from .engine.peers import end
+        end(status)
+    return status
 
 
 USAGE = """usage: timm-vpl COMMAND [options]

@@ -1,4 +1,4 @@
-"""The two ways in which a command fails: it was asked for something wrong, or something went wrong while it ran."""
+"""The ways in which a command ends early: asked for something wrong, gone wrong while it ran, or told to stop."""
 
 
 class UsageError(Exception):
@@ -9,6 +9,14 @@ class UsageError(Exception):
 class RunError(Exception):
     """A failure while running, with a message of one line instead of a traceback."""
     exit_status = 1
+
+
+class Stopped(Exception):
+    """A run that ends early because it was told to; the message is one line."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_status = 128 + signal_number
 
 
 def first_line(error: BaseException, limit: int = 160) -> str:

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,8 @@ from streams import write_tars
 from timm_vpl.cli import train
 from timm_vpl.engine import loop
 from timm_vpl.engine.checkpoint import newest_checkpoint, read_checkpoint, recovery_files
-from timm_vpl.engine.control import STOP, Stopped
+from timm_vpl.engine.control import STOP
+from timm_vpl.errors import Stopped
 from timm_vpl.files import temporary
 from timm_vpl.options.train import parse_args
 
@@ -49,7 +51,11 @@ class SignalAt(logging.Handler):
     def emit(self, record):
         if self.pattern and re.search(self.pattern, record.getMessage()):
             self.pattern = None
-            os.kill(os.getpid(), signal.SIGTERM)
+            self.act(signal.SIGTERM)
+
+    @staticmethod
+    def act(number):
+        os.kill(os.getpid(), number)
 
 
 def stopped(pattern, function, *args, **kwargs):
@@ -104,6 +110,35 @@ def test_a_stream_begins_its_epoch_anew(digits_folder, tmp_path, caplog):
     assert [(row['epoch'], row['images'], row['skipped']) for row in found] == [(str(i), '40', '0') for i in range(3)]
 
 
+@pytest.mark.parametrize('split, options, place', [
+    ('train', [], 'epoch 1, batch [234] of 5'),
+    pytest.param('train', ['--grad-accum-steps', '2'], 'epoch 1, batch [024] of 5', marks=pytest.mark.slow),
+    pytest.param('validation', [], 'epoch 0, batch 5 of 5', marks=pytest.mark.slow),
+], ids=['training', 'accumulation', 'validation'])
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no pipes with names')
+def test_stopped_while_images_stand_still(digits_folder, tmp_path, capsys, monkeypatch, whole, split, options, place):
+    data = shutil.copytree(digits_folder, tmp_path / 'data')
+    images = sorted((data / split).rglob('*.png'))
+
+    def stand_still(number):
+        for image in images:
+            image.rename(image.with_suffix('.kept'))
+            os.mkfifo(image)  # nobody writes to it
+        threading.Timer(1, os.kill, (os.getpid(), number)).start()
+
+    if options:
+        whole = run(data, tmp_path / 'whole', *SHORT, *options)
+    monkeypatch.setattr(SignalAt, 'act', staticmethod(stand_still))
+    pattern = r'Train: 1 \[ *1/' if split == 'train' else r'Train: 0 \[ *4/'
+    stopped(pattern, run, data, tmp_path / 'part', *SHORT, *options)
+    line = capsys.readouterr().err
+    assert re.search(rf'after {place}, while worker 0 reads class\d/\d+\.png \(index \d+\); to go on', line)
+    for image in images:
+        image.with_suffix('.kept').replace(image)
+    part = run(data, tmp_path / 'part', *SHORT, *options, '--resume', 'auto')
+    assert not differences(whole, part)
+
+
 @pytest.mark.parametrize('own_name', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_command_of_the_stop_line_goes_on(digits_folder, tmp_path, capsys, own_name):
     recipe, output = tmp_path / 'recipe.yaml', tmp_path / 'part of it'
@@ -128,7 +163,8 @@ def test_the_command_of_the_stop_line_goes_on(digits_folder, tmp_path, capsys, o
 @pytest.mark.parametrize('saved, distributed, end', [
     (True, False, 'to go on: timm-vpl train {} --resume {}'),
     (True, True, 'to go on (under torchrun, as before): timm-vpl train {} --resume {}'),
-    (False, False, 'NOT saved, older checkpoints are kept'),
+    (False, False, 'NOT saved, older checkpoints are kept, the newest is last.pth.tar; to go on: timm-vpl train {} '
+     '--resume {}'),
 ], ids=['saved', 'torchrun', 'not saved'])
 def test_the_stop_line(monkeypatch, tmp_path, saved, distributed, end):
     monkeypatch.setattr(loop, 'save_recovery', lambda run: saved)
@@ -136,8 +172,9 @@ def test_the_stop_line(monkeypatch, tmp_path, saved, distributed, end):
     run = SimpleNamespace(
         options=parse_args([*given, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto',
                             '--no-resume-opt', '--start-epoch', '0'], 'timm-vpl train'),
-        output_dir=str(tmp_path / 'run'), processes=SimpleNamespace(distributed=distributed),
-        progress=SimpleNamespace(epoch=1, batch=2), loader_train=range(5))
+        output_dir=str(tmp_path / 'run'), saver=SimpleNamespace(newest='last.pth.tar'),
+        processes=SimpleNamespace(distributed=distributed), progress=SimpleNamespace(epoch=1, batch=2),
+        loader_train=range(5))
     with pytest.raises(Stopped) as stop:
         loop.heed(run, STOP + signal.SIGTERM)
     end = end.format(shlex.join(given), tmp_path / 'run')

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from disk import isolate  # noqa: E402
-from kill import check_equal  # noqa: E402
+from kill import check_equal, prepare  # noqa: E402
 from signals import alone  # noqa: E402
 
 SCRIPT = Path(__file__).resolve().parents[2] / 'train_vpl.py'
@@ -171,9 +171,24 @@ def uneven(folder):
     nodes.start(0)
     nodes.start(1, data=fewer)
     nodes.check(0 not in [nodes.wait(0, 60), nodes.wait(1, 60)], 'both should fail')
-    text = nodes.text(0) + nodes.text(1)
-    nodes.check(len(re.findall('error: data: processes 0 and 1 do not see the same', text)) == 1, 'no line')
-    nodes.check('Train: ' not in text and not (folder / 'run').exists(), 'it began')
+    for node in range(2):
+        lines = re.findall('error: data: processes 0 and 1 do not see the same', nodes.text(node))
+        nodes.check(len(lines) == 1 and 'Train: ' not in nodes.text(node), 'no line, or it began')
+    nodes.check(not (folder / 'run').exists(), 'it began')
+
+
+def mistaken(folder):
+    """One machine has an option that can't be: both say so and end, though the other waits to begin."""
+    nodes = Nodes(prepare('vpl', 2, folder))
+    for nodes.rendezvous in (STATIC, C10D):
+        for wrong in range(2):
+            for node in range(2):
+                nodes.logs[node].unlink(missing_ok=True)
+                nodes.start(node, *(['--lr', 'x'] if node == wrong else []))
+            nodes.check(0 not in [nodes.wait(0, 60), nodes.wait(1, 60)], 'both should fail')
+            for node in range(2):
+                line = rf"error: --lr: 'x' is not a number > 0 \(process {wrong} on "
+                nodes.check(len(re.findall(line, nodes.text(node))) == 1, f'no line on machine {node}')
 
 
 def stopped(folder):

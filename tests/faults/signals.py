@@ -4,6 +4,7 @@ Each case is a function that raises if a run does not end as it should.
 """
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from kill import check_equal, kill, prepare, wait  # noqa: E402
+from kill import Scenario, Still, check_equal, kill, prepare, wait  # noqa: E402
 
 
 class Live:
@@ -119,6 +120,49 @@ def hanging(folder):
     kill(run.pids[1:])
     wait(run.pids[1:])
     run.check('Timeout (0:00:05)!' in run.text and 'train_one_epoch' in run.text)
+
+
+def stalled(folder):
+    """A signal comes while the images stand still: the run is saved where it is, within an update too."""
+    for workers, accumulation in (('0', '1'), ('2', '1'), ('0', '3')):
+        options = ['--epochs', '2', '--workers', workers, '--grad-accum-steps', accumulation]
+        scenario = alone(folder / f'{workers}-{accumulation}', options=options)
+        still = Still(scenario)
+        run = Live(scenario).until(r'Train: 1 \[ *[23]/', still.stand)
+        time.sleep(2)
+        text = run.stop(signal.SIGTERM)
+        run.check(re.search(
+            r'stopped by SIGTERM after epoch 1, batch \d+ of 12, while worker \d reads \d/\d+\.png.*; to go on', text))
+        still.flow()
+        Live(scenario).ends(0)
+        check_equal(scenario.folder / 'alone', scenario.folder / 'run')
+
+
+def stalled_together(folder):
+    """The same with two processes, one of which gets the signal: both are saved at one place."""
+    scenario = alone(folder, 'dml', 2, ['--epochs', '2'])
+    still = Still(scenario)
+    run = Live(scenario).until(r'Train: 1 \[ *2/', still.stand)
+    text = run.stop(signal.SIGTERM, slice(1, 2))
+    run.check(re.search(r'stopped by SIGTERM after epoch 1, batch \d of 6, while worker 0 reads .*; to go on', text))
+    still.flow()
+    Live(scenario).ends(0, 0)
+    check_equal(folder / 'alone', folder / 'run')
+
+
+def stalled_apart(folder):
+    """The images of one of two processes stand still: both end in time, not saved, and go on from what was saved."""
+    scenario = alone(folder, 'vpl', 2, ['--epochs', '2'])
+    shutil.copytree(folder / 'data', folder / 'other' / 'data')
+    scenario.become = lambda rank, argv: [str(folder / 'other' / 'data'), *argv[1:]] if rank else argv
+    still = Still(Scenario('vpl', 2, folder / 'other'))
+    run = Live(scenario).until(r'Train: 1 \[ *3/', still.stand)
+    text = run.stop(signal.SIGTERM)
+    run.check(re.search(
+        r'stopped by SIGTERM after epoch 1, batch \d of 6, while worker 0 reads .*; NOT saved, .*; to go on', text))
+    still.flow()
+    Live(scenario).ends(0, 0)
+    check_equal(folder / 'alone', folder / 'run')
 
 
 if __name__ == '__main__':

@@ -74,29 +74,44 @@ NEEDS = {
         'ip link add cable netns one type veth peer name cable netns two'],
 }
 CASES = {
-    'signals': ['stopped', 'stopped_together', 'second_signal', 'hanging'],
+    'signals': ['stopped', 'stopped_together', 'second_signal', 'hanging', 'stalled', 'stalled_together',
+                'stalled_apart'],
     'disk': ['full', 'full_later', 'full_for_a_while', 'stopped_while_full', 'removed', 'read_only', 'truncated'],
-    'nodes': ['late', 'killed', 'cut_off', 'uneven', 'stopped', 'restarted'],
+    'nodes': ['late', 'killed', 'cut_off', 'uneven', 'mistaken', 'stopped', 'restarted'],
 }
 
 
+FAILURES = [
+    'usage', 'usage-of-all', 'missing', 'other-data', 'memory', 'worker', 'data', 'validation', 'code', 'export',
+    'lost']
+
+
 @pytest.mark.parametrize('script, case', [
-    ('signals', 'lost'),
-    *(pytest.param(script, case, marks=pytest.mark.faults) for script, cases in CASES.items() for case in cases)])
+    (script, case) for script, cases in CASES.items() for case in cases])
+@pytest.mark.faults
 def test_case(script, case, tmp_path):
     if reason := missing(*NEEDS.get(script, [])):
         pytest.skip(f'{script}.py can not run here: {reason}')
     run(tmp_path, f'{script}.py', case, str(tmp_path / 'runs'))
 
 
+@pytest.mark.parametrize('case, processes', [
+    ('code', '2'), *(pytest.param(case, processes, marks=pytest.mark.faults) for processes in ('2', '3', 'nodes')
+                     for case in FAILURES)])
+def test_one_of_several_fails(case, processes, tmp_path):
+    if processes == 'nodes' and (reason := missing(*NEEDS['nodes'])):
+        pytest.skip(f'failures.py can not run here: {reason}')
+    run(tmp_path, 'failures.py', case, processes, str(tmp_path / 'runs'))
+
+
 @pytest.mark.parametrize('args', [
-    ['--kills', '2', '--methods', 'vpl', '--processes', '1'],
-    pytest.param(['--kills', '2', '--methods', 'dml', '--processes', '2', '3'], marks=pytest.mark.faults),
-], ids=['vpl', 'dml'])
+    ['--only', '0', '--each', '2', '--faults', '2'],
+    pytest.param(['--only', '4', '--each', '3', '--faults', '3'], marks=pytest.mark.faults),
+], ids=['1 process', '2 processes'])
 def test_kill(args, tmp_path):
     run(tmp_path, 'kill.py', *args)
 
 
 @pytest.mark.faults
-def test_hundred_kills(tmp_path):
-    run(tmp_path, 'kill.py', '--kills', '100', seconds=3600)
+def test_hundred_and_twenty_faults(tmp_path):
+    run(tmp_path, 'kill.py', '--faults', '120', seconds=7200)

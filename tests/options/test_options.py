@@ -89,14 +89,6 @@ def test_no_option_is_also_refused():
         check_not_refused(flag)
 
 
-def test_other_processes_of_a_machine_say_nothing(capsys, monkeypatch):
-    monkeypatch.setenv('LOCAL_RANK', '1')
-    with pytest.raises(SystemExit) as caught:
-        parse_args(['/no/where', *PAIR])
-    assert caught.value.code == 2
-    assert capsys.readouterr() == ('', '')
-
-
 # Recipes
 
 

@@ -1,4 +1,5 @@
 """The processes of a command, as each of them finds out."""
+import os
 from typing import Any, NamedTuple
 
 
@@ -14,7 +15,11 @@ class Processes(NamedTuple):
         """Whether there are others."""
         return self.world_size > 1
 
-    @property
-    def speaks(self) -> bool:
-        """Whether this one logs and writes for all."""
-        return self.rank == 0
+
+def launched() -> Processes:
+    """Return the place that torchrun or SLURM gave this process, before it has joined the others: without a device."""
+    def number(*names: str, default: int) -> int:
+        return next((int(os.environ[name]) for name in names if name in os.environ), default)
+    return Processes(
+        None, number('RANK', 'SLURM_PROCID', default=0), number('WORLD_SIZE', 'SLURM_NTASKS', default=1),
+        number('LOCAL_RANK', 'SLURM_LOCALID', default=0))

@@ -37,7 +37,7 @@ def as_line(
         what: str | None = None,
         folder: str | None = None,
         show: bool = False,
-) -> Exception:
+) -> RunError | UsageError:
     """Return an error with a message of one line; that of an unexpected one names a file with its traceback.
 
     Args:

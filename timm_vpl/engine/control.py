@@ -1,29 +1,36 @@
 """What the processes of a run decide together between two updates: to go on, to save, to stop, to give up."""
 import contextlib
 import faulthandler
+import logging
 import os
+import select
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from ..errors import Stopped
+from . import peers
+
+_logger = logging.getLogger('train')
 
 # Decisions, the larger one wins; from STOP on: STOP + the signal's number.
 GO_ON, SAVE, STOP, GIVE_UP = 0, 1, 100, 1000
 
 SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]
 _ECHO_SECONDS = 1  # within which a signal is the same one again: Ctrl-C comes from the terminal and from torchrun
+_PATIENCE = 10  # seconds after a signal in which a batch that is awaited may still come, where there are others
+_LATE = 15  # seconds in which all have to stand still; torchrun and SLURM kill after 30
+_STALL = 60  # seconds after which a batch that is awaited is worth a line
 
 
-class Stopped(Exception):
-    """A run that ends early because it was told to; the message is one line."""
-
-    def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
-        self.exit_status = 128 + signal_number
+class Stalled(BaseException):
+    """A run that is to stop stands still: the batch that it awaits does not come. The message says what is read."""
 
 
 class Control:
@@ -40,14 +47,28 @@ class Control:
         distributed: Whether there are other processes.
         hang_timeout: Seconds, 0 for no limit.
         recovery_minutes: Minutes between two wishes of this process to save, 0 for none.
+        give_up: Ends the run where a signal came, a batch is awaited, and not all processes stand still in time.
     """
 
-    def __init__(self, distributed: bool = False, hang_timeout: float = 0, recovery_minutes: float = 0):
+    def __init__(
+            self,
+            distributed: bool = False,
+            hang_timeout: float = 0,
+            recovery_minutes: float = 0,
+            give_up: Callable[[int, str], None] = lambda number, reads: None,
+    ):
         self.hang_timeout = hang_timeout
         self.recovery_minutes = recovery_minutes
+        self.waited = 0.  # seconds that batches were awaited
+        self._give_up = give_up
+        self._patience = _PATIENCE if distributed else 0
         self._group: Any = dist.new_group(backend='gloo') if distributed else None
         self._pending: tuple | None = None  # (work, tensor) of the wishes under way
-        self._signal: tuple[int, float] | None = None  # (number, time) of the first one
+        self._signal: tuple[int, float] | None = None  # (number, time) of the first one that any process got
+        self._own_signal: tuple[int, float] | None = None  # likewise, this process
+        self._awaits: float | None = None  # since when a batch is awaited, and then that all stand still
+        self._reads: Callable[[], str] = str  # what is read for it
+        self._stalled = self._warned = False
         self._saved = time.monotonic()
         self._watched = -float('inf')
         self._handlers: dict = {}
@@ -57,6 +78,8 @@ class Control:
         with contextlib.suppress(ValueError):  # only the main thread may
             for number in SIGNALS:
                 self._handlers[number] = signal.signal(number, lambda number, frame: None)
+            if hasattr(signal, 'SIGALRM'):
+                self._handlers[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._interrupt)
             # Python runs handlers between two steps of its own: a process that waits in a collective has none. This
             # thread hears of a signal all the same.
             heard, speaks = os.pipe()
@@ -64,10 +87,12 @@ class Control:
                 os.set_blocking(speaks, False)
             self._wakeup = (signal.set_wakeup_fd(speaks, warn_on_full_buffer=False), speaks)
             threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
+            if others := peers.heard():
+                others.on_signal = self._hear
         self.watch()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, *error):
         if self._wakeup is not None:
             before, speaks = self._wakeup
             signal.set_wakeup_fd(before)
@@ -76,19 +101,74 @@ class Control:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if self.hang_timeout:
             faulthandler.cancel_dump_traceback_later()
-        if self._pending is not None and error[0] is None:
-            self._pending[0].wait()
+        if kind is None or issubclass(kind, Stopped):  # in all processes
+            self._decided()
 
     def _listen(self, heard):
-        while data := os.read(heard, 1):
-            number, now = data[0], time.monotonic()
-            if number not in SIGNALS:
-                continue
-            if self._signal is None:
-                self._signal = (number, now)
-            elif now - self._signal[1] > _ECHO_SECONDS and number in (self._signal[0], signal.SIGINT):
-                os._exit(128 + number)
+        while True:
+            if select.select([heard], [], [], 0.5)[0]:
+                data = os.read(heard, 1)
+                if not data:
+                    break
+                if data[0] in SIGNALS:
+                    self._take(data[0], time.monotonic())
+            self._look(time.monotonic())
         os.close(heard)
+
+    def _take(self, number: int, now: float) -> None:
+        """Take a signal that this process got."""
+        if self._own_signal is None:
+            self._own_signal = (number, now)
+            self._hear(number)
+            if others := peers.heard():
+                others.tell(peers.SIGNAL, number)
+        elif now - self._own_signal[1] > _ECHO_SECONDS and number in (self._own_signal[0], signal.SIGINT):
+            os._exit(128 + number)
+
+    def _hear(self, number: int) -> None:
+        """Hear of a signal that a process got."""
+        self._signal = self._signal or (number, time.monotonic())
+
+    def _look(self, now: float) -> None:
+        """See to a batch that does not come."""
+        awaits = self._awaits
+        if awaits is None:
+            return
+        if self._signal is not None:
+            number, begun = self._signal
+            waited = now - max(begun, awaits)
+            if waited > _LATE:
+                self._give_up(number, self._reads())
+            elif waited >= self._patience and not self._stalled:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+        elif now - awaits > min(_STALL, self.hang_timeout / 2 or _STALL) and not self._warned:
+            self._warned = True
+            _logger.warning(f'No batch for {now - awaits:.0f} s{self._reads()}')
+
+    def _interrupt(self, number, frame) -> None:
+        if self._awaits is not None and not self._stalled:
+            self._stalled = True
+            raise Stalled(self._reads())
+
+    def awaited(self, batches: Iterable, reads: Callable[[], str] = str) -> Iterator:
+        """Yield batches.
+
+        Args:
+            batches: The batches.
+            reads: Returns what is read for the next one.
+
+        Raises:
+            Stalled: A signal came, and the next batch does not.
+        """
+        batches = iter(batches)
+        while True:
+            self._reads, self._awaits = reads, time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - self._awaits
+            self._awaits, self._warned = None, False
+            if batch is None:
+                return
+            yield batch
 
     def saved(self) -> None:
         """Start the minutes to the next wish to save."""
@@ -110,14 +190,26 @@ class Control:
             wish = max(wish, STOP + self._signal[0])
         if self._group is None:
             return wish
-        decided = GO_ON
-        if self._pending is not None:
-            work, wishes = self._pending
-            work.wait()
-            decided = int(wishes)
+        decided = self._decided()
         wishes = torch.tensor([wish])
         self._pending = (dist.all_reduce(wishes, dist.ReduceOp.MAX, self._group, async_op=True), wishes)
         return decided
+
+    def decide_here(self) -> int:
+        """Return what the processes decide that all stand still, the wishes of this place among it.
+
+        It stands for the `decide` of the next update: a process that has begun that update never comes to it.
+        """
+        decided = max(self.decide(), self._decided())
+        self._awaits = None
+        return decided
+
+    def _decided(self) -> int:
+        if self._pending is None:
+            return GO_ON
+        (work, wishes), self._pending = self._pending, None
+        work.wait()
+        return int(wishes)
 
     def watch(self) -> None:
         """Say that this process is alive."""

@@ -1,40 +1,21 @@
-"""The device of a process, and what the processes of a command agree on."""
-import contextlib
+"""The device of a process, how it joins the others, and what they tell each other."""
+import ipaddress
 import os
+import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.utils.distributed import init_distributed_device_so
 
-from ..core.processes import Processes
+from ..core.processes import Processes, launched
 from ..errors import RunError, UsageError, first_line
-
-LOST = 'another process ended or can not be reached, see the lines before this one, of the other machines too'
-
-
-@contextlib.contextmanager
-def agreement(processes: Processes):
-    """Let an error of one process end all of them, with one line; no collective may run inside."""
-    error = None
-    try:
-        yield
-    except (RunError, UsageError) as e:
-        error = e
-    first = next((e for e in from_all(processes, error) if e is not None), None)
-    if first is not None:
-        if processes.rank:
-            raise SystemExit(first.exit_status)
-        raise first
+from . import peers
 
 
 def by_first(processes: Processes, function: Callable[[], Any]) -> Any:
-    """Let the first process do something, and return in all what it returned; its error ends all."""
-    value = None
-    with agreement(processes):
-        if processes.rank == 0:
-            value = function()
-    return from_all(processes, value)[0]
+    """Let the first process do something, and return in all what it returned."""
+    return from_all(processes, function() if processes.rank == 0 else None)[0]
 
 
 def from_all(processes: Processes, value: Any) -> list:
@@ -65,7 +46,11 @@ def init_device(name: str | None, workers: int = 0, deterministic: bool = False)
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
     try:
+        if launched().world_size > 1:
+            check_name()
         found = init_distributed_device_so(name)
+        if others := peers.heard():
+            others.joined = True
         processes = Processes(
             torch.device(found['device']), found['global_rank'], found['world_size'], found['local_rank'])
     except (AssertionError, RuntimeError, ValueError) as e:
@@ -80,3 +65,22 @@ def init_device(name: str | None, workers: int = 0, deterministic: bool = False)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = not deterministic
     return processes
+
+
+def check_name() -> None:
+    """Raise UsageError where gloo would give other machines the loopback address of this one.
+
+    It gives them the address of this machine's name, which is 127.0.1.1 on many (/etc/hosts of Debian and Ubuntu).
+    """
+    machines = os.environ.get('GROUP_WORLD_SIZE', os.environ.get('SLURM_NNODES', '1'))
+    if machines == '1' or 'GLOO_SOCKET_IFNAME' in os.environ:
+        return
+    name = socket.gethostname()
+    try:
+        address = ipaddress.ip_address(socket.getaddrinfo(name, None)[0][4][0])
+    except OSError:
+        address = ipaddress.ip_address('127.0.0.1')  # which gloo takes then
+    if address.is_loopback:
+        interfaces = [each for _, each in socket.if_nameindex() if each != 'lo']
+        raise UsageError(f'the name of this machine, {name}, is {address} (/etc/hosts), where others do not find it; '
+                         f'set GLOO_SOCKET_IFNAME to the network that they share, one of {", ".join(interfaces)}')

@@ -1,6 +1,6 @@
 """Evaluation: one pass over the data for all models, or branches, that share their images."""
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -112,6 +112,7 @@ def evaluate(
         per_class: int | None = None,
         per_image: bool = False,
         means: Sequence[Hashable] = (),
+        awaited: Callable[[Any], Iterable] = iter,
         after_batch: Callable[[], None] | None = None,
 ) -> dict[Hashable, dict[str, Any]]:
     """Count what several models, or several outputs of one, get right in one pass over the data.
@@ -127,6 +128,7 @@ def evaluate(
         per_class: Number of classes, to count each by itself.
         per_image: Keep what each name says of each image of this process.
         means: Names of further numbers (N,) that `forward` returns, of which the 'mean' is taken.
+        awaited: Yields the batches of the loader.
         after_batch: Called after each batch; as often as the loader is long, on each of the processes, though their
             shares of a stream may have more batches or fewer.
 
@@ -144,7 +146,7 @@ def evaluate(
     tallies = {name: Tally(device, limit, real_labels is not None, per_class, per_image) for name in names}
     averages = {name: Mean(device) for name in means}
     seen, calls = 0, 0 if after_batch is None else len(loader)
-    for input, target in loader:
+    for input, target in awaited(loader):
         with autocast():
             logits = forward(input)
         labels = None if real_labels is None else real_labels[seen:seen + len(target)]
@@ -172,8 +174,6 @@ def _check_count(images: int, dataset: StreamImages, device: torch.device, distr
         torch.distributed.all_reduce(left_out)
     found = images + int(left_out)
     if len(dataset) not in (0, found):
-        if dataset.processes.rank:
-            raise SystemExit(RunError.exit_status)
         raise RunError(
             f'data: the stream has {found} images, not {len(dataset)}; --val-num-samples {found} says so, if no line '
             f'before this one names a shard that could not be read')
@@ -184,7 +184,9 @@ def outputs_of(sides: Sequence[str]) -> list[str]:
     return [*sides, 'ens'] if len(sides) > 1 else list(sides)
 
 
-def gate_accuracies(task: PairTask, loader, device, autocast: Callable, distributed: bool) -> dict[str, float]:
+def gate_accuracies(
+        task: PairTask, loader, device, autocast: Callable, distributed: bool, awaited: Callable[..., Iterable] = iter,
+) -> dict[str, float]:
     """Return the top-1 (percent) of all that the gates of a task's terms compare; the arguments are as above."""
     pair, teacher, names = task.trainable_module, task.teacher, sorted(task.criterion.gates)
 
@@ -198,7 +200,7 @@ def gate_accuracies(task: PairTask, loader, device, autocast: Callable, distribu
         return logits
 
     pair.eval()
-    results = evaluate(forward, names, loader, device, autocast, distributed)
+    results = evaluate(forward, names, loader, device, autocast, distributed, awaited=awaited)
     return {name: results[name]['top1'] for name in names}
 
 

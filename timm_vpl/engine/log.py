@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +16,6 @@ from ..files import replacing
 from ..options.parser import show
 from .evaluate import outputs_of
 from .optim import learning_rates
-from .step import Progress
 
 _logger = logging.getLogger('train')
 
@@ -27,26 +25,20 @@ SUMMARY = 'summary.csv'
 class Clock:
     """Times of an epoch: of all since it began, before a stop too, of its batches, and of waiting for them."""
 
-    def __init__(self, progress: Progress):
-        self._progress, self._before = progress, progress.seconds
+    def __init__(self, run):
+        self._run, self._before, self._waited = run, run.progress.seconds, run.control.waited
         self._begun = self._end = time.time()
-        self._batches, self._waited = 0, 0.
-
-    def watch(self, batches: Iterable) -> Iterator:
-        """Yield batches, and note how long each was waited for."""
-        for batch in batches:
-            self._waited += time.time() - self._end
-            yield batch
+        self._batches = 0
 
     def tick(self) -> None:
         """Note the end of a batch."""
         self._end = time.time()
         self._batches += 1
-        self._progress.seconds = self._before + self._end - self._begun
+        self._run.progress.seconds = self._before + self._end - self._begun
 
     def averages(self) -> tuple[float, float]:
         """Return the seconds that a batch took, and those that it was waited for."""
-        return (self._end - self._begun) / self._batches, self._waited / self._batches
+        return (self._end - self._begun) / self._batches, (self._run.control.waited - self._waited) / self._batches
 
 
 def log_plan(run) -> None:

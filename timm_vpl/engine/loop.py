@@ -3,6 +3,7 @@ import logging
 import math
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,10 +15,11 @@ from ..core.processes import Processes
 from ..data.images import StreamImages
 from ..data.loaders import create_eval_loaders
 from ..data.sources import Part
-from ..errors import RunError
+from ..errors import RunError, Stopped
 from ..options.train import resume_command
-from .control import GIVE_UP, GO_ON, SAVE, STOP, Stopped
-from .device import agreement, from_all
+from . import peers
+from .control import GIVE_UP, GO_ON, SAVE, STOP
+from .device import from_all
 from .evaluate import evaluate, gate_accuracies, likenesses, outputs_of, pair_figures
 from .log import Clock, epoch_costs, epoch_line, epoch_terms, log_result, save_images, stage_of, write_summary
 from .optim import branch_lrs
@@ -69,15 +71,16 @@ def train_one_epoch(run: Run) -> int:
         What the processes decided after the last update, for the caller to heed.
     """
     progress, loader, first_batch, skipped = run.progress, run.loader_train, run.progress.batch, run.progress.skipped
-    clock, decision = Clock(progress), GO_ON
+    clock, decision = Clock(run), GO_ON
     progress.lrs = progress.lrs or branch_lrs(run.optimizer)
     run.task.train()
     run.optimizer.zero_grad()
-    for _, *batch in clock.watch(loader.epoch(progress.epoch, first_batch)):
+    batches = loader.epoch(progress.epoch, first_batch)
+    for _, *batch in run.control.awaited(batches, loader.images.being_read):
         watch(run)
         stepped = run.update(progress, *batch)
-        progress.skipped = skipped + loader.skipped
         if stepped:
+            progress.skipped = skipped + loader.skipped
             run.task.update_ema(step=run.num_updates)
             if run.scheduler is not None:
                 run.scheduler.step_update(run.num_updates)
@@ -132,8 +135,13 @@ def decide(run: Run) -> int:
     return max(decision, SAVE) if due else decision
 
 
-def heed(run: Run, decision: int) -> None:
+def heed(run: Run, decision: int, reads: str = '') -> None:
     """Do what the processes decided.
+
+    Args:
+        run: The run.
+        decision: The decision.
+        reads: What is read for the batch that a run that is to stop awaits.
 
     Raises:
         RunError: A loss or gradient was not finite.
@@ -145,15 +153,34 @@ def heed(run: Run, decision: int) -> None:
         check_finite(run)
     saved = save_recovery(run)
     if decision >= STOP:
-        progress = run.progress
-        end = 'NOT saved, older checkpoints are kept'
-        if saved and run.output_dir:  # of the process that speaks
-            torchrun = ' (under torchrun, as before)' if run.processes.distributed else ''
-            end = f'to go on{torchrun}: {resume_command(run.options, run.output_dir)}'
-        number = decision - STOP
-        raise Stopped(
-            f'stopped by {signal.Signals(number).name} after epoch {progress.epoch}, batch {progress.batch} of '
-            f'{len(run.loader_train)}; {end}', number)
+        raise Stopped(stop_line(run, decision - STOP, saved, reads), decision - STOP)
+
+
+def stop_line(run: Run, number: int, saved: bool, reads: str) -> str:
+    """Return what is said of a run that a signal has stopped."""
+    progress, torchrun = run.progress, ' (under torchrun, as before)' if run.processes.distributed else ''
+    kept = '' if saved else 'NOT saved, older checkpoints are kept'
+    if run.saver is not None and not saved and run.saver.newest:
+        kept += f', the newest is {run.saver.newest}'
+    go_on = f'to go on{torchrun}: {resume_command(run.options, run.output_dir)}' if run.output_dir else ''
+    return (f'stopped by {signal.Signals(number).name} after epoch {progress.epoch}, batch {progress.batch} of '
+            f'{len(run.loader_train)}{reads}; {"; ".join(filter(None, [kept, go_on]))}')
+
+
+def stop_here(run: Run, reads: str) -> None:
+    """Stop a run whose next batch does not come, if all processes stand still at this place.
+
+    Raises:
+        Stopped: In any case that comes back; else the control ends the process.
+    """
+    run.update.abandon(run.progress)
+    heed(run, run.control.decide_here(), reads)
+
+
+def give_up(run: Run, number: int, reads: str) -> None:
+    """End a run that a signal can not stop, since a batch does not come and not all processes stand still in time."""
+    line = f'{run.options.command[0]}: {stop_line(run, number, False, reads)}'
+    peers.end(peers.fail(line, 128 + number))
 
 
 def save_recovery(run: Run) -> bool:
@@ -167,7 +194,7 @@ def save_recovery(run: Run) -> bool:
 
 @torch.no_grad()
 def check_finite(run: Run) -> None:
-    """Raise RunError in all processes if one has seen a number that was not finite; each looks before each save."""
+    """Raise RunError if this process has seen a number that was not finite; each looks before each save."""
     run.update.read(run.progress)
     error = run.update.error
     if error is None:
@@ -177,10 +204,8 @@ def check_finite(run: Run) -> None:
         bad = [name for name, good in zip(names, finite, strict=True) if not good]
         if bad:  # by a finite gradient that was too large
             error = f'epoch {run.progress.epoch}: not finite: {bad[0]} and {len(bad) - 1} other parameters'
-    with agreement(run.processes):
-        if error is not None:
-            raise RunError(
-                f'{error} (process {run.processes.rank}); nothing of it is saved, older checkpoints are as they were')
+    if error is not None:  # before all processes say what they have to save
+        raise RunError(f'{error}; nothing of it is saved, older checkpoints are as they were')
 
 
 def share_statistics(run: Run, evaluated: bool) -> None:
@@ -200,7 +225,7 @@ def end_epoch(run: Run, evaluated: bool) -> None:
     metrics = validate(run) if evaluated else {}
     if run.loader_gate is not None:
         run.task.criterion.accuracies = gate_accuracies(
-            run.task, run.loader_gate, run.device, run.autocast, run.processes.distributed)
+            run.task, run.loader_gate, run.device, run.autocast, run.processes.distributed, partial(awaited, run))
     skipped = run.progress.skipped + (int(run.loader_eval.dataset.replaced.sum()) if evaluated else 0)
     if run.scheduler is not None:
         run.scheduler.step(epoch + 1)
@@ -234,7 +259,7 @@ def try_validation(run: Run) -> None:
     count = min(len(images), loader.validation_batch_size or loader.batch_size)
     first = replace(images, reader=Part(images.reader, range(count)))
     batches = create_eval_loaders(replace(loader, workers=0), first, run.configs, Processes(run.device))
-    with agreement(run.processes), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         evaluate_pair(run, batches)
 
 
@@ -244,6 +269,11 @@ def evaluate_pair(run: Run, loader: Any, ema: bool = False, **kwargs: Any) -> di
     return evaluate(
         partial(pair_figures, model.eval(), run.pair.sides, run.pair.affine is not None),
         outputs_of(run.pair.sides), loader, run.device, run.autocast, means=likenesses(run.pair), **kwargs)
+
+
+def awaited(run: Run, loader: Any) -> Iterator:
+    """Yield the batches of a validation loader, so that a signal ends the waiting for one."""
+    return run.control.awaited(loader, loader.dataset.being_read)
 
 
 def validate(run: Run) -> dict[str, Any]:
@@ -256,6 +286,7 @@ def validate(run: Run) -> dict[str, Any]:
     for ema in (False, True)[:1 + run.evaluates_ema]:
         found = evaluate_pair(
             run, run.loader_eval, ema, distributed=run.processes.distributed,
+            awaited=partial(awaited, run),
             after_batch=lambda: heed(run, run.control.decide()))
         prefix = 'ema_' if ema else ''
         for output, figures in found.items():

@@ -104,7 +104,7 @@ class Run:
         self.control = Control()
         self.observers: Iterable[Any] = ()
         self.saver: Saver | None = None  # of the first process
-        self.output_dir: str | None = None  # likewise
+        self.output_dir: str | None = None
         if options.run.eval_metric not in self.columns:
             raise UsageError(f'--eval-metric {options.run.eval_metric}: expected one of {", ".join(self.columns)}')
 
@@ -144,8 +144,7 @@ class Run:
     @property
     def place(self) -> str:
         """Where the run is, for an error."""
-        process = f'process {self.processes.rank}, ' if self.processes.distributed else ''
-        return f'{process}epoch {self.progress.epoch}, batch {self.progress.batch}'
+        return f'epoch {self.progress.epoch}, batch {self.progress.batch}'
 
     def tell(self, event: str, *values: Any) -> None:
         """Tell the observers that know this event of it."""

@@ -120,10 +120,19 @@ class Update:
 
     def _begin(self):
         self._losses, self._found = {}, []
-        if self.skip:
+        if self.skip or self.accum_steps > 1:
             self._statistics = [
                 (buffer, buffer.clone()) for name, buffer in self.task.trainable_module.named_buffers()
-                if 'running_' in name]
+                if 'running_' in name or 'num_batches_tracked' in name]
+
+    def abandon(self, progress: Progress) -> None:
+        """Put back what the first batches of an update have changed whose further ones do not come."""
+        begun = progress.batch % self.accum_steps
+        if begun and progress.batch < self.num_batches:
+            progress.batch -= begun
+            self.optimizer.zero_grad()
+            for buffer, before in self._statistics:
+                buffer.copy_(before)
 
     def _measure(self, result: dict[str, Any], phase: int):
         found: dict[str, torch.Tensor] = {}

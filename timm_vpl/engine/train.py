@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,18 @@ from ..bars import set_output
 from ..core.teacher import Teacher
 from ..data.loaders import create_eval_loader
 from ..data.splits import split_card
-from ..errors import RunError, UsageError
+from ..errors import RunError, Stopped, UsageError
 from ..files import replacing
 from ..options.train import Options, recipe_values
-from . import models
+from . import models, peers
 from .boundary import as_line, refusing
 from .checkpoint import Saver
-from .control import Control, Stopped
-from .device import LOST, agreement, by_first, from_all, init_device, is_lost
+from .control import Control, Stalled
+from .device import by_first, from_all, init_device, is_lost
 from .environment import environment
 from .evaluate import evaluate
 from .log import SUMMARY, log_plan
-from .loop import fit, save_recovery, try_validation
+from .loop import fit, give_up, save_recovery, stop_here, try_validation
 from .owner import Owner
 from .resume import find_start, load_checkpoint, output_of, restore_ranks, resume
 from .run import Run, create_run
@@ -37,6 +38,7 @@ from .run import Run, create_run
 _logger = logging.getLogger('train')
 
 
+@peers.together()
 def train(options: Options, observers: Iterable[Any] = ()) -> None:
     """Train as the options say; they come from `options.parse_args`.
 
@@ -55,41 +57,42 @@ def train(options: Options, observers: Iterable[Any] = ()) -> None:
     if not faulthandler.is_enabled() and sys.__stderr__ is not None:
         with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):
             faulthandler.enable(sys.__stderr__)  # stacks after a crash in native code
+    run, owner, failed = None, Owner(), False
     processes = init_device(options.device.device, options.loader.workers, options.run.deterministic)
     set_output(options.run.quiet, options.run.no_progress, processes.rank == 0)
-    run, owner = None, Owner()
     try:
         start = find_start(options, processes, owner)
-        with agreement(processes):
-            checkpoint = load_checkpoint(start) if start.path else None
-            run = create_run(options, processes, start)
-            run.observers = observers
-            if checkpoint:
-                resume(run, checkpoint)
+        checkpoint = load_checkpoint(start) if start.path else None
+        run = create_run(options, processes, start)
+        run.observers = observers
+        if checkpoint:
+            resume(run, checkpoint)
         check_data(run)
         if by_first(processes, lambda: start.auto and checkpoint is not None and is_finished(run)):
             _logger.info(f'--resume auto: nothing to train or to export, the run in {os.path.dirname(start.path)} is '
                          f'finished; no file is changed')
             return
         try_validation(run)
-        by_first(processes, lambda: open_folder(run, checkpoint, owner))
+        run.output_dir = by_first(processes, lambda: open_folder(run, checkpoint, owner))
         begin(run, checkpoint)
         checkpoint = None  # it may be large
         with run.control:
-            fit(run)
+            try:
+                fit(run)
+            except Stalled as e:
+                stop_here(run, str(e))
     except Stopped:
         raise
     except Exception as e:
-        lost = LOST if processes.distributed and is_lost(e) else None
+        failed = processes.distributed  # then the line comes first, and ends the processes
         place, folder = (run.place, run.output_dir) if run else ('', None)
+        lost = peers.LOST if failed and is_lost(e) else None
         raise as_line(e, place, lost, folder, show=options.run.traceback) from e
     finally:
-        if run is not None:
-            run.tell('close')
-        owner.release()
-        if processes.distributed:
-            with contextlib.suppress(RuntimeError):  # of a group that is already broken
-                torch.distributed.destroy_process_group()
+        if not failed:
+            if run is not None:
+                run.tell('close')
+            owner.release()
 
 
 def check_data(run: Run) -> None:
@@ -99,13 +102,12 @@ def check_data(run: Run) -> None:
     facts['number of training batches'] = len(run.loader_train)
     facts['number of validation batches'] = len(run.loader_eval)
     everywhere = from_all(run.processes, facts)
-    with agreement(run.processes):
-        for rank, other in enumerate(everywhere):
-            for name, value in everywhere[0].items():
-                if value != other[name]:
-                    shown = f' ({value} and {other[name]})' if isinstance(value, int) else ''
-                    raise UsageError(f'data: processes 0 and {rank} do not see the same {name}{shown}; each machine '
-                                     f'needs the same files')
+    for rank, other in enumerate(everywhere):
+        for name, value in everywhere[0].items():
+            if value != other[name]:
+                shown = f' ({value} and {other[name]})' if isinstance(value, int) else ''
+                raise UsageError(f'data: processes 0 and {rank} do not see the same {name}{shown}; each machine needs '
+                                 f'the same files')
 
 
 def is_finished(run: Run) -> bool:
@@ -122,8 +124,8 @@ def is_finished(run: Run) -> bool:
         return False  # the run goes on and says why
 
 
-def open_folder(run: Run, checkpoint: dict[str, Any] | None, owner: Owner) -> None:
-    """Make the run's folder, or enter it again, and all that writes to it.
+def open_folder(run: Run, checkpoint: dict[str, Any] | None, owner: Owner) -> str:
+    """Make the run's folder, or enter it again, and all that writes to it; return the folder.
 
     Args:
         run: The run.
@@ -149,6 +151,7 @@ def open_folder(run: Run, checkpoint: dict[str, Any] | None, owner: Owner) -> No
         run.saver.resume(checkpoint.get('saver', {}), run.start.path, checkpoint.get('epoch'))
     log_plan(run)
     run.tell('start')
+    return run.output_dir
 
 
 def _create_output_dir(run, data_config, recipe, owner) -> str:
@@ -208,7 +211,7 @@ def begin(run: Run, checkpoint: dict[str, Any] | None) -> None:
             and task.teacher.branch.model.num_classes == run.pair.num_classes:
         validate_teacher(run, task.teacher)
     minutes = options.run.recovery_minutes if processes.rank == 0 else 0
-    run.control = Control(processes.distributed, options.run.hang_timeout, minutes)
+    run.control = Control(processes.distributed, options.run.hang_timeout, minutes, partial(give_up, run))
     if checkpoint and not run.start.auto:
         save_recovery(run)  # so that it is this place, not a later one of the old course, that is newest
 

@@ -10,7 +10,6 @@ import logging
 import os
 import shlex
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from typing import Any, get_type_hints
 
 from ..core.methods import METHODS
 from ..core.names import SIDES
+from ..core.processes import launched
 from ..errors import UsageError
 from ..text import one_line
 from . import sections
@@ -121,14 +121,11 @@ METHOD_OPTIONS = sorted({field.name for method in METHODS.values() for field in 
 
 @contextlib.contextmanager
 def mistakes_end(prog: str) -> Iterator[None]:
-    """End a command that reads its options wrong: one line on stderr (a machine, not a process), exit status 2."""
+    """End a command that reads its options wrong: one line on stderr, exit status 2."""
     try:
         yield
     except UsageError as error:
-        if speaks():
-            print(f'{prog}: error: {one_line(error)}', file=sys.stderr)
-        else:
-            time.sleep(2)  # torchrun ends all processes when the first ends; let the one that speaks be it
+        print(f'{prog}: error: {one_line(error)}', file=sys.stderr)
         raise SystemExit(error.exit_status) from None
 
 
@@ -139,10 +136,19 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = 'train_vpl.py') ->
         SystemExit: With status 2 after one line (`mistakes_end`) where the input is wrong; with 0 after `--help`.
     """
     with mistakes_end(prog):
-        options, given = read_args(sys.argv[1:] if argv is None else argv, prog)
-        if speaks():
-            warn_without_effect(options, given)
-        return options
+        return take_args(argv, prog)
+
+
+def take_args(argv: Sequence[str] | None, prog: str) -> Options:
+    """Return the options of a run, checked (`read_args`), after a warning of those without effect.
+
+    Raises:
+        UsageError: The input is wrong.
+    """
+    options, given = read_args(sys.argv[1:] if argv is None else argv, prog)
+    if launched().local_rank == 0:
+        warn_without_effect(options, given)
+    return options
 
 
 def read_args(argv: Sequence[str], prog: str = 'train_vpl.py') -> tuple[Options, dict[str, Any]]:
@@ -211,11 +217,6 @@ def _as_text(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [str(item) for item in value]
     return value if isinstance(value, (bool, dict)) else '' if value is None else str(value)
-
-
-def speaks() -> bool:
-    """Return whether this is the first process on its machine: files may be missing on one machine only."""
-    return os.environ.get('LOCAL_RANK', '0') == '0'
 
 
 def name_data_dir(given: dict[str, Any]) -> dict[str, Any]:

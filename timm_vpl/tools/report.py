@@ -136,7 +136,7 @@ def make_groups(runs: Iterable[Run], names: Mapping[str, str] = MappingProxyType
             f'{name}={show(values.get(name))}'
             for name in sorted({*own_options(run), *told}.difference(terms_off(run))))
         group.name = names.get(str(run.path)) or (f'{run.framework} ({parts})' if parts else run.framework)
-    order = {method: i for i, method in enumerate(['solo', *METHODS])}
+    order = {method: i for i, method in enumerate(dict.fromkeys(['solo', *METHODS]))}
     return sorted(groups, key=lambda group: (
         data_title(group.run), group.run.num_epochs, order.get(group.method, len(order))))
 

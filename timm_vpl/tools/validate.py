@@ -26,7 +26,8 @@ from ..data.images import Images, Split, StreamImages
 from ..data.loaders import create_eval_loader
 from ..data.sources import Part
 from ..data.splits import class_names, create_split, shared_images
-from ..engine.device import agreement, from_all, init_device
+from ..engine import peers
+from ..engine.device import from_all, init_device
 from ..engine.evaluate import PAD, evaluate
 from ..engine.models import try_images
 from ..engine.trained import TrainedModel, load_branches, load_trained
@@ -197,6 +198,7 @@ class Pass(NamedTuple):
     class_names: dict[int, str]
 
 
+@peers.together()
 def validate_models(options: Validate) -> list[Row]:
     """Validate as the options of `timm-vpl validate` say; print the results, write them, and return them.
 
@@ -207,20 +209,15 @@ def validate_models(options: Validate) -> list[Row]:
     set_output(options.quiet, options.no_progress)
     processes = init_device(options.device, options.workers)
     set_output(options.quiet, options.no_progress, processes.rank == 0)
-    try:
-        with agreement(processes):
-            models = [prepare(trained, options) for trained in load_all(options.model)]
-            passes = [
-                _create_pass(options, list(group), processes)
-                for _, group in groupby(models, key=lambda trained: (trained.data_config, trained.class_names))]
-            if options.check_data:
-                trained_on = create_split(options, options.check_data, options.in_chans or 3, flag='--check-data')
-                splits: Any = passes[0].loader.dataset, trained_on
-                names = [_file_names(dataset, '--check-data') for dataset in splits]
-        results = [result for each in passes for result in _run_pass(options, each, processes)]
-    finally:
-        if processes.distributed:
-            torch.distributed.destroy_process_group()
+    models = [prepare(trained, options) for trained in load_all(options.model)]
+    passes = [
+        _create_pass(options, list(group), processes)
+        for _, group in groupby(models, key=lambda trained: (trained.data_config, trained.class_names))]
+    if options.check_data:
+        trained_on = create_split(options, options.check_data, options.in_chans or 3, flag='--check-data')
+        splits: Any = passes[0].loader.dataset, trained_on
+        names = [_file_names(dataset, '--check-data') for dataset in splits]
+    results = [result for each in passes for result in _run_pass(options, each, processes)]
     rows = [row for of_model, _ in results for row in of_model]
     if processes.rank == 0:
         print('\n'.join([*_table(rows), *(class_line(_name(each[0]), each) for _, each in results if each)]))

@@ -1,0 +1,166 @@
+"""How the processes of a command end together: what one of them tells, the others hear over torch's store.
+
+None of this is a collective. One of a process that has failed would wait for the others, and theirs for it, and under
+NCCL `destroy_process_group` does too.
+"""
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from ..core.processes import launched
+from ..errors import RunError, Stopped, first_line
+
+LOST = 'another process ended or can not be reached, see the lines before this one, of the other machines too'
+
+# Keys of the store: the first signal, the first failure, how many have done their work, how many are ending.
+SIGNAL, END, DONE, ENDING = (f'timm_vpl/{name}' for name in ('signal', 'end', 'done', 'ending'))
+HEARS_AFTER = 0.5  # seconds between two looks at it
+JOIN_SECONDS = 1800  # that the other processes have to start, as torch gives them
+LINGER, JOINING = 5, 60  # seconds that the others have to hear of a failure; those that are still starting have more
+
+
+class Peers:
+    """Hears of the other processes in a thread, from before they have joined until all have done their work."""
+
+    def __init__(self) -> None:
+        _, self.rank, self.world_size, local_rank = launched()
+        self.machine = self.rank - local_rank  # by its first process
+        self.joined = False
+        self.on_signal: Callable[[int], None] | None = None  # called with the first one that a process tells of
+        self._store: Any = None
+        self._shown = threading.Lock()  # taken once it is settled who shows the line of the failure
+        self._connected, self.ending, self._left = (threading.Event() for _ in range(3))
+        self.thread = threading.Thread(target=self._hear, daemon=True)
+        self.thread.start()
+
+    def tell(self, key: str, what: Any) -> None:
+        """Tell all processes, this one too; who tells first is heard."""
+        def send():
+            self._connected.wait()
+            with contextlib.suppress(RuntimeError):
+                self._store.compare_set(key, '', json.dumps(what))
+        threading.Thread(target=send, daemon=True).start()  # the network may stand still
+
+    def leave(self) -> None:
+        """Wait until all have done their work, end the groups, and leave with the others.
+
+        A process that leaves early breaks connections that the others may be using, and with the first one the store
+        goes.
+        """
+        self._meet(DONE, math.inf if self.rank else 60)  # the first one may have an export to make
+        self._left.set()
+        self.thread.join()
+        dist.destroy_process_group()
+        self._meet(ENDING, 10)
+
+    def _hear(self) -> None:
+        try:
+            # Where torchrun does not serve the store, the first process does; init_process_group shares it.
+            serves = self.rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
+            self._store = dist.TCPStore(
+                os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=serves,
+                timeout=timedelta(seconds=JOIN_SECONDS), wait_for_workers=False, multi_tenant=True)
+            self._connected.set()
+            while not self._left.wait(HEARS_AFTER):
+                if self.on_signal is not None and self._store.check([SIGNAL]):
+                    self.on_signal(json.loads(self._store.get(SIGNAL)))
+                    self.on_signal = None
+                if self._store.check([END]):
+                    self._end(**json.loads(self._store.get(END)))
+        except (LookupError, RuntimeError, ValueError) as e:
+            if self.joined:  # else the main thread finds out by itself
+                self.show(f'timm-vpl: error: {LOST} ({first_line(e)})')
+                end(RunError.exit_status)
+
+    def _end(self, line: str, status: int, seconds: float, rank: int, machine: int) -> None:
+        if rank == self.rank or (self.machine == self.rank and self.machine != machine):
+            self.show(line)
+        self._shown.acquire(blocking=False)
+        self.ending.set()
+        with contextlib.suppress(RuntimeError):
+            self._meet(ENDING, seconds)
+        end(status)
+
+    def show(self, line: str) -> None:
+        """Show the line of a failure, if it is not settled yet which one is shown and by whom."""
+        if self._shown.acquire(blocking=False):
+            print(line, file=sys.stderr, flush=True)
+
+    def _meet(self, key: str, seconds: float) -> None:
+        """Wait until all processes are as far as this, and see it."""
+        deadline = time.monotonic() + seconds
+        ready = self._store.add(key, 1)
+        while ready < self.world_size and time.monotonic() < deadline:
+            time.sleep(0.1)
+            ready = self._store.add(key, 0)
+        time.sleep(0.3)
+
+
+_peers: Peers | None = None
+
+
+def heard() -> Peers | None:
+    """Return the other processes, if this one hears of them."""
+    return _peers
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Hear of the other processes, if there are any; leave with them when all are done, or stopped by a signal.
+
+    After an error nothing is waited for: `fail` tells the others.
+    """
+    global _peers
+    _peers, stop = Peers() if launched().world_size > 1 else None, None
+    try:
+        yield
+    except Stopped as e:
+        stop = e
+    if _peers is not None:
+        _peers.leave()
+        _peers = None
+    if stop is not None:
+        raise stop
+
+
+def fail(line: str, status: int) -> int:
+    """Show why a command ends, and end all its processes; where there are no others return the status.
+
+    Args:
+        line: The line.
+        status: Exit status.
+    """
+    if launched().world_size == 1 or 'MASTER_ADDR' not in os.environ:
+        print(line, file=sys.stderr)
+    else:
+        peers = _peers or Peers()
+        line = f'{line} (process {peers.rank} on {socket.gethostname()})'
+        seconds = LINGER if peers.joined else JOINING
+        peers.tell(END, {
+            'line': line, 'status': status, 'seconds': seconds, 'rank': peers.rank, 'machine': peers.machine})
+        peers.ending.wait(3)
+        peers.show(line)  # if the store has not settled that
+        peers.thread.join(seconds + 2)
+        end(status)
+    return status
+
+
+def end(status: int) -> None:
+    """End this process at once, with its loaders' workers: what is waited for in it would wait for other processes."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
