@@ -27,7 +27,7 @@ from statistics import fmean, median
 from timm_vpl.tools.comparison import Difference, paired_difference
 from timm_vpl.tools.curves import BAND, BRANCH, DASHES, INK, ROWS, Line, Panel, group_panels
 from timm_vpl.tools.plots import draw_file
-from timm_vpl.tools.report import COLLAPSED, make_groups, make_records
+from timm_vpl.tools.report import COLLAPSED, make_groups
 from timm_vpl.tools.runs import Run, number, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,7 +139,7 @@ def curves(study: str, *rows: str) -> str:
     chosen = [run for row in rows or runs for run in runs[row].values()]
     names = {str(run.path): run.path.name.rpartition('-seed-')[0] for run in chosen}
     groups = make_groups(chosen, names)
-    draw_file(group_panels(make_records(groups), groups), str(RUNS.parent / f'{study}.svg'), study, BAND)
+    draw_file(group_panels(groups), str(RUNS.parent / f'{study}.svg'), study, BAND)
     return f'![Top-1 over the epochs: {", ".join(rows or runs)}](results/{study}.svg)'
 
 
