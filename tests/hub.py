@@ -22,9 +22,10 @@ def use_hub(monkeypatch, address: str, cache: str | Path, token: str | None = No
     for name in ('http_proxy', 'https_proxy', 'all_proxy', 'HF_TOKEN'):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
     for name, value in {
-            'ENDPOINT': address, 'HF_HUB_CACHE': str(cache), 'HF_TOKEN_PATH': f'{cache}/token',
-            'HF_HUB_DISABLE_XET': True}.items():  # without Xet large files go by LFS
+            'ENDPOINT': address, 'HUGGINGFACE_CO_URL_TEMPLATE': template, 'HF_HUB_CACHE': str(cache),
+            'HF_TOKEN_PATH': f'{cache}/token', 'HF_HUB_DISABLE_XET': True}.items():  # without Xet large files go by LFS
         monkeypatch.setattr(constants, name, value)
     if token is not None:
         monkeypatch.setenv('HF_TOKEN', token)

@@ -26,7 +26,8 @@ SMALL = [
     '--device', 'cpu', '--checkpoint-hist', '2', '--model-ema-decay', '0.5', '--no-export',
     '--interpolation', 'bicubic', '--no-curves',
 ]
-NOISE = ['--drop', '0.2', '--drop-path', '0.2', '--aa', 'rand-m5-n1', '--reprob', '0.5', '--seed', '7']
+NOISE = ['--drop', '0.2', '--drop-path', '0.2', '--aa', 'rand-m5-n1', '--reprob', '0.5', '--seed', '7',
+         '--model-kwargs-b', 'depth=2']  # a third quicker
 
 
 def run(data, output, *options, name='run', models=PAIR):

@@ -146,7 +146,7 @@ def test_the_command_of_the_stop_line_goes_on(digits_folder, tmp_path, capsys, o
     if own_name:
         (output / 'run').mkdir(parents=True)  # so that the run's folder gets another name
     options = [*PAIR, *SMALL, *NOISE, '--epochs', '3', '--log-interval', '1', '--scale', '0.5', '1', '--model-kwargs-b',
-               'drop_rate=0.1', '--no-model-ema', '-c', str(recipe)]
+               'drop_rate=0.1', 'depth=2', '--no-model-ema', '-c', str(recipe)]
     whole = [*options, '--output', str(tmp_path / 'whole'), '--experiment', 'run', str(digits_folder)]
     assert train(whole) == 0
     stopped(r'Train: 1 \[ *[12]/', train, [*options, '--output', str(output), str(digits_folder)])
