@@ -16,30 +16,14 @@ from timm_vpl.core import distillation, terms
 from timm_vpl.core.method_options import DistillOptions, DMLOptions, PairOptions, VPLOptions
 from timm_vpl.core.methods import METHODS, Setting
 from timm_vpl.core.teacher import Teacher
-from timm_vpl.core.term_options import check_terms, column_names, complete, parse_term, term_text
+from timm_vpl.core.term_options import check_terms, column_names, complete, parse_term
 from timm_vpl.core.terms import ContrastiveLoss, FeatureLoss, LogitLoss, StageLogitLoss, Term, base_term
 
 NUM_CLASSES = 5
 CONFIG = {'input_size': (3, 16, 16), 'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'interpolation': 'bicubic'}
 
 
-# Texts; those that are refused: command_lines.yaml
-
-@pytest.mark.parametrize('text, spelled', [
-    ('kl', 'kl,learner=b'),
-    ('kl,temperature=4.0,learner=a', 'kl,learner=a,temperature=4'),
-    ('kl,learner=b,weight=1,over=constant', 'kl,learner=b'),
-    ('kl,t_squared=False,standardize=TRUE,alpha=.5,leader=average', None),
-    ('tokens,features=stage1+blocks.0,leader_features=stage2+stage3,projection=false', None),
-    ('contrastive,end=80.5,tau=1e-5,same_class=ignore,gather=false,when=leader-ahead', None),
-    ('ce,learner=both,weight=0.5', 'ce,learner=both,weight=0.5'),
-    ('token,temperature=3,leader=teacher', 'token,learner=b,leader=teacher,temperature=3'),
-])
-def test_term_text(text, spelled):
-    found = term_text(text)
-    assert parse_term(found) == parse_term(text) and term_text(found) == found
-    assert spelled in (None, found)
-
+# Texts; how they are spelled, and those that are refused: command_lines.yaml
 
 def test_terms_that_can_be():
     asked = [parse_term(text) for text in (

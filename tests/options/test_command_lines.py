@@ -60,6 +60,9 @@ def test_taken(case):
     found = {**options.flat(), 'sides': options.sides}
     assert {name: list(found[name]) if isinstance(found[name], tuple) else found[name] for name in case['gives']} == (
         case['gives'])
+    Path('again.yaml').write_text(yaml.safe_dump(recipe_values(options)))
+    again = parse_args(['-c', 'again.yaml'])
+    assert {**again.flat(), 'config': options.run.config} == options.flat() and again.sides == options.sides
 
 
 @pytest.mark.parametrize('then, now, fixed, others', TABLE['changed'])

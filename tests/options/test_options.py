@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import runs
-import yaml
 
 from timm_vpl import ContrastiveLoss, VPLLoss
 from timm_vpl.core.option import ABSENT, SAME
@@ -17,7 +16,7 @@ from timm_vpl.options.page import options_markdown
 from timm_vpl.options.parser import show
 from timm_vpl.options.recipes import recipe_path
 from timm_vpl.options.refused import REFUSED, check_not_refused
-from timm_vpl.options.train import build_parser, recipe_values
+from timm_vpl.options.train import build_parser
 
 ROOT = Path(__file__).parents[2]
 PAIR = ['--model-a', 'resnet18', '--model-b', 'vit_tiny_patch16_224']
@@ -108,15 +107,6 @@ def test_recipe_by_bare_name(monkeypatch, tmp_path):
         monkeypatch.setattr(recipes, '__file__', str(package / 'options' / 'recipes.py'))
         assert recipe_path('quick') == recipe_path('quick.yaml') == hparams / 'quick.yaml'
         assert recipe_path(str(hparams / 'quick.yaml')) == hparams / 'quick.yaml'
-
-
-def test_values_of_a_run_are_a_recipe_of_it(recipe):
-    args = train.parse_args([
-        *DIGITS, '--lr', '1e-3', '--lr-b', '0.5', '--model-kwargs-a', 'a=1', 'b=x y', '--no-aug', '--no-gather',
-        '--dist-bn', '', '--wandb-tags', 'one', 'two', '--crop-pct', '0.9', '--aa', '', '--input-size', '3', '32', '32',
-    ])
-    again = train.parse_args(['-c', recipe(yaml.safe_dump(recipe_values(args)))])
-    assert again.flat() == {**args.flat(), 'config': again.run.config}
 
 
 # Help and docs
