@@ -6,10 +6,12 @@ of another device. Autograd's engine wants a real device; in its place the graph
 """
 import contextlib
 from collections import defaultdict
+from functools import partialmethod
 from unittest import mock
 
 import torch
 import torch.nn as nn
+import torch.utils.checkpoint
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
@@ -31,9 +33,11 @@ class Generator(list):
         return self
 
 
-def create_generator(device='cpu'):
-    """Return torch's generator of a device, or that of the fake one."""
-    return Generator() if torch.device(device).type == 'cuda' else real_generator(device)
+class AnyGenerator(torch.Generator):
+    """In the place of torch's class: makes generators of any device."""
+
+    def __new__(cls, device='cpu'):
+        return Generator() if torch.device(device).type == 'cuda' else cls.__base__(device)
 
 
 class Cuda(TorchDispatchMode):
@@ -42,11 +46,12 @@ class Cuda(TorchDispatchMode):
     Attributes:
         seeds: The generator of the device.
         done: Name of each operation on the device, and type of what it returned.
+        moved: What parameters have become there; torch keeps the object, here it is another one.
     """
 
     def __init__(self):
         super().__init__()
-        self.seeds, self.done = Generator(), []
+        self.seeds, self.done, self.moved = Generator(), [], {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -67,65 +72,65 @@ class Cuda(TorchDispatchMode):
         return result
 
 
-def move(module, *args, **kwargs):
+def move(module, moved, *args, **kwargs):
     """Move a module to the fake device, as its method `to`, which fails for fake tensors."""
     device, *_ = torch._C._nn._parse_to(*args, **kwargs)
     if device is None or device.type != 'cuda':
         return to(module, *args, **kwargs)
-    moved = {
+    moved.update({
         tensor: nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
-        for tensor in [*module.parameters(), *module.buffers()] for there in [tensor.detach().to(device)]}
+        for tensor in [*module.parameters(), *module.buffers()] for there in [tensor.detach().to(device)]})
     for each in module.modules():
         for slots in (each._parameters, each._buffers):
             slots.update({name: moved[tensor] for name, tensor in slots.items() if tensor is not None})
     return module
 
 
-to, real_generator = nn.Module.to, torch.Generator
+to = nn.Module.to
 
 
-@torch.no_grad()
-def walk(root, wanted=None):
-    """Run the graph of a scalar backward; return the gradients of its leaves, of `wanted` alone if given.
-
-    Args:
-        root: The scalar.
-        wanted: Leaves.
-    """
+def nodes_of(root):
+    """Return the nodes of the graph of a tensor, each after all that it leads to."""
     order, seen, pending = [], set(), [(root.grad_fn, False)]
-    while pending:  # depth first, a node after all that it leads to
+    while pending:
         node, left = pending.pop()
         if left:
             order.append(node)
         elif node not in seen:
             seen.add(node)
-            pending.append((node, True))
-            pending += [(after, False) for after, _ in node.next_functions if after is not None]
+            pending += [(node, True), *((after, False) for after, _ in node.next_functions if after is not None)]
+    return order
+
+
+@torch.no_grad()
+def walk(root, wanted=None):
+    """Run the graph of a scalar backward; return the gradient of each leaf, or those of `wanted`."""
     incoming, leaves = defaultdict(dict), {}
     incoming[root.grad_fn][root.output_nr] = torch.ones_like(root)
-    for node in reversed(order):
-        grads = incoming.pop(node, None)
-        if grads is None:
-            continue
-        if hasattr(node, 'variable'):
-            leaves[node.variable] = grads[0]
-            continue
-        given = [grads.get(i) for i in range(len(node._input_metadata))]
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            given = [torch.zeros(data.shape, dtype=data.dtype, device=data.device) if grad is None else grad
-                     for grad, data in zip(given, node._input_metadata, strict=True)]
-            found = node.apply(*given)
-        else:
-            found = node(*given)
-        found = found if isinstance(found, tuple) else (found,)
-        for (after, i), grad in zip(node.next_functions, found, strict=True):
-            if after is None or grad is None:
+    with getattr(torch.utils.checkpoint, 'GraphExecGroup', contextlib.nullcontext)():  # checkpointing computes once
+        for node in reversed(nodes_of(root)):
+            if node not in incoming:
                 continue
-            data = after._input_metadata[i]
-            if grad.device != data.device:
-                raise RuntimeError(f'{after.name()} got a gradient on {grad.device}, expected {data.device}')
-            grad = grad.sum_to_size(data.shape).to(data.dtype)
-            incoming[after][i] = incoming[after][i] + grad if i in incoming[after] else grad
+            grads = incoming.pop(node)
+            if hasattr(node, 'variable'):
+                leaves[node.variable] = grads[0]
+                continue
+            given = [grads.get(i) for i in range(len(node._input_metadata))]
+            if isinstance(node, torch.autograd.function.BackwardCFunction):  # written in Python: zeros, not None
+                given = [torch.zeros(data.shape, dtype=data.dtype, device=data.device) if grad is None else grad
+                         for grad, data in zip(given, node._input_metadata, strict=True)]
+                found = node.apply(*given)
+            else:
+                found = node(*given)
+            found = found if isinstance(found, tuple) else (found,)
+            for (after, i), grad in zip(node.next_functions, found, strict=True):
+                if after is None or grad is None:
+                    continue
+                data = after._input_metadata[i]
+                if grad.device != data.device:
+                    raise RuntimeError(f'{after.name()} got a gradient on {grad.device}, expected {data.device}')
+                grad = grad.sum_to_size(data.shape).to(data.dtype)
+                incoming[after][i] = incoming[after][i] + grad if i in incoming[after] else grad
     return leaves if wanted is None else tuple(leaves.get(leaf) for leaf in wanted)
 
 
@@ -140,11 +145,11 @@ def fake_cuda():
     """Have the device."""
     device = Cuda()
     patches = {
-        (nn.Module, 'to'): move,
+        (nn.Module, 'to'): partialmethod(move, device.moved),
         (torch.Tensor, 'backward'): backward,
         (torch.autograd, 'grad'): lambda root, leaves, **kwargs: walk(root, leaves),
         (torch.cuda.amp.common, 'amp_definitely_not_available'): lambda: False,
-        (torch, 'Generator'): create_generator,
+        (torch, 'Generator'): AnyGenerator,
         (torch.cuda, 'is_bf16_supported'): lambda: True,
         (torch.cuda, 'default_generators'): (device.seeds,),
         (torch.cuda, 'max_memory_allocated'): lambda: 0,
