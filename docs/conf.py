@@ -43,6 +43,13 @@ def fit_links(app, page, source):
     source[0] = re.sub(r'\[[\w./]+\.md\]\((?!path:)', '[](', text)
 
 
+def fit_signature(app, what, name, obj, options, signature, returns):
+    """Write a signature so that it can be read: functions as defaults are `...`, classes have their short name."""
+    if signature:
+        signature = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r'\1', re.sub(r'<function [^<]*<lambda>>', '...', signature))
+        return signature, returns
+
+
 def mathml(block):
     """Return what writes a formula as MathML, which browsers show without a script or a network."""
     def visit(writer, node):
@@ -53,4 +60,5 @@ def mathml(block):
 
 def setup(app):
     app.connect('source-read', fit_links)
+    app.connect('autodoc-process-signature', fit_signature)
     app.add_html_math_renderer('mathml', mathml(block=False), mathml(block=True))
