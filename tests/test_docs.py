@@ -111,6 +111,17 @@ def test_every_command_has_options_that_there_are():
     assert {Path(recipe).stem for recipe in recipes if recipe} <= known
 
 
+def test_the_batch_script_is_bash_and_its_command_is_taken():
+    script = ROOT / 'examples' / 'slurm.sh'
+    assert subprocess.run(['bash', '-n', script]).returncode == 0
+    text = script.read_text()
+    [recipe] = re.findall(r'RECIPE:-(\w+)', text)
+    assert (ROOT / 'hparams' / f'{recipe}.yaml').is_file()
+    [command] = [words for words in commands_of(text) if 'timm_vpl' in words]
+    given = build_parser().parse(own_part(command)[1][:-2])  # without "$@" and the ampersand
+    assert given['resume'] == 'auto' and given['config'] == '$RECIPE'
+
+
 # Blocks that are run, a page's in their order, in a folder as the pages suppose one
 
 TINY = [
