@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the clone's package, installed or not
@@ -109,6 +110,7 @@ class FixedLoader:
     """The same batch, already on the device, `steps` times an epoch, in the place of a run's loader."""
 
     skipped = 0  # unreadable images
+    images = SimpleNamespace(being_read=str)
 
     def __init__(self, input, target, steps):
         self.input, self.target, self.steps = input, target, steps

@@ -22,6 +22,7 @@ from timm_vpl.engine.checkpoint import Saver, read_checkpoint
 from timm_vpl.engine.models import branch_config, create_pair, resolve_data
 from timm_vpl.engine.optim import create_criterion, create_optimizer, learning_rates
 from timm_vpl.engine.trained import load_branches
+from timm_vpl.files import temporary
 from timm_vpl.options.train import parse_args, recipe_values
 from timm_vpl.tools.runs import COLUMNS
 from timm_vpl.tools.tables import write_rows
@@ -244,7 +245,7 @@ def test_two_branches_of_one_architecture(tmp_path):
 
 def test_killed_run(run_dir, tmp_path):
     shutil.copy(run_dir / 'last.pth.tar', tmp_path / 'recovery-0-7.pth.tar')
-    (tmp_path / 'tmp.pth.tar').write_bytes(b'')
+    Path(temporary(tmp_path / 'last.pth.tar')).write_bytes(b'')
     assert main(['export', str(tmp_path)]) == 0
     assert len(os.listdir(tmp_path / 'export')) == 2
 
