@@ -73,7 +73,7 @@ def test_a_plan_is_plain_commands(plan, tmp_path, capsys):
     ([SOLO], {'seeds': []}, 'seeds: expected a list of numbers'),
     ([SOLO], {'options': ['epochs']}, 'options: expected a mapping of options of all rows'),
     ([{'method': 'solo'}], {}, 'rows: expected a list of mappings, each with a name'),
-    ([SOLO, SOLO], {}, 'a row is given twice: a, a'),
+    ([SOLO, SOLO], {}, 'rows: given twice: a, a'),
     ([{**SOLO, 'taw': 1}], {}, 'a: taw is not an option, did you mean tau?'),
     ([{**SOLO, 'teacher': 'a'}], {}, 'a: its teacher is taught by itself'),
     ([SOLO], {'base': 'nowhere'}, '--config nowhere is neither a file nor the name of a recipe'),

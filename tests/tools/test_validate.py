@@ -305,43 +305,6 @@ def test_real_labels_of_other_images(capsys, imagenet_part, digits_folder, tmp_p
     assert 'not a JSON list of the labels of 50000 images' in error
 
 
-def test_file_list(capsys, imagenet_part, tmp_path):
-    root = imagenet_part[0]
-    files = sorted(path.relative_to(root / 'val') for path in (root / 'val').rglob('*.JPEG'))
-    kept, path = tmp_path / 'kept.txt', tmp_path / 'results.csv'
-    kept.write_text(f'{files[3]}\n{files[0].name}\n\n./{files[5]}\n')
-    options = [root / 'model', root / 'val', '--file-list', kept, '--real-labels', root / 'real.json']
-    validate(capsys, *options, '--results-file', path)
-    assert [row['images'] for row in results(path)][:1] == ['3']
-    assert results(path)[0]['data'].endswith('val (kept.txt)')
-
-    parts = [tmp_path / str(i) / 'val' for i in range(2)]  # the same images in a folder, and the others
-    for i, file in enumerate(files):
-        target = parts[i not in (0, 3, 5)] / file
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(root / 'val' / file, target)
-    validate(capsys, root / 'model', parts[0], *options[-2:], '--results-file', tmp_path / 'part.csv')
-    for row, other in zip(results(path), results(tmp_path / 'part.csv'), strict=True):
-        assert [row[column] for column in ('images', 'top1', 'top5')] == [
-            other[column] for column in ('images', 'top1', 'top5')]
-
-    kept.write_text(f'{files[0].name}\nnone.JPEG\n')
-    assert '1 of its 2 files are not in' in validate(capsys, *options, status=2)
-    kept.write_text('\n')
-    assert 'names none' in validate(capsys, *options, status=2)
-
-
-def test_file_list_of_names_in_several_folders(capsys, digits_folder, tmp_path):
-    save_model(tmp_path / 'model', num_classes=4)
-    shutil.copytree(digits_folder / 'validation', tmp_path / 'data')
-    file = next((tmp_path / 'data' / 'class0').iterdir())
-    shutil.copy(file, tmp_path / 'data' / 'class1')
-    kept = tmp_path / 'kept.txt'
-    kept.write_text(file.name)
-    error = validate(capsys, tmp_path / 'model', tmp_path / 'data', '--file-list', kept, status=2)
-    assert f'has 2 files {file.name}; write FOLDER/{file.name}' in error
-
-
 # Runs, exported folders, what is written
 
 
@@ -465,7 +428,6 @@ def test_one_tar_or_folder_of_classes(capsys, digits_folder, run_dir, tmp_path):
     ('RUN', ['--results-file', 'none/x.csv'], 'no such folder'),
     ('RUN', ['--real-labels', 'none.json'], '--real-labels none.json: no such file'),
     ('RUN', ['--real-labels'], "does not name its classes by ImageNet's wnids"),
-    ('RUN', ['--file-list', 'none.txt'], '--file-list none.txt: no such file'),
     ('RUN', ['--mean', '0.5', '0.5'], '--mean: 2 values, the images of test_resnet have 3 channels'),
     ('RUN', ['--in-chans', '1'], 'test_resnet: can not take images of size (1, 32, 32)'),
     ('RUN', ['--device', 'nosuch'], '--device nosuch'),
@@ -516,10 +478,6 @@ def test_images_that_lie_in_both_splits(capsys, digits_folder, tmp_path, kind):
     assert lines[0].endswith(f'2 of 17 images lie in the split {"train.tar" if kind == "tar" else "train"!r} too')
     assert lines[1:] == wanted
     if kind == 'folder':
-        kept = tmp_path / 'kept.txt'
-        kept.write_text(f'{images[1].name}\n{images[5].name}\n')
-        lines = check_lines(capsys, *options, '--file-list', kept)
-        assert '1 of 2 images' in lines[0] and lines[1:] == wanted[1:]
         assert '--check-data other: no such folder' in validate(capsys, *options, 'other', status=2)
 
 

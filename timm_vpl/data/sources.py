@@ -3,7 +3,7 @@
 A further kind is a row of SOURCES; its `open` raises UsageError, also for options that it does not take (--class-map,
 --input-key, --target-key), or what readers of files raise. Beside timm's `reader[index]` (a file or an image, and its
 label; --check-data needs files), `len(reader)` and `reader.filename(index)` (None where images have no name, which
---file-list and --real-labels need), these attributes of a reader are used:
+--real-labels needs), these attributes of a reader are used:
 
     class_to_idx: Index of each class, empty where the data does not name its classes.
     root: Folder or file of the images, None or absent where only the data set's name says where they are.

@@ -121,7 +121,8 @@ def epoch_line(run, row: dict[str, Any]) -> str:
             + (f' ({row[f"eval_ema_top1_{output}"]:.2f})' if run.evaluates_ema else '')
             for output in outputs_of(run.pair.sides)]
         parts.append('top-1 ' + '  '.join(accuracies))
-    parts.append(f'{row["seconds"]:.1f} + {row["eval_seconds"]:.1f} s')
+    validated = f' + {row["eval_seconds"]:.1f}' if row['eval_top1'] != '' else ''
+    parts.append(f'{row["seconds"]:.1f}{validated} s')
     return '  '.join([*parts, f'left {show_time(seconds_left(run))}'])
 
 

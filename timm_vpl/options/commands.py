@@ -74,7 +74,6 @@ class Evaluation(Forward, Source):  # DIR comes after a model, and before what F
     val_split: str = option('validation', 'split to validate on', '--split', metavar='NAME')
     val_num_samples: Count | None = option(None, 'images, where the data set does not tell', '--num-samples')
     imagenet_v2: bool = option(False, 'the folders are the class numbers 0 to 999, as ImageNet-V2 has them')
-    file_list: str | None = option(None, 'take only the files that this file names, one a line', metavar='FILE')
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,6 @@ class Predict(Forward, _Trained):
     images: tuple[str, ...] = option((), 'image, or folder to search for images', metavar='IMAGE', positional=True)
     input_img_mode: str | None = option(None, 'mode that images are converted to', shown='RGB', metavar='MODE')
     topk: Count | None = option(None, 'classes to name of each image', shown='5, in a CSV 1')
-    label_type: str = option('description', "how to name ImageNet's classes", choices=('name', 'description'))
     results_file: str | None = option(
         None, 'CSV or JSON file for the results', shown='on screen, of a folder as CSV', metavar='FILE')
 
@@ -193,9 +191,8 @@ def _check_evaluation(options: Evaluation) -> None:
     others = {'--class-map': options.class_map != '', '--real-labels': real_labels is not None}
     for flag in [flag for flag, given in others.items() if given and options.imagenet_v2]:
         raise UsageError(f'--imagenet-v2: says what the labels are, it can not go with {flag}')
-    for flag, path in (('--real-labels', real_labels), ('--file-list', options.file_list)):
-        if path and not os.path.isfile(path):
-            raise UsageError(f'{flag} {path}: no such file')
+    if real_labels and not os.path.isfile(real_labels):
+        raise UsageError(f'--real-labels {real_labels}: no such file')
 
 
 def _check_file(flag: str, file: str, *suffixes: str) -> None:

@@ -31,31 +31,22 @@ def model_card(trained: TrainedModel, name: str, repo_id: str, license: str = 'u
     """
     args = trained.checkpoint.get('args', {})
     results = _results(trained)
-    data_name = dataset_name(args)
-    hub_id = _hub_dataset(args)
+    data_name, hub_id = dataset_name(args), _hub_dataset(args)
     metadata = ModelCardData(
-        model_name=name,
-        library_name='timm',
-        pipeline_tag='image-classification',
-        license=license,
+        model_name=name, library_name='timm', pipeline_tag='image-classification', license=license,
         tags=['image-classification', 'timm', 'timm-vpl', *([one_line(args['method'])] if 'method' in args else [])],
         datasets=[hub_id] if hub_id else None,
         eval_results=[
             EvalResult(
-                task_type='image-classification',
-                task_name='Image Classification',
+                task_type='image-classification', task_name='Image Classification',
                 dataset_type=hub_id or 'imagefolder',  # what the Hub calls data that it does not have
                 dataset_name=f'{data_name} ({subset})',
                 dataset_split=subset,  # results of one split share the name of the first
-                metric_type='accuracy',
-                metric_name=metric,
-                metric_value=value,
-            )
+                metric_type='accuracy', metric_name=metric, metric_value=value)
             for (subset, weights), figures in results.items()
             if data_name and weights == ('ema' if trained.ema else 'raw')
             for metric, value in zip(('Top-1', 'Top-5'), figures, strict=True)
-        ] or None,
-    )
+        ] or None)
     return ModelCard(_seal(
         f'---\n{metadata.to_yaml()}\n---\n\n{_text(trained, args, results, name, repo_id, data_name)}'))
 

@@ -3,15 +3,18 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import create_model, save_for_hf
 
 from ..core.names import SIDES
+from ..engine.boundary import refusing
 from ..engine.trained import TrainedModel, load_branch, load_branches
 from ..errors import RunError, UsageError, first_line
 from ..options.commands import Export
@@ -34,18 +37,18 @@ def export_branches(options: Export) -> list[Path]:
     trained = load_branches(options.source, None if options.branch == 'both' else options.branch, options.ema)
     names = branch_names(trained, {side: getattr(options, f'name_{side}') for side in SIDES})
     repo_ids = {side: f'{options.push_to}/{name}' for side, name in names.items() if options.push_to is not None}
-    _check_names_of_the_hub(repo_ids.values())
+    for repo_id in repo_ids.values():
+        with refusing(f'--push-to: {repo_id} is not a name that the Hub takes', HFValidationError):
+            validate_repo_id(repo_id)
     if options.private and not repo_ids:
         _logger.warning('--private: no effect without --push-to')
     run_dir = options.source if os.path.isdir(options.source) else os.path.dirname(options.source)
     out = Path(options.out or os.path.join(run_dir, EXPORT))
     folders = {side: out / name for side, name in names.items()}
     for folder in folders.values():
-        try:
+        with refusing(f'--out {out}: can not be read', OSError, ValueError):
             free = not folder.exists() or (
                 _is_export(folder) if options.overwrite else options.out is None and _is_ours(folder))
-        except (OSError, ValueError) as e:
-            raise UsageError(f'--out {out}: can not be read: {getattr(e, "strerror", None) or first_line(e)}') from e
         if not free:
             found = 'is not an export of timm-vpl' if options.overwrite else 'exists; --overwrite replaces it'
             raise UsageError(f'--out {out}: {folder} {found}, another --out keeps it')
@@ -115,11 +118,7 @@ def branch_names(trained: list[TrainedModel], given: dict[str, str | None] | Non
 
 
 def export_branch(
-        trained: TrainedModel,
-        folder: Path,
-        repo_id: str | None = None,
-        license: str = 'unknown',
-        onnx: bool = False,
+        trained: TrainedModel, folder: Path, repo_id: str | None = None, license: str = 'unknown', onnx: bool = False,
 ) -> None:
     """Write a branch's folder: model.safetensors, config.json, README.md, and model.onnx on request.
 
@@ -141,13 +140,8 @@ def export_branch(
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}-') as work:
             part = Path(work) / folder.name
             part.mkdir()
-            save_for_hf(
-                model,
-                str(part),
-                model_config={'label_names': trained.class_names, 'pretrained_cfg': {'license': license}},
-                data_config=trained.data_config,
-                safe_serialization=True,
-            )
+            config = {'label_names': trained.class_names, 'pretrained_cfg': {'license': license}}
+            save_for_hf(model, str(part), config, data_config=trained.data_config, safe_serialization=True)
             _check_reload(trained, part)
             card = model_card(trained, folder.name, repo_id or f'ORG/{folder.name}', license)
             (part / 'README.md').write_text(str(card), encoding='utf-8')
@@ -208,36 +202,20 @@ def export_onnx(trained: TrainedModel, path: Path) -> None:
                        f'{ONNX_TOLERANCE:g}')
 
 
-def _check_names_of_the_hub(repo_ids: Iterable[str]) -> None:
-    """Refuse names that break the Hub's rules, before anything is sent."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-    for repo_id in repo_ids:
-        try:
-            validate_repo_id(repo_id)
-        except HFValidationError as e:
-            raise UsageError(f'--push-to: {repo_id} is not a name that the Hub takes: {first_line(e)}') from e
-
-
 def push(folder: Path, repo_id: str, private: bool = False) -> str:
     """Upload a folder to the Hub and return its address; the repository is created if need be.
 
     Raises:
         RunError: No token, no rights, no network, or a public repository where a private one is wanted.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
     api = HfApi(library_name='timm-vpl')
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise RunError(f'{repo_id}: exists and is public, nothing was uploaded; {folder} is kept')
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=str(folder),
-            commit_message=f'Upload {folder.name}',
-            delete_patterns='model.onnx',  # of earlier weights, where these have none
-        )
+        return api.upload_folder(  # without a model.onnx of earlier weights, where these have none
+            repo_id=repo_id, folder_path=str(folder), commit_message=f'Upload {folder.name}',
+            delete_patterns='model.onnx')
     except (HTTPError, OSError, RuntimeError, ValueError) as e:  # the Hub's errors, the connection's, an upload's
         raise RunError(f'{repo_id}: not uploaded, {folder} is kept; it needs a connection and a token that may write '
                        f'there (`hf auth login`, or HF_TOKEN): {" ".join(str(e).split())[:200]}') from e

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import make_grid
+from torchvision.transforms.functional import to_pil_image
 
 from ..bars import bar
 from ..core.names import SIDES
@@ -22,7 +21,7 @@ from ..options.commands import Inspect
 from ..text import html, one_line
 from .page import make_page
 from .tables import Part, screen_page, write_rows
-from .together import class_order, forward_together, load_sides, start_alone
+from .together import forward_together, load_sides, start_alone
 from .validate import Row, class_line, loader_options, open_data, warn_of_replaced
 
 _logger = logging.getLogger('inspect')
@@ -99,22 +98,22 @@ def thumbnail(image: Image.Image) -> Image.Image:
 
 def contact_sheet(title: str, tiles: list[Tile], columns: int = 6) -> Image.Image:
     """Return images with their lines, side by side below a title; a line that is too long loses its middle."""
-    drawn = []
-    for image, lines in tiles:
-        tile = ImageOps.expand(image, (0, 0, 0, (1 + len(lines)) * LINE), 'white')
-        for i, line in enumerate(lines):
-            _write(tile, line, (0, TILE + i * LINE))
-        drawn.append(pil_to_tensor(tile))
-    grid = to_pil_image(make_grid(drawn, nrow=columns, padding=GAP, pad_value=255))
-    return _write(ImageOps.expand(grid, (0, LINE, 0, 0), 'white'), title, (GAP, GAP // 2))
+    columns, height = min(columns, len(tiles)), TILE + (1 + len(tiles[0][1])) * LINE + GAP
+    sheet = Image.new('RGB', (GAP + columns * (TILE + GAP), LINE + GAP - len(tiles) // -columns * height), 'white')
+    _write(sheet, title, (GAP, GAP // 2), sheet.width - GAP)
+    for i, (image, lines) in enumerate(tiles):
+        x, y = GAP + i % columns * (TILE + GAP), LINE + GAP + i // columns * height
+        sheet.paste(image, (x, y))
+        for j, line in enumerate(lines):
+            _write(sheet, line, (x, y + TILE + j * LINE), TILE)
+    return sheet
 
 
-def _write(image: Image.Image, line: str, place: tuple[int, int]) -> Image.Image:
+def _write(image: Image.Image, line: str, place: tuple[int, int], width: int) -> None:
     font: Any = ImageFont.load_default(13)
     texts = (one_line(line, length) for length in range(120, 0, -1))
-    fits = next((text for text in texts if font.getlength(text) <= image.width - place[0]), '')
+    fits = next((text for text in texts if font.getlength(text) <= width), '')
     ImageDraw.Draw(image).text(place, fits, fill='black', font=font)
-    return image
 
 
 # The command
@@ -135,10 +134,9 @@ def inspect_models(options: Inspect) -> list[Row]:
     if len(models) < 2:
         raise UsageError(f'{options.models[0]}: holds one model, name a second one to compare it with')
     data = open_data(options, models['a'])
-    order = class_order(models, data.class_names, data.classes)
     configs = {side: trained.data_config for side, trained in models.items()}
     loader = create_eval_loaders(loader_options(options), data.images, configs, processes)
-    forward, autocast = forward_together(options, models, order, processes.device)
+    forward, autocast = forward_together(options, models, processes.device, data.class_names, data.classes)
     disagreements = Disagreements(options.num_images, configs)
 
     def watched(input):

@@ -20,7 +20,7 @@ from ..errors import RunError
 from ..options.commands import Predict
 from ..text import one_line
 from .tables import screen_table, write_rows
-from .together import class_order, forward_together, load_sides, start_alone
+from .together import forward_together, load_sides, start_alone
 from .validate import loader_options, model_classes
 
 Row = dict[str, Any]  # of an image and a rank: the label and the probability of each output
@@ -46,8 +46,7 @@ def predict_images(options: Predict) -> int:
         image_mode(options.input_img_mode, first.data_config['input_size'][0]))
     loader = create_eval_loaders(loader_options(options), images, configs, processes)
     names = {index: name for name, index in model_classes(first).items()}
-    order = class_order(models, names) if len(models) > 1 else None
-    forward, autocast = forward_together(options, models, order, processes.device)
+    forward, autocast = forward_together(options, models, processes.device, names)
 
     as_csv = bool(options.results_file) or any(map(os.path.isdir, options.images))
     topk = min(options.topk or (1 if as_csv else 5), first.model.num_classes)
@@ -58,8 +57,8 @@ def predict_images(options: Predict) -> int:
         named = (f'{side}: {trained.label}' if side else trained.label for side, trained in models.items())
         print(','.join(columns) if as_csv else '\n'.join(named))
     results: list[Row] = []
-    labels = _labels(first, names, options.label_type)
-    for index, rows in enumerate(_predict(forward, autocast, _shown(loader), topk, labels)):
+    labels = _labels(first, names)
+    for index, rows in enumerate(_predict(forward, autocast, loader, topk, labels, parts)):
         rows = [{'file': paths[index], 'rank': rank, **row} for rank, row in enumerate(rows, start=1)]
         if images.replaced[index]:
             print(one_line(f'{paths[index]}: can not be read ({images.failure(index)})'), file=sys.stderr)
@@ -68,46 +67,36 @@ def predict_images(options: Predict) -> int:
         elif as_csv:
             screen.writerows({key: one_line(value) for key, value in row.items()} for row in rows)
         else:
-            cells = [
-                [one_line(row[part], 40) if part.startswith('label') else f'{row[part]:.3f}' for part in parts]
-                for row in rows]
+            cells = [[one_line(cell, 40) if isinstance(cell, str) else f'{cell:.3f}' for cell in (
+                row[part] for part in parts)] for row in rows]
             print('\n'.join(['', one_line(paths[index]), *screen_table(parts, cells)]))
     if options.results_file:
         write_rows(options.results_file, columns, results)
     return int(bool(images.replaced.any()))
 
 
-def _labels(trained: TrainedModel, names: dict[int, str], label_type: str) -> list[str]:
-    """Return what to call each class of a model."""
+def _labels(trained: TrainedModel, names: dict[int, str]) -> list[str]:
+    """Return what to call each class of a model: ImageNet's by what they are."""
+    known: Any = ImageNetInfo(infer_imagenet_subset(trained.model) or 'imagenet-1k').label_descriptions(as_dict=True)
     labels = [names.get(index, str(index)) for index in range(trained.model.num_classes)]
-    if label_type == 'name':
-        return labels
-    subset = infer_imagenet_subset(trained.model) or 'imagenet-1k'
-    known: Any = ImageNetInfo(subset).label_descriptions(as_dict=True)
     return [known.get(label, label) for label in labels]
-
-
-def _shown(loader: Any) -> Iterator[Any]:
-    """Yield the batches, with a bar."""
-    with bar('Predict', 'batches', len(loader)) as shown:
-        for batch in loader:
-            yield batch
-            shown.update()
 
 
 @torch.inference_mode()
 def _predict(
-        forward: Callable, autocast: Callable, loader: Any, topk: int, labels: Sequence[str]) -> Iterator[list[Row]]:
-    """Yield the rows of each image, the most probable class first."""
-    for input, _ in loader:
-        with autocast():
-            top = {name: logits.softmax(dim=-1).topk(topk) for name, logits in forward(input).items()}
-        columns: dict[str, list[list]] = {}
-        for name, (probabilities, indices) in top.items():
-            if not probabilities.isfinite().all():
-                raise RunError(f'the outputs of branch {name or "the model"} are no numbers')
-            suffix = f'_{name}' if name else ''
-            columns[f'label{suffix}'] = [[labels[index] for index in row] for row in indices.tolist()]
-            columns[f'prob{suffix}'] = [[round(value, 6) for value in row] for row in probabilities.tolist()]
-        for of_image in zip(*columns.values(), strict=True):
-            yield [dict(zip(columns, ranked, strict=True)) for ranked in zip(*of_image, strict=True)]
+        forward: Callable, autocast: Callable, loader: Any, topk: int, labels: Sequence[str], parts: Sequence[str],
+) -> Iterator[list[Row]]:
+    """Yield the rows of each image, the most probable class first, and draw a bar."""
+    with bar('Predict', 'batches', len(loader)) as shown:
+        for input, _ in loader:
+            with autocast():
+                top = {name: logits.softmax(dim=-1).topk(topk) for name, logits in forward(input).items()}
+            columns: list[list[list]] = []
+            for name, (probabilities, indices) in top.items():
+                if not probabilities.isfinite().all():
+                    raise RunError(f'the outputs of branch {name or "the model"} are no numbers')
+                columns.append([[labels[index] for index in row] for row in indices.tolist()])
+                columns.append([[round(value, 6) for value in row] for row in probabilities.tolist()])
+            for of_image in zip(*columns, strict=True):
+                yield [dict(zip(parts, ranked, strict=True)) for ranked in zip(*of_image, strict=True)]
+            shown.update()

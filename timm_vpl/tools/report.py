@@ -224,26 +224,17 @@ def _record(group: Group, index: int, groups: Sequence[Group]) -> dict[str, Any]
         for (title, epochs), set_, metric in product((('', last), ('best ', best)), sets, METRICS)
         if not (title and metric == 'top5') and (figure := _figure(branches, epochs, set_, metric))}
     return {
-        'framework': group.name,
-        'method': group.method,
+        'framework': group.name, 'method': group.method,
         **{name: run.options.get(name) or None for name in ('model_a', 'model_b')},
-        'branch': side,
-        'model': run.models[index],
-        'data': data_title(run),
-        'num_epochs': run.num_epochs,
-        'weights': run.weights,
-        'processes': run.processes,
-        'n': len(group.runs),
+        'branch': side, 'model': run.models[index], 'data': data_title(run), 'num_epochs': run.num_epochs,
+        'weights': run.weights, 'processes': run.processes, 'n': len(group.runs),
         'seeds': [run.options.get('seed') for run in group.runs],
         'subsets': len({repr(run.data.get('train')) for run in group.runs}) > 1,
         'runs': [str(run.path) for run in group.runs],
-        'figures': figures,
-        'best_epochs': best,
-        **{cost: group.total(cost) for cost in COSTS},
+        'figures': figures, 'top1': figures[f'{_SET_TITLES.get(run.val_set, run.val_set)} {METRICS["top1"]}'],
+        'best_epochs': best, **{cost: group.total(cost) for cost in COSTS},
         'teacher_flops': _mean([run.teacher and run.teacher.total('flops') for run in group.runs]),
-        'top1': figures[f'{_SET_TITLES.get(run.val_set, run.val_set)} {METRICS["top1"]}'],
-        'baselines': _baselines(group, index, groups),
-    }
+        'baselines': _baselines(group, index, groups)}
 
 
 def _figure(branches: list[tuple[Run, str]], epochs: list[int], set_: str, metric: str) -> dict[str, Any] | None:

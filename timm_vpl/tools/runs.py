@@ -47,9 +47,11 @@ class Run:
         options, rows = self.options, self.rows
         last = rows[max(rows)] if rows else {}
         self.num_epochs = _num_epochs(last, options)
+        given = {side: str(options[f'model_{side}']) for side in SIDES if options.get(f'model_{side}')}
         # The branches that learn: a frozen one has no learning rate.
-        self.sides = tuple(side for side in given_sides(options) if not rows or f'lr_{side}' in last)
-        self.models = tuple(str(options[f'model_{side}']) for side in self.sides)
+        self.sides = tuple(side for side in given if not rows or f'lr_{side}' in last)
+        self.models = tuple(given[side] for side in self.sides)
+        self.frozen = [name for side, name in given.items() if side not in self.sides]
         self.weights = 'ema' if any(f'eval_ema_top1_{side}' in last for side in self.sides) else 'raw'
         self.processes = list(dict.fromkeys(row['processes'] for row in rows.values() if row.get('processes')))
         self.val_set = str(options.get('val_split') or 'validation')
@@ -115,11 +117,8 @@ def read_run(path: Path, taught: bool = True) -> Run:
     if options is None:
         raise UsageError(f'{path} is not the folder of a run: it has no args.yaml that names a method')
     rows = {}
-    method = METHODS.get(options['method'])  # None: a method of the user's own
-    passes = None
-    if method:
-        made = make_options(options)
-        passes = method.passes(made.own, made.sides)
+    made = make_options(options) if options['method'] in METHODS else None  # None: a method of the user's own
+    passes = made and METHODS[made.method].passes(made.own, made.sides)
     for cells in read_csv(path / 'summary.csv'):
         row = {name: number(cell) for name, cell in cells.items()}
         row['image_passes'] = _product(row.get('images'), passes)
@@ -155,11 +154,6 @@ def _read_teacher(teacher: Any, path: Path) -> Run | None:
 
 def _num_epochs(row: dict[str, Any], options: dict[str, Any]) -> int:
     return int(row.get('num_epochs') or number(options.get('epochs')) or 0)
-
-
-def given_sides(options: dict[str, Any]) -> tuple[str, ...]:
-    """Return the sides for which the options name a model."""
-    return tuple(side for side in SIDES if options.get(f'model_{side}'))
 
 
 def short_name(model: Any) -> str:
@@ -282,13 +276,8 @@ def terms_off(run: Run) -> list[str]:
 
 
 def framework(run: Run) -> str:
-    """Return the name of a run's method, with the terms that are off and its teacher."""
-    teacher, off = _teacher_name(run), ' and '.join(name.removesuffix('_weight') for name in terms_off(run))
-    return run.options['method'] + (f' without {off}' if off else '') + (f' from {teacher}' if teacher else '')
-
-
-def _teacher_name(run: Run) -> str:
-    """Return the models that teach: those of the teacher, or of the branch that does not learn."""
-    fixed = [str(run.options[f'model_{side}']) for side in given_sides(run.options) if side not in run.sides]
-    given = run.options.get('teacher')
-    return ' + '.join(fixed or (run.teacher.models if run.teacher else [Path(str(given)).name] if given else []))
+    """Return the name of a run's method, with the terms that are off and the models that teach."""
+    off, given = ' and '.join(name.removesuffix('_weight') for name in terms_off(run)), run.options.get('teacher')
+    teachers = run.frozen or (run.teacher.models if run.teacher else [Path(str(given)).name] if given else [])
+    return run.options['method'] + (f' without {off}' if off else '') + (
+        f' from {" + ".join(teachers)}' if teachers else '')

@@ -91,16 +91,16 @@ def read_plan(path: Path, data_dir: str | None, output: Path) -> list[PlannedRun
             raise UsageError(f'{path}: {key} is not a key of a plan{did_you_mean(key, PLAN_KEYS)}')
     base, rows, seeds, common = plan.get('base'), plan.get('rows'), plan.get('seeds'), plan.get('options', {})
     rows = rows if isinstance(rows, list) else []
-    names = _texts([row.get('name') if isinstance(row, dict) else None for row in rows])
-    for key, wanted, good in (
-            ('base', 'a recipe', isinstance(base, str)), ('rows', 'a list of mappings, each with a name', names),
-            ('seeds', 'a list of numbers', _texts(seeds)),
-            ('options', 'a mapping of options of all rows', isinstance(common, dict))):
-        if not good:
+    if not isinstance(common, dict):
+        raise UsageError(f'{path}: options: expected a mapping of options of all rows')
+    names: Any = [row.get('name') if isinstance(row, dict) else None for row in rows]
+    for key, wanted, values in (
+            ('base', 'a recipe', [base]), ('rows', 'a list of mappings, each with a name', names),
+            ('seeds', 'a list of numbers', seeds if isinstance(seeds, list) else [])):
+        if not values or not all(isinstance(value, str) and value for value in values):
             raise UsageError(f'{path}: {key}: expected {wanted}')
-    for kind, values in (('row', names), ('seed', seeds)):
         if len(set(values)) < len(values):
-            raise UsageError(f'{path}: a {kind} is given twice: {", ".join(values)}')
+            raise UsageError(f'{path}: {key}: given twice: {", ".join(values)}')
     beside = path.parent / base
     config = str(beside if beside.is_file() else recipe_path(base))
     if data_dir and plan.get('data'):
@@ -121,11 +121,6 @@ def read_plan(path: Path, data_dir: str | None, output: Path) -> list[PlannedRun
             data_dir and data_dir.replace('{seed}', seed),
             *(runs[seed, teacher] for teacher in teachers[name]))
     return list(runs.values())
-
-
-def _texts(values: Any) -> list[str]:
-    """Return a list of texts, empty for what is none."""
-    return values if isinstance(values, list) and all(isinstance(value, str) and value for value in values) else []
 
 
 def _tokens(given: dict[str, Any], where: str) -> list[str]:
@@ -198,9 +193,8 @@ def run_study(options: Study) -> int:
         if options.dry_run:
             print('\n'.join(dry_run(runs, left)))
             return 0
-        end = math.inf if options.limit_minutes is None else time.time() + 60 * options.limit_minutes
         with bar('Study', 'runs', len(runs), initial=len(runs) - len(left)) as shown:
-            failed = Runner(runs, left, options.jobs, end, lock.fileno(), shown).train_all()
+            failed = Runner(runs, left, options, lock.fileno(), shown).train_all()
     print(conclusion(runs))
     for line in failed:
         print(f'Failed: {line}', file=sys.stderr)
@@ -214,52 +208,49 @@ class Runner:
     Attributes:
         runs: All runs of the study.
         waiting: Those to do.
-        jobs: How many at a time.
-        end: No run is started that would not end at this time; infinity for no limit.
+        options: Options of the study.
         lock: File descriptor that the runs inherit, so that a study is at work while one of them is.
         shown: Bar of the runs.
     """
     runs: Sequence[PlannedRun]
     waiting: list[PlannedRun]
-    jobs: int
-    end: float
+    options: Study
     lock: int
     shown: Any
     active: dict[PlannedRun, tuple[float, subprocess.Popen]] = field(default_factory=dict)
     failed: dict[PlannedRun, str] = field(default_factory=dict)
-    left_out: list[PlannedRun] = field(default_factory=list)
+    left_out: list[PlannedRun] = field(default_factory=list)  # since they would not end in time
 
     def train_all(self) -> list[str]:
         """Train all; return a line for each run that failed."""
-        handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            while self.waiting or self.active:
-                for run in list(self.waiting):
-                    if len(self.active) < self.jobs and run.teacher not in (*self.active, *self.waiting):
-                        self.waiting.remove(run)
-                        self._start(run)
-                time.sleep(0.2)
-                for run, (started, process) in list(self.active.items()):
-                    if process.poll() is not None:
-                        del self.active[run]
-                        self._ended(run, process.returncode, time.time() - started)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        end = time.time() + 60 * (self.options.limit_minutes or math.inf)
+        while self.waiting or self.active:
+            for run in list(self.waiting):
+                if len(self.active) < self.options.jobs and run.teacher not in (*self.active, *self.waiting):
+                    self.waiting.remove(run)
+                    self._start(run, end)
+            time.sleep(0.2)
+            for run, (started, process) in list(self.active.items()):
+                if process.poll() is not None:
+                    del self.active[run]
+                    self._ended(run, process.returncode, time.time() - started)
         return list(self.failed.values())
 
-    def _start(self, run: PlannedRun) -> None:
+    def _start(self, run: PlannedRun, end: float) -> None:
         """Start a run, unless its teacher failed, its row can't be trained or the time would not do."""
         try:
             if run.teacher in self.failed:
                 raise RunError(f'{run.folder.name}: its teacher {run.teacher.folder.name} failed')
-            if run.teacher in self.left_out or (
-                    self.end < math.inf and time.time() + MARGIN * expected_seconds(run, self.runs) > self.end):
-                self.left_out.append(run)
-                self.shown.write(f'{run.folder.name}: not started, it would not end in time')
-                return
+            is_late = run.teacher in self.left_out or (
+                end < math.inf and time.time() + MARGIN * expected_seconds(run, self.runs) > end)
         except RunError as e:
             self.failed[run] = str(e)
+            return
+        if is_late:
+            self.left_out.append(run)
+            self.shown.write(f'{run.folder.name}: not started, it would not end in time')
             return
         with open(run.log, 'ab') as log:
             self.active[run] = time.time(), subprocess.Popen(
@@ -336,19 +327,19 @@ def dry_run(runs: Sequence[PlannedRun], left: Sequence[PlannedRun]) -> list[str]
     """Return a table of what the runs that are left would take, by an epoch of each row; a row that fails says so."""
     table: list[tuple] = []
     broken: list[str] = []
-    totals = [0., 0.]  # hours, core-hours
+    hours = core_hours = 0.
     for row, count in Counter(run.row for run in left).items():
         try:
             tried, cores = trial(next(run for run in runs if run.row == row))
         except RunError as e:
             broken.append(str(e))
             continue
-        hours = count * _seconds(tried) / 3600
-        totals = [totals[0] + hours, totals[1] + hours * cores]
-        table.append((row, count, f'{60 * hours / count:.1f}', f'{hours * cores:.2f}'))
+        each = _seconds(tried) / 3600
+        hours, core_hours = hours + count * each, core_hours + count * each * cores
+        table.append((row, count, f'{60 * each:.1f}', f'{count * each * cores:.2f}'))
     return [
         *screen_table(('row', 'runs left', 'minutes a run', 'core-hours'), table), *broken,
-        f'{len(left)} of {len(runs)} runs left: {totals[0]:.2f} hours one after the other, {totals[1]:.2f} core-hours']
+        f'{len(left)} of {len(runs)} runs left: {hours:.2f} hours one after the other, {core_hours:.2f} core-hours']
 
 
 def conclusion(runs: Sequence[PlannedRun]) -> str:

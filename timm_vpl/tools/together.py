@@ -38,38 +38,23 @@ def load_sides(options: Forward, sources: Sequence[str]) -> dict[str, TrainedMod
     if len(found) > 2:
         raise UsageError(
             f'{" ".join(sources)}: hold {len(found)} models; name a pair, or two (one of a pair: its export/NAME)')
-    for what, of in (('channels', _channels), ('classes', lambda trained: trained.model.num_classes)):
-        first, second = map(of, found)
+    numbers = {
+        'channels': [trained.data_config['input_size'][0] for trained in found],
+        'classes': [trained.model.num_classes for trained in found]}
+    for what, (first, second) in numbers.items():
         if first != second:
             raise UsageError(f'{found[1].source}: has {second} {what}, {found[0].source} has {first}')
     return dict(zip(SIDES, found, strict=True))
 
 
-def _channels(trained: TrainedModel) -> int:
-    return trained.data_config['input_size'][0]
-
-
-def class_order(
-        models: dict[str, TrainedModel],
-        names: dict[int, str],
-        classes: Sequence[str] | None = None,
-) -> list[int] | None:
-    """Return the second model's index of each class of the first; None where they are the same.
-
-    Args:
-        models: Two models.
-        names: Classes of the first by its indices.
-        classes: Those of the data, whose indices a model has that does not name its own.
-
-    Raises:
-        UsageError: They know other classes.
-    """
+def _class_order(models: dict[str, TrainedModel], names: dict[int, str], classes: Sequence[str]) -> list[int] | None:
+    """Return the second model's index of each class of the first; None where they are the same."""
     first, second = models.values()
     if first.class_names == second.class_names:
         return None
     indices = model_classes(second)
-    if not second.class_names and not indices.keys() >= set(classes or ()):
-        indices = {name: index for index, name in enumerate(classes or ())}
+    if not second.class_names and not indices.keys() >= set(classes):
+        indices = {name: index for index, name in enumerate(classes)}
     order = [indices.get(names.get(index, ''), -1) for index in range(first.model.num_classes)]
     if -1 in order:
         name = names.get(order.index(-1), order.index(-1))
@@ -78,19 +63,22 @@ def class_order(
 
 
 def forward_together(
-        options: Forward,
-        models: dict[str, TrainedModel],
-        order: list[int] | None,
-        device: Any,
+        options: Forward, models: dict[str, TrainedModel], device: Any, names: dict[int, str],
+        classes: Sequence[str] | None = None,
 ) -> tuple[Callable, Callable]:
     """Return a forward pass, which gives the logits of each model and of two their average ('ens'), and its autocast.
 
     Args:
         options: Options.
         models: One model or two, by side; they are moved.
-        order: The second one's index of each class, None where it is the same.
         device: Where the batches are: images [N, C, H, W], or those of each side.
+        names: Classes of the first by its indices, which are those of all logits.
+        classes: Those of the data, whose indices a model has that does not name its own.
+
+    Raises:
+        UsageError: Two models know other classes.
     """
+    order = _class_order(models, names, classes or ()) if len(models) > 1 else None
     forward, autocast = create_forward(options, models, device)
 
     def together(input):

@@ -5,26 +5,18 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
-from timm.data import (
-    ImageNetInfo,
-    RealLabelsImagenet,
-    infer_imagenet_subset,
-    resolve_data_config,
-    resolve_model_data_config,
-)
+from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset, resolve_data_config
 from timm.data.loader import adapt_to_chs
 
 from ..bars import bar, set_output
 from ..core.processes import Processes
 from ..data.images import Images, Split, StreamImages
 from ..data.loaders import create_eval_loader
-from ..data.sources import Part
 from ..data.splits import class_names, create_split, shared_images
 from ..engine import peers
 from ..engine.device import from_all, init_device
@@ -73,23 +65,17 @@ def target_indices(trained: TrainedModel, names: list[str] | None, data: str) ->
     Raises:
         UsageError: A class of the data is none of the model's, or neither names nor numbers tell.
     """
-    num_classes = trained.model.num_classes
-    if names is None:
+    classes, count = model_classes(trained), trained.model.num_classes
+    missing = [name for name in names or () if name not in classes]
+    if names is None or (missing and not trained.class_names and len(names) == count):
         return None
-    classes = model_classes(trained)
-    if not trained.class_names and not classes.keys() >= set(names):
-        if len(names) != num_classes:
-            raise UsageError(
-                f'{trained.source}: does not name its {num_classes} classes, and {data} has {len(names)}; --class-map '
-                f'FILE says which is which')
-        return None
-    missing = [name for name in names if name not in classes]
     if missing:
-        raise UsageError(
-            f'{trained.source}: {len(missing)} of the {len(names)} classes of {data} are none of its {num_classes} '
-            f'({", ".join(missing[:3])}); --class-map FILE says which is which')
+        what = (f'{len(missing)} of the {len(names)} classes of {data} are none of its {count} '
+                f'({", ".join(missing[:3])});' if trained.class_names else
+                f'does not name its {count} classes, and {data} has {len(names)};')
+        raise UsageError(f'{trained.source}: {what} --class-map FILE says which is which')
     indices = [classes[name] for name in names]
-    if indices == list(range(num_classes)):
+    if indices == list(range(count)):
         return None
     _logger.info(f'{data}: its {len(names)} classes are mapped by name to those of {trained.architecture}')
     return indices
@@ -113,31 +99,6 @@ def _file_names(dataset: Split, flag: str) -> list[str]:
         if not isinstance(dataset, StreamImages):
             return [os.path.normpath(name) for name in dataset.reader.filenames()]
     raise UsageError(f'{flag}: needs a folder or .tar of images, this data set does not name its files')
-
-
-def select_files(dataset: Images, path: str, data: str) -> Images:
-    """Return the part of a data set that a file lists, one file name a line, with or without its folder.
-
-    Raises:
-        UsageError: A name that the data does not have, or has in several folders.
-    """
-    indices: dict[str, list[int]] = {}
-    for index, name in enumerate(_file_names(dataset, '--file-list')):
-        for key in {name, os.path.basename(name)}:
-            indices.setdefault(key, []).append(index)
-    try:
-        with open(path, encoding='utf-8') as f:
-            wanted = [os.path.normpath(line.strip()) for line in f if line.strip()]
-    except (OSError, ValueError) as e:
-        raise UsageError(f'--file-list {path}: can not be read ({e})') from e
-    missing = [name for name in wanted if name not in indices]
-    if missing or not wanted:
-        what = f'{len(missing)} of its {len(wanted)} files are not in {data}, {missing[0]}' if missing else 'names none'
-        raise UsageError(f'--file-list {path}: {what}')
-    for name in wanted:
-        if len(indices[name]) > 1:
-            raise UsageError(f'--file-list {path}: {data} has {len(indices[name])} files {name}; write FOLDER/{name}')
-    return replace(dataset, reader=Part(dataset.reader, sorted({indices[name][0] for name in wanted})))
 
 
 def real_label_sets(dataset: Images, path: str, trained: TrainedModel, names: list[str] | None = None) -> torch.Tensor:
@@ -193,9 +154,8 @@ class Pass(NamedTuple):
     """Models that share one pass over the data, and the data as they need it."""
     models: list[TrainedModel]
     loader: Any
-    data: str
+    data: Data
     real_labels: torch.Tensor | None
-    class_names: dict[int, str]
 
 
 @peers.together()
@@ -216,20 +176,24 @@ def validate_models(options: Validate) -> list[Row]:
     if options.check_data:
         trained_on = create_split(options, options.check_data, options.in_chans or 3, flag='--check-data')
         splits: Any = passes[0].loader.dataset, trained_on
-        names = [_file_names(dataset, '--check-data') for dataset in splits]
+        files = [_file_names(dataset, '--check-data') for dataset in splits]
     results = [result for each in passes for result in _run_pass(options, each, processes)]
     rows = [row for of_model, _ in results for row in of_model]
     if processes.rank == 0:
-        print('\n'.join([*_table(rows), *(class_line(_name(each[0]), each) for _, each in results if each)]))
+        print('\n'.join(_table(rows)))
+        for classes in (classes for _, classes in results if classes):
+            names = (classes[0][column] for column in ('model', 'branch', 'weights'))
+            print(class_line(' '.join(filter(None, names)), classes))
         write_results(options, rows)
         if options.per_class:
             write_rows(options.per_class, CLASS_COLUMNS, [row for _, classes in results for row in classes])
         if options.check_data:
             shared = shared_images(*splits)
             count = len({index for index, _ in shared})
-            print(f'{passes[0].data}: {count} of {len(splits[0])} images lie in the split {options.check_data!r} too')
+            split = options.check_data
+            print(f'{passes[0].data.name}: {count} of {len(splits[0])} images lie in the split {split!r} too')
             for index, twin in shared:
-                print(one_line(f'{names[0][index]} is {options.check_data}/{names[1][twin]}'))
+                print(one_line(f'{files[0][index]} is {split}/{files[1][twin]}'))
     return rows
 
 
@@ -249,11 +213,11 @@ def prepare(trained: TrainedModel, options: Forward) -> TrainedModel:
     Without options it is that of timm's validate script: a model's images in testing may be larger than in training.
     """
     model, built_for = trained.model, trained.data_config['input_size']
-    own = resolve_model_data_config(model, use_test_size=True)
     if model.num_classes < 1:
         raise UsageError(f'{trained.source}: {trained.architecture} has no classifier')
-    height, width = (options.img_size,) * 2 if options.img_size else own['input_size'][-2:]
-    size = tuple(options.input_size or (options.in_chans or own['input_size'][0], height, width))
+    own = resolve_data_config({}, model=model, use_test_size=True)
+    sides = (options.img_size,) * 2 if options.img_size else own['input_size'][1:]
+    size = tuple(options.input_size or (options.in_chans or own['input_size'][0], *sides))
     for name in ('mean', 'std'):
         values = getattr(options, name)
         if values and len(values) not in (1, size[0]):
@@ -299,9 +263,6 @@ def open_data(options: Evaluation, trained: TrainedModel) -> Data:
     own = dict(enumerate(names or ()))
     if trained.class_names or indices is not None or not own:
         own = {index: name for name, index in model_classes(trained).items()}
-    if options.file_list:
-        dataset = select_files(dataset, options.file_list, data)
-        data = f'{data} ({os.path.basename(options.file_list)})'
     return Data(dataset, data, names, own)
 
 
@@ -316,7 +277,7 @@ def _create_pass(options: Validate, models: list[TrainedModel], processes: Proce
     real_labels = None if options.real_labels is None else real_label_sets(
         data.images, options.real_labels, models[0], data.classes)
     loader = create_eval_loader(loader_options(options), data.images, models[0].data_config, processes)
-    return Pass(models, loader, data.name, real_labels, data.class_names)
+    return Pass(models, loader, data, real_labels)
 
 
 def create_forward(options: Forward, models: dict[Any, TrainedModel], device: Any) -> tuple[Callable, Callable]:
@@ -341,29 +302,23 @@ def create_forward(options: Forward, models: dict[Any, TrainedModel], device: An
 def _run_pass(options: Validate, each: Pass, processes: Processes) -> list[tuple[list[Row], list[Row]]]:
     """Evaluate the models of a pass and return of each its rows of the results, and of the results by class."""
     forward, autocast = create_forward(options, dict(enumerate(each.models)), processes.device)
+    per_class = None if options.per_class is None else each.models[0].model.num_classes
     started = time.perf_counter()
     with bar('Validate', 'batches', len(each.loader)) as shown:
         results = evaluate(
-            forward,
-            range(len(each.models)),
-            each.loader,
-            processes.device,
-            autocast=autocast,
-            distributed=processes.distributed,
-            real_labels=each.real_labels,
-            per_class=None if options.per_class is None else each.models[0].model.num_classes,
-            after_batch=shown.update,
-        )
+            forward, range(len(each.models)), each.loader, processes.device, autocast, processes.distributed,
+            each.real_labels, per_class, after_batch=shown.update)
     seconds = time.perf_counter() - started
-    warn_of_replaced(each.data, sum(from_all(processes, int(each.loader.dataset.replaced.sum()))), each.real_labels)
+    warn_of_replaced(
+        each.data.name, sum(from_all(processes, int(each.data.images.replaced.sum()))), each.real_labels is not None)
     return [_rows(options, each, trained, results[i], seconds) for i, trained in enumerate(each.models)]
 
 
-def warn_of_replaced(data: str, number: int, real_labels: torch.Tensor | None = None) -> None:
+def warn_of_replaced(data: str, number: int, real_labels: bool = False) -> None:
     """Warn where images of the data were replaced."""
     if number:
-        labels = '' if real_labels is None else ', and their ReaL labels'
-        _logger.warning(f'{data}: {number} images could not be read; others took their places{labels}')
+        _logger.warning(f'{data}: {number} images could not be read; others took their places'
+                        f'{", and their ReaL labels" if real_labels else ""}')
 
 
 def _rows(
@@ -376,17 +331,10 @@ def _rows(
     config = trained.data_config
     height, width = config['input_size'][-2:]
     model = {
-        'model': trained.source,
-        'architecture': trained.architecture,
-        'epoch': trained.checkpoint.get('epoch'),
-        'branch': trained.side,
-        'weights': trained.side and ('ema' if trained.ema else 'raw'),
-        'data': each.data,
-        'img_size': height if height == width else f'{height}x{width}',
-        'crop_pct': config['crop_pct'],
-        'interpolation': config['interpolation'],
-        'images_per_second': round(figures['images'] / seconds, 2),
-    }
+        'model': trained.source, 'architecture': trained.architecture, 'epoch': trained.checkpoint.get('epoch'),
+        'branch': trained.side, 'weights': trained.side and ('ema' if trained.ema else 'raw'), 'data': each.data.name,
+        'img_size': height if height == width else f'{height}x{width}', 'crop_pct': config['crop_pct'],
+        'interpolation': config['interpolation'], 'images_per_second': round(figures['images'] / seconds, 2)}
     sets = {'v2' if options.imagenet_v2 else options.val_split: ''}
     if each.real_labels is not None:
         sets['real'] = 'real_'
@@ -394,10 +342,9 @@ def _rows(
         {**model, 'set': name, **{
             metric: figures.get(f'{prefix}{metric}') for metric in ('images', 'loss', 'top1', 'top5')}}
         for name, prefix in sets.items()]
-    counts = figures['classes'].tolist() if 'classes' in figures else ()
     classes = [
-        {**model, 'class': each.class_names.get(index, str(index)), 'images': images, 'top1': 100 * right / images}
-        for index, (images, right) in enumerate(counts) if images]
+        {**model, 'class': each.data.class_names.get(index, str(index)), 'images': images, 'top1': 100 * right / images}
+        for index, (images, right) in enumerate(figures['classes'].tolist() if 'classes' in figures else ()) if images]
     return rows, classes
 
 
@@ -410,10 +357,6 @@ def class_line(name: str, classes: list[Row]) -> str:
     mean = sum(row['top1'] for row in rows) / len(rows)
     lowest = ', '.join(f'{row["class"]} {row["top1"]:.1f} ({row["images"]})' for row in rows[:5])
     return one_line(f'{name}: mean top-1 of {len(rows)} classes {mean:.3f}, lowest: {lowest}')
-
-
-def _name(row: Row) -> str:
-    return ' '.join(filter(None, (row[column] for column in ('model', 'branch', 'weights'))))
 
 
 def _table(rows: list[Row]) -> list[str]:
