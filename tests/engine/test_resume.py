@@ -264,9 +264,9 @@ def test_auto_after_a_death_before_the_first_checkpoint(digits_folder, tmp_path)
 
 
 @pytest.mark.parametrize('options, messages', [
-    (['--model-b', 'test_convnext', '--method', 'dml', '--epochs', '4', '-b', '4', '--seed', '8', '--weight-decay-a',
+    (['--model-b', 'test_vit2', '--method', 'dml', '--epochs', '4', '-b', '4', '--seed', '8', '--weight-decay-a',
       '0.1', '--no-model-ema', '--eval-metric', 'loss_a'],
-     ['--model-b test_vit before, now test_convnext', '--method vpl before, now dml', '--epochs 3 before, now 4',
+     ['--model-b test_vit before, now test_vit2', '--method vpl before, now dml', '--epochs 3 before, now 4',
       '1 processes x batch 8 before, now 1 x 4', '--seed 7 before, now 8', '--weight-decay-a 0.05 before, now 0.1',
       '--model-ema on before, now off', '--eval-metric top1 before, now loss_a']),
     (['--cooldown-epochs', '2'], ['3 epochs in all before, now 5']),
