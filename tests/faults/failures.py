@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from kill import kill, prepare, wait  # noqa: E402
+from kill import SLOW, kill, prepare, wait  # noqa: E402
 
-SECONDS = 10  # from the failure to its line on each machine
+SECONDS = 10 * SLOW  # from the failure to its line on each machine
 
 
 class Case(NamedTuple):
@@ -63,6 +63,7 @@ def fewer(scenario) -> None:
 
 CASES = {
     'usage': Case(r"--lr: 'x' is not a number", 2, own=('--lr', 'x')),
+    'usage-of-first': Case(r"--lr: 'x' is not a number", 2, own=('--lr', 'x'), rank=0),
     'usage-of-all': Case(r"--lr: 'x' is not a number", 2, options=('--lr', 'x')),
     'missing': Case(r'data folder \S+/nowhere does not exist', 2, data='nowhere'),
     'other-data': Case(r'data: processes 0 and \d do not see the same', 2, data='fewer',

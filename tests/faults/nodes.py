@@ -15,14 +15,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from disk import isolate  # noqa: E402
-from kill import check_equal, prepare  # noqa: E402
+from kill import SLOW, check_equal, prepare  # noqa: E402
 from signals import alone  # noqa: E402
 
 SCRIPT = Path(__file__).resolve().parents[2] / 'train_vpl.py'
 ADDRESSES = ['10.99.0.1', '10.99.0.2']
 STATIC = ['--master-addr', ADDRESSES[0], '--master-port', '29400']
 C10D = ['--rdzv-backend', 'c10d', '--rdzv-endpoint', f'{ADDRESSES[0]}:29400', '--rdzv-id', 'faults']
-LIMIT = 150  # seconds for a run
+LIMIT = 150 * SLOW  # seconds for a run
 LOST = 'another process ended or can not be reached'
 
 
@@ -138,7 +138,7 @@ def killed(folder):
     for pid in nodes.pids(1):
         os.kill(pid, signal.SIGKILL)
     begin = time.monotonic()
-    nodes.check(nodes.wait(0, 30) == 1, 'the other machine should fail')
+    nodes.check(nodes.wait(0, 30 * SLOW) == 1, 'the other machine should fail')
     print(f'the other ended after {time.monotonic() - begin:.1f} s')
     nodes.wait(1)
     nodes.check(f'error: {LOST}' in nodes.text(0), 'no line')
@@ -154,7 +154,7 @@ def cut_off(folder):
     ip('-n', 'node1', 'link', 'set', 'cable', 'down')
     begin = time.monotonic()
     for node in range(2):
-        nodes.check(nodes.wait(node, 30) != 0, 'both machines should fail')
+        nodes.check(nodes.wait(node, 30 * SLOW) != 0, 'both machines should fail')
         print(f'node {node} ended after {time.monotonic() - begin:.1f} s')
         nodes.check('Timeout (0:00:08)!' in nodes.text(node) and 'train_one_epoch' in nodes.text(node), 'no stacks')
     ip('-n', 'node1', 'link', 'set', 'cable', 'up')
@@ -170,7 +170,7 @@ def uneven(folder):
     next((fewer / 'train' / '0').iterdir()).unlink()
     nodes.start(0)
     nodes.start(1, data=fewer)
-    nodes.check(0 not in [nodes.wait(0, 60), nodes.wait(1, 60)], 'both should fail')
+    nodes.check(0 not in [nodes.wait(0, 60 * SLOW), nodes.wait(1, 60 * SLOW)], 'both should fail')
     for node in range(2):
         lines = re.findall('error: data: processes 0 and 1 do not see the same', nodes.text(node))
         nodes.check(len(lines) == 1 and 'Train: ' not in nodes.text(node), 'no line, or it began')
@@ -185,7 +185,7 @@ def mistaken(folder):
             for node in range(2):
                 nodes.logs[node].unlink(missing_ok=True)
                 nodes.start(node, *(['--lr', 'x'] if node == wrong else []))
-            nodes.check(0 not in [nodes.wait(0, 60), nodes.wait(1, 60)], 'both should fail')
+            nodes.check(0 not in [nodes.wait(0), nodes.wait(1)], 'both should fail')
             for node in range(2):
                 line = rf"error: --lr: 'x' is not a number > 0 \(process {wrong} on "
                 nodes.check(len(re.findall(line, nodes.text(node))) == 1, f'no line on machine {node}')
@@ -198,7 +198,7 @@ def stopped(folder):
     nodes.until(r'Train: 1 \[ *2/')
     begin = time.monotonic()
     nodes.torchrun[1].send_signal(signal.SIGTERM)
-    nodes.check(0 not in [nodes.wait(0, 30), nodes.wait(1, 30)], 'both should say that they did not end')
+    nodes.check(0 not in [nodes.wait(0, 30 * SLOW), nodes.wait(1, 30 * SLOW)], 'both should say that they did not end')
     print(f'both ended after {time.monotonic() - begin:.1f} s')
     nodes.check(re.search(r'stopped by SIGTERM after epoch 1, batch [3-6] of 6', nodes.text(0)), 'no line')
     nodes.check(LOST not in nodes.text(0) + nodes.text(1), 'one did not wait for the other')

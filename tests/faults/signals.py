@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from kill import Scenario, Still, check_equal, kill, prepare, wait  # noqa: E402
+from kill import SLOW, Scenario, Still, check_equal, kill, prepare, wait  # noqa: E402
 
 
 class Live:
@@ -53,7 +53,7 @@ class Live:
         for pid in self.pids[victims]:
             os.kill(pid, number)
         text = self.ends(*[128 + number] * len(self.pids))
-        self.check(time.monotonic() - begin < 20)
+        self.check(time.monotonic() - begin < 20 * SLOW)
         return text
 
 
@@ -100,14 +100,6 @@ def second_signal(folder):
     run.check(wait(run.pids[:1]) == [128 + signal.SIGTERM] and time.monotonic() - begin < 1)
     kill(run.pids[1:])
     wait(run.pids[1:])
-
-
-def lost(folder):
-    """One of two processes is killed: the other says so in one line and ends."""
-    run = Live(prepare('vpl', 2, folder)).until(r'Train: 0 \[ *2/')
-    kill(run.pids[1:])
-    text = run.ends(1, -signal.SIGKILL)
-    run.check(re.search('error: another process ended or can not be reached.*process 0, epoch 0', text))
 
 
 def hanging(folder):

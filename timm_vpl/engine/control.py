@@ -3,8 +3,8 @@ import contextlib
 import faulthandler
 import logging
 import os
-import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -72,7 +72,7 @@ class Control:
         self._saved = time.monotonic()
         self._watched = -float('inf')
         self._handlers: dict = {}
-        self._wakeup: tuple[int, int] | None = None
+        self._wakeup: tuple[int, socket.socket] | None = None
 
     def __enter__(self):
         with contextlib.suppress(ValueError):  # only the main thread may
@@ -82,10 +82,10 @@ class Control:
                 self._handlers[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._interrupt)
             # Python runs handlers between two steps of its own: a process that waits in a collective has none. This
             # thread hears of a signal all the same.
-            heard, speaks = os.pipe()
-            if hasattr(os, 'set_blocking'):
-                os.set_blocking(speaks, False)
-            self._wakeup = (signal.set_wakeup_fd(speaks, warn_on_full_buffer=False), speaks)
+            heard, speaks = socket.socketpair()
+            speaks.setblocking(False)
+            heard.settimeout(0.5)  # seconds between two looks at the batch that is awaited
+            self._wakeup = (signal.set_wakeup_fd(speaks.fileno(), warn_on_full_buffer=False), speaks)
             threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
             if others := peers.heard():
                 others.on_signal = self._hear
@@ -96,7 +96,7 @@ class Control:
         if self._wakeup is not None:
             before, speaks = self._wakeup
             signal.set_wakeup_fd(before)
-            os.close(speaks)  # ends the thread, once the loaders' workers have ended
+            speaks.close()  # ends the thread, once the loaders' workers have ended
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if self.hang_timeout:
@@ -105,15 +105,15 @@ class Control:
             self._decided()
 
     def _listen(self, heard):
-        while True:
-            if select.select([heard], [], [], 0.5)[0]:
-                data = os.read(heard, 1)
-                if not data:
-                    break
-                if data[0] in SIGNALS:
-                    self._take(data[0], time.monotonic())
-            self._look(time.monotonic())
-        os.close(heard)
+        with heard, contextlib.suppress(ConnectionError):
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    data = heard.recv(1)
+                    if not data:
+                        return
+                    if data[0] in SIGNALS:
+                        self._take(data[0], time.monotonic())
+                self._look(time.monotonic())
 
     def _take(self, number: int, now: float) -> None:
         """Take a signal that this process got."""
@@ -139,7 +139,7 @@ class Control:
             waited = now - max(begun, awaits)
             if waited > _LATE:
                 self._give_up(number, self._reads())
-            elif waited >= self._patience and not self._stalled:
+            elif waited >= self._patience and not self._stalled and hasattr(signal, 'pthread_kill'):
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
         elif now - awaits > min(_STALL, self.hang_timeout / 2 or _STALL) and not self._warned:
             self._warned = True

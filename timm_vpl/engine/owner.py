@@ -97,7 +97,7 @@ def _take_over(path: Path) -> None:
             _logger.warning(f'{path.parent}: {_name(seen)} trained there; looking for up to {STALE} s whether it lives')
             begun = time.monotonic()
             while time.monotonic() - begun < STALE:
-                time.sleep(1)
+                time.sleep(BEAT / 5)
                 if (path.read_text(), path.stat().st_mtime_ns) != (seen, beat):
                     raise UsageError(f'--output {path.parent}: {_name(seen)} trains there; end it, or take another '
                                      f'--experiment')

@@ -27,7 +27,7 @@ LOST = 'another process ended or can not be reached, see the lines before this o
 SIGNAL, END, DONE, ENDING = (f'timm_vpl/{name}' for name in ('signal', 'end', 'done', 'ending'))
 HEARS_AFTER = 0.5  # seconds between two looks at it
 JOIN_SECONDS = 1800  # that the other processes have to start, as torch gives them
-LINGER, JOINING = 5, 60  # seconds that the others have to hear of a failure; those that are still starting have more
+LINGER, JOINING = 5, 120  # seconds that the others have to hear of a failure; those that are still starting have more
 
 
 class Peers:
