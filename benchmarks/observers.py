@@ -24,6 +24,7 @@ import torch
 from common import arguments, block, create, create_fixed, create_parser, fix_batch, parse
 
 from timm_vpl.bars import set_output
+from timm_vpl.engine.owner import Owner
 from timm_vpl.engine.train import open_folder
 from timm_vpl.tools.comparison import paired_difference
 from timm_vpl.tools.plots import draw_run
@@ -43,7 +44,7 @@ def create_observed(argv: list[str], steps: int):
     run = create([*argv, '--log-tensorboard', '--no-export'])
     set_output(quiet=False, no_progress=False)
     run.observers = observers_of(run.options)
-    open_folder(run, None)
+    open_folder(run, None, Owner())
     fix_batch(run, steps)
     return run
 
