@@ -276,6 +276,7 @@ if end == 'error':
 """
 
 
+@pytest.mark.slow
 def test_a_process_with_workers_ends(digits_folder):
     environ = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     result = subprocess.run(

@@ -47,6 +47,8 @@ VPL = ROOT / 'hparams' / 'imagenet_vpl_resnet50_vitb_300ep.yaml'
 TINY_DISTILLED = 'patch_size=8 embed_dim=48 depth=1 num_heads=3'
 
 each_recipe = pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
+quick_recipes = pytest.mark.parametrize('path', [
+    pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow) for path in RECIPES])
 
 
 def header(path):
@@ -126,7 +128,7 @@ def test_header_and_options(path, digits_folder, caplog):
 built = {}
 
 
-@each_recipe
+@quick_recipes
 def test_real_models_on_the_meta_device(path, digits_folder):
     args = options_of(path, digits_folder)
     names = 'model', 'model_kwargs', 'drop_path', 'img_size'
@@ -248,9 +250,7 @@ def pair_run(digits_folder, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('path', [
-    pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
-    for path in RECIPES if path != VPL])
+@quick_recipes
 def test_two_steps(path, digits_folder, pair_run, tmp_path):
     larger = ['--img-size', '64'] if '_finetune384_' in path.stem else []
     two_steps(path, digits_folder, tmp_path, *larger, source=pair_run)
