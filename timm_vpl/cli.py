@@ -1,12 +1,10 @@
 """The command line: `timm-vpl SUBCOMMAND`, `python -m timm_vpl SUBCOMMAND`, and train_vpl.py."""
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable
 
 from . import __version__
 from .core.processes import launched
-from .engine.boundary import as_line
 from .errors import Stopped, UsageError
 from .options.commands import COMMANDS, parse_command
 from .options.parser import as_given
@@ -18,7 +16,9 @@ def train(argv: list[str] | None = None, prog: str = 'train_vpl.py') -> int:
     """Train; return the exit status: 0, 1 for a failure, 2 for a usage error, 128 + N after signal N."""
     def work():
         options = take_args(argv, prog)
-        from .engine.train import train  # torch and timm, once the options are known to be good
+        import multiprocessing  # these, torch and timm, once the options are known to be good
+
+        from .engine.train import train
         from .tools.trackers import observers_of
         try:
             train(options, observers_of(options))
@@ -69,6 +69,7 @@ def _finish(prog: str, work: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         line, status = f'{prog}: interrupted', 130
     except Exception as e:  # of this package, of another, or of user code
+        from .engine.boundary import as_line
         error = as_line(e)
         line, status = f'{prog}: error: {one_line(error)}', error.exit_status
     if launched().world_size > 1:

@@ -77,9 +77,7 @@ class Images(Dataset):
 
     def being_read(self) -> str:
         """Return what is being read at present, for the line of a batch that does not come, '' for nothing."""
-        found = [f'worker {worker} reads {self._describe(index - 1)}'
-                 for worker, index in enumerate(self._reading.tolist()) if index]
-        return f', while {", ".join(found[:4])}' if found else ''
+        return _being_read(self._reading, self._describe)
 
     def _item(self, index):
         wanted = index
@@ -188,7 +186,8 @@ class StreamImages(IterableDataset):
             UsageError: The reader can't do it.
         """
         self.processes, self.seed, self.batches, self.batch_size = processes, seed, batches, batch_size
-        self.replaced = torch.zeros(max(1, workers), dtype=torch.int64).share_memory_()
+        # Of each worker, which share it: what could not be read, and 1 + the shard that it reads.
+        self.replaced, self._reading = torch.zeros(2, max(1, workers), dtype=torch.int64).share_memory_()
         if self.source.shards is None:
             if processes.distributed and not workers:
                 raise UsageError('--workers 0: this kind of --dataset needs a worker where there are several processes')
@@ -232,7 +231,7 @@ class StreamImages(IterableDataset):
                 yield 'a sample of the stream', image, target
             return
         reader = copy.copy(self.reader)  # of this pass alone
-        for where, sample in self._samples(shards, reader, first, last, whole):
+        for where, sample in self._samples(shards, reader, first, last, whole, worker):
             try:
                 decoded = shards.decode(reader, sample)
                 failed = 0
@@ -249,7 +248,7 @@ class StreamImages(IterableDataset):
             if decoded is not None:
                 yield where, *decoded
 
-    def _samples(self, shards, reader, first, last, whole):
+    def _samples(self, shards, reader, first, last, whole, worker):
         """Yield where a sample lies, and the sample, encoded; in training again and again."""
         listed, epoch = shards.find(reader), int(self.epoch)
         order = list(range(len(listed)))
@@ -260,6 +259,7 @@ class StreamImages(IterableDataset):
         def once():
             for piece in pieces:
                 shard = order[piece.shard]
+                self._reading[worker] = 1 + shard
                 for index, sample in enumerate(shards.read(reader, shard)):
                     if piece.holds(index):
                         yield f'sample {index} of {listed[shard][0]}', sample
@@ -280,13 +280,18 @@ class StreamImages(IterableDataset):
     def name(index: int) -> None:
         """Return None: images of a stream have no names."""
 
-    @staticmethod
-    def being_read() -> str:
-        """Return what is being read: which shard, the reader alone knows."""
-        return ', while a stream is read'
+    def being_read(self) -> str:
+        """Return which shards are being read, for the line of a batch that does not come."""
+        names = self.source.shards and [name for name, _ in self.source.shards.find(self.reader)]
+        return _being_read(self._reading, names.__getitem__) if names else ', while a stream is read'
 
 
 Split = Images | StreamImages
+
+
+def _being_read(reading: torch.Tensor, describe: Callable[[int], str]) -> str:
+    found = [f'worker {worker} reads {describe(index - 1)}' for worker, index in enumerate(reading.tolist()) if index]
+    return f', while {", ".join(found[:4])}' if found else ''
 
 
 def _cause(error: Exception) -> str:
