@@ -20,7 +20,7 @@ def test_own_loop(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [re.match(r'epoch (\d), stage (\d)', line).groups() for line in lines] == [('0', '1'), ('1', '2')]
     assert float(re.search(r'top-1 ([\d.]+) %', lines[-1])[1]) > 70  # the CNN; chance is 10 %
-    assert len((EXAMPLES / 'own_loop.py').read_text().splitlines()) <= 60
+    assert len((EXAMPLES / 'own_loop.py').read_text().splitlines()) <= 75
 
 
 def test_own_method(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""The pair and its loss in the loops of Lightning and accelerate, with the real packages, one process and two."""
+"""The pair and its loss in a plain loop, Lightning and accelerate: the real packages, one process and two."""
 import os
 import re
 import subprocess
@@ -13,12 +13,13 @@ TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node']
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('package', 'processes'), [
-    ('lightning', 1), ('lightning', 2), ('accelerate', 1), ('accelerate', 2)])
+    ('own', 2), ('lightning', 1), ('lightning', 2), ('accelerate', 1), ('accelerate', 2)])
 def test_loop(package, processes, tmp_path):
-    pytest.importorskip(package, reason=f"no {package}: pip install -e '.[test-all]'")
+    if package != 'own':  # plain torch
+        pytest.importorskip(package, reason=f"no {package}: pip install -e '.[test-all]'")
     command = [str(ROOT / 'examples' / f'{package}_loop.py'), '--epochs', '5']
     if processes > 1:
-        command = [*TORCHRUN, str(processes), *command] if package == 'accelerate' else [*command, '--devices', '2']
+        command = [*command, '--devices', '2'] if package == 'lightning' else [*TORCHRUN, str(processes), *command]
     result = subprocess.run(
         [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=900,
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'CUDA_VISIBLE_DEVICES': ''})
