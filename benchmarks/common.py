@@ -149,7 +149,7 @@ def create_fixed(argv: list[str], steps: int, epoch: int = STAGE_2, started: boo
 
 def fix_batch(run, steps: int) -> None:
     """Make an epoch of a run `steps` steps on one batch that lies on the device."""
-    batch_size, size = run.options.loader.batch_size, run.options.branches['a'].img_size
+    batch_size, size = run.options.loader.batch_size, next(iter(run.options.branches.values())).img_size
     generator = torch.Generator().manual_seed(0)
     input = torch.randn(batch_size, 3, size, size, generator=generator)
     target = torch.randint(run.pair.num_classes, (batch_size,), generator=generator)

@@ -4,9 +4,10 @@
     python benchmarks/observers.py --series 3 --repeats 8
 
 Each series builds two runs of the same command in this process: one tells its observers what `train_vpl.py
---log-tensorboard` tells them on a terminal (stderr is a pseudo-terminal), the other measures and tells nothing. Blocks
-of --steps updates on one batch alternate (A B, B A, ...); the first, each 50th and the last update of a block are
-logged. Printed are the operations and the host's reads of a value for an update of each, all ratios (with observers
+--log-tensorboard` tells them on a terminal (stderr is a pseudo-terminal), the other measures and tells nothing. Epochs
+of --steps updates on one batch are timed side by side: each run trains on while the other waits, five updates in turn,
+so that a machine that is now fast, now slow counts alike for both. The first, each 50th and the last update of an epoch
+are logged. Printed are the operations and the host's reads of a value for an update of each, all ratios (with observers
 over without), the 95 % t interval of the mean of their logarithms over all series, and the seconds of curves.png,
 drawn for the first time and again.
 """
@@ -21,7 +22,7 @@ import traceback
 
 import common
 import torch
-from common import arguments, block, create, create_fixed, create_parser, fix_batch, parse
+from common import FixedLoader, arguments, block, create, create_fixed, create_parser, fix_batch, parse
 
 from timm_vpl.bars import set_output
 from timm_vpl.engine.owner import Owner
@@ -63,6 +64,53 @@ def seconds(train) -> float:
     return time.perf_counter() - started
 
 
+class Turns(FixedLoader):
+    """A run's batches, of which five are handed out at a turn.
+
+    Args:
+        fixed: The run's batches.
+    """
+
+    def __init__(self, fixed: FixedLoader):
+        super().__init__(fixed.input, fixed.target, fixed.steps)
+        self.mine, self.others, self.seconds = threading.Semaphore(0), threading.Semaphore(0), 0.
+
+    def epoch(self, epoch, first_batch=0):
+        for batch in super().epoch(epoch, first_batch):
+            if batch[0] % 5 == 0 and batch[0]:
+                self.hand_over()
+                self.take()
+            yield batch
+
+    def take(self):
+        self.mine.acquire()
+        self._started = time.perf_counter()
+
+    def hand_over(self):
+        self.seconds += time.perf_counter() - self._started
+        self.others.release()
+
+
+def in_turns(runs, first: int) -> list[float]:
+    """Train an epoch of two runs, the other standing still meanwhile, and return the seconds that each took."""
+    def go(run):
+        run.loader_train.take()
+        block(run)()
+        run.loader_train.hand_over()
+
+    turns = [Turns(run.loader_train) for run in runs]
+    turns[0].others, turns[1].others = turns[1].mine, turns[0].mine
+    for run, turn in zip(runs, turns, strict=True):
+        run.loader_train = turn
+    threads = [threading.Thread(target=go, args=(run,)) for run in runs]
+    for thread in threads:
+        thread.start()
+    turns[first].mine.release()
+    for thread in threads:
+        thread.join()
+    return [turn.seconds for turn in turns]
+
+
 def main() -> None:
     parser = create_parser(__doc__)
     parser.add_argument('--method', default='vpl')
@@ -73,16 +121,17 @@ def main() -> None:
     logarithms = []
     for series in range(options.series):
         observed = create_observed(argv, options.steps)
-        trains = [block(observed), block(create_fixed(argv, options.steps))]
-        for name, train in zip(('with observers', 'without'), trains, strict=True):
+        runs = [observed, create_fixed(argv, options.steps)]
+        for name, run in zip(('with observers', 'without'), runs, strict=True):
+            train = block(run)
             train()
             if series == 0:
                 operations, reads = counts(train, options.steps)
                 print(f'{name}, an update: {operations:.1f} operations, {reads:.2f} host reads', flush=True)
         ratios = []
         for pair in range(options.repeats):
-            taken = {i: seconds(trains[i]) for i in ((0, 1) if pair % 2 else (1, 0))}
-            ratios.append(taken[0] / taken[1])
+            taken, other = in_turns(runs, pair % 2)
+            ratios.append(taken / other)
         observed.tell('close')
         logarithms += map(math.log, ratios)
         print(f'series {series + 1}: median {statistics.median(ratios):.4f}: {" ".join(f"{x:.3f}" for x in ratios)}',

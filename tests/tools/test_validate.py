@@ -19,6 +19,7 @@ from PIL import Image
 from runs import status_of
 from timm.data import ImageDataset, ImageNetInfo, create_loader, resolve_model_data_config
 from timm.models import save_for_hf
+from torch.utils.data import DataLoader, TensorDataset
 
 from timm_vpl.cli import main
 from timm_vpl.core.processes import Processes
@@ -81,7 +82,7 @@ def test_reference_figures_of_six_models(data_root):
 
     trained = TrainedModel(timm.create_model('test_vit', num_classes=1000), 'test_vit', 'test_vit', {})
     real_labels = real_label_sets(SimpleNamespace(reader=Names()), '', trained)
-    loader = list(zip(predictions.split(512), labels.split(512), strict=True))
+    loader = DataLoader(TensorDataset(predictions, labels), batch_size=512)
     figures = evaluate(forward, names, loader, CPU, real_labels=real_labels)
     reference = {
         'resnet18': (69.758, 89.076, 77.285, 92.754),

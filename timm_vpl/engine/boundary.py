@@ -14,6 +14,7 @@ ADVICE = (
     (r'Communication with the workers|(?s:</torch_.*open files)', 'raise ulimit -n, or take fewer --workers'),
     (r'</torch_|signal: Bus error', 'enlarge /dev/shm, or take fewer --workers'),
     (r'signal: Killed', 'probably the memory ran out: fewer --workers need less'),
+    (r'^\[Errno \d+\] Connection reset by peer', 'probably a worker was killed: fewer --workers need less memory'),
     (r'DataLoader worker \(pid|in pin memory thread|Pin memory thread exited|connection to a loader worker',
      'what it printed is above; with --workers 0 the cause shows'),
     (r'out of memory|DefaultCPUAllocator', 'a smaller --batch-size, --grad-checkpointing or --amp needs less'),

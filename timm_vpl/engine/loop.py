@@ -239,7 +239,9 @@ def end_epoch(run: Run, evaluated: bool) -> None:
         return
     _logger.info(epoch_line(run, row))
     if row['skipped']:
-        _logger.warning(f"Epoch {epoch}: {row['skipped']} images could not be read, others took their places")
+        is_stream = isinstance(run.loader_eval.dataset, StreamImages)
+        then = 'they are left out' if is_stream else 'others took their places'
+        _logger.warning(f"Epoch {epoch}: {row['skipped']} images could not be read, {then}")
     ranked = {'model_best': metrics.get(run.options.run.eval_metric)}
     ranked.update((f'best_{side}', value) for side, value in branch_metrics(run, metrics).items())
     saver.save(epoch, {**state, 'metrics': dict(metrics)}, ranked)
