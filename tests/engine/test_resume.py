@@ -346,20 +346,23 @@ def test_a_finished_run_is_left_alone_by_two_processes(digits_folder, finished):
 
 
 @pytest.mark.parametrize('lost', [
-    'summary.csv', pytest.param('export', marks=pytest.mark.slow), 'export/vpl-test_vit/model.safetensors'])
+    'summary.csv', pytest.param('export', marks=pytest.mark.slow), 'export/vpl-test_vit/model.safetensors',
+    f'curves.png.{32 * "0"}.tmp'])
 def test_what_a_finished_run_lacks_is_made(digits_folder, finished, tmp_path, lost):
-    # As after a kill behind the last epoch, the third with the export of an earlier one.
+    # As after a kill behind the last epoch: the third with the export of an earlier one, the last in a file.
     folder = shutil.copytree(finished, tmp_path / 'run')
     path = folder / lost
     kept = (folder / 'export' / 'vpl-test_resnet').stat().st_mtime_ns
     if path.suffix == '.safetensors':
         weights = load_file(path)
         save_file({key: value + 1 for key, value in weights.items()}, path)
+    elif path.suffix == '.tmp':
+        path.touch()
     else:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     options = [*SHORT, '--stop-epoch', '2', '--export', '--resume', 'auto']
     run(digits_folder, tmp_path, *options)
-    assert summary(folder) == summary(finished)
+    assert summary(folder) == summary(finished) and not list(folder.glob('*.tmp'))
     for name in ('vpl-test_resnet', 'vpl-test_vit'):
         one, two = (load_file(each / 'export' / name / 'model.safetensors') for each in (folder, finished))
         assert all(torch.equal(one[key], two[key]) for key in two)

@@ -245,9 +245,9 @@ def end_epoch(run: Run, evaluated: bool) -> None:
     ranked = {'model_best': metrics.get(run.options.run.eval_metric)}
     ranked.update((f'best_{side}', value) for side, value in branch_metrics(run, metrics).items())
     saver.save(epoch, {**state, 'metrics': dict(metrics)}, ranked)
-    if not (saver.failed and epoch + 1 == run.end_epoch):  # without its row the run is not finished
-        write_summary(run)
+    if not (saver.failed and epoch + 1 == run.end_epoch):
         run.tell('validated', row)
+        write_summary(run)  # last: without its row the run is not finished
 
 
 def try_validation(run: Run) -> None:

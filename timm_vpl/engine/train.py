@@ -20,7 +20,7 @@ from ..core.teacher import Teacher
 from ..data.loaders import create_eval_loader
 from ..data.splits import split_card
 from ..errors import RunError, Stopped, UsageError
-from ..files import replacing
+from ..files import is_temporary, replacing
 from ..options.train import Options, recipe_values
 from . import models, peers
 from .boundary import as_line, refusing
@@ -113,7 +113,7 @@ def check_data(run: Run) -> None:
 def is_finished(run: Run) -> bool:
     """Return whether the folder of a run that goes on holds all that the run would leave there."""
     folder, epochs = os.path.dirname(run.start.path), run.progress.epoch
-    if epochs < run.end_epoch:
+    if epochs < run.end_epoch or any(map(is_temporary, os.listdir(folder))):
         return False
     try:
         with open(os.path.join(folder, SUMMARY), encoding='utf-8') as f:  # written after all else of an epoch
