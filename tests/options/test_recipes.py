@@ -25,10 +25,10 @@ from timm_vpl.options.train import build_parser, parse_args
 
 RECIPES = sorted((ROOT / 'hparams').glob('*.yaml'))
 CLASSES = {'imagenet': 1000, 'cifar10': 10, 'cifar100': 100, 'flowers102': 102, 'cars': 196, 'quickstart': 10,
-           'finetune': 10}
+           'finetune': 10, 'small': 10}
 TERMS = {
     'vpl': ('ce_a', 'ce_b', 'contrastive', 'kl'), 'solo': ('ce',), 'dml': ('ce_a', 'kl_a', 'ce_b', 'kl_b'),
-    'distill': ('ce', 'pair'), 'deit': ('ce', 'distill'), 'cosub': ('ce_a', 'ce_b', 'cosub_a', 'cosub_b')}
+    'pair': ('ce_a', 'ce_b', 'kl_b', 'tokens_b', 'kl_a'), 'distill': ('ce', 'pair'), 'deit': ('ce', 'distill'), 'cosub': ('ce_a', 'ce_b', 'cosub_a', 'cosub_b')}
 # Values that a recipe repeats although they are the defaults: the papers give them.
 GIVEN = {
     'aa', 'batch_size', 'decay_rate', 'distillation_tau', 'distillation_type', 'epochs', 'lr_base_a', 'lr_base_b',
@@ -42,7 +42,7 @@ OTHERS = {
 QUICK = {
     'imagenet_vpl_bi_resnet50_vitb_300ep', 'imagenet_solo_resnet50_original_100ep', 'imagenet_dml_resnet50_vitb_300ep',
     'imagenet_distill_vitb_from_resnet50_300ep', 'imagenet_deit_hard_vitb_300ep', 'imagenet_cosub_vitb_800ep',
-    'imagenet_finetune384_vitb', 'quickstart'}
+    'imagenet_finetune384_vitb', 'quickstart', 'small_data'}
 VPL = ROOT / 'hparams' / 'imagenet_vpl_resnet50_vitb_300ep.yaml'
 TINY_DISTILLED = 'patch_size=8 embed_dim=48 depth=1 num_heads=3'
 

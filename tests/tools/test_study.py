@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from runs import differences, status_of
+from runs import rows as rows_of
 
 from timm_vpl.cli import main
 from timm_vpl.errors import UsageError
@@ -148,6 +149,16 @@ def test_a_study_that_is_killed_twice_ends_as_one_that_is_not(plan, tmp_path):
     start(path, out).wait()
     for name in ('a-seed-1', 'student-seed-1'):
         assert differences(tmp_path / 'whole' / name, out / name) == [], name
+
+
+@pytest.mark.slow
+def test_runs_of_two_processes(plan, tmp_path):
+    path, out = plan(SOLO, seeds=[1]), tmp_path / 'out'
+    study = start(path, out, '--nproc-per-node', '2')
+    assert (study.communicate()[1], study.returncode) == ('', 0)
+    assert {row['processes'] for row in rows_of(out / 'a-seed-1')} == {'2'}
+    assert start(path, tmp_path / 'x', '--nproc-per-node', '2', '--print-commands').communicate()[0].startswith(
+        'torchrun --standalone --nproc-per-node 2 -m timm_vpl train --config ')
 
 
 @pytest.mark.slow

@@ -137,6 +137,7 @@ class Study(Output):
     data_dir: str | None = option(None, "folder of images; the plan's `data` names a folder in it", metavar='DIR')
     output: str | None = option(None, 'folder of all runs', shown='./output/study/PLAN', metavar='PATH')
     jobs: Count = option(1, 'runs at a time')
+    nproc_per_node: Count = option(1, 'processes of a run, which torchrun starts')
     limit_minutes: Positive | None = option(None, 'start no run that would not end in this time')
     print_commands: bool = option(False, 'print the commands of the runs that are left, one a line, and run none')
     dry_run: bool = option(False, 'print what the runs that are left would take, after an epoch of each row')

@@ -31,7 +31,6 @@ from .runs import Run, read_options, read_run
 from .tables import screen_table
 
 PLAN_KEYS = ('base', 'options', 'data', 'seeds', 'rows')
-TRAIN = (sys.executable, '-m', 'timm_vpl', 'train')
 MARGIN = 1.1  # of an estimate, before a run that must end in time is started
 
 
@@ -45,6 +44,7 @@ class PlannedRun:
         folder: Its folder.
         options: Command line of its row's options and seed.
         data_dir: Folder of its images.
+        processes: Number of processes that train it.
         teacher: The run whose weights teach it.
     """
     row: str
@@ -52,7 +52,15 @@ class PlannedRun:
     folder: Path
     options: tuple[str, ...]
     data_dir: str | None
+    processes: int
     teacher: 'PlannedRun | None' = None
+
+    @property
+    def launcher(self) -> list[str]:
+        """What its arguments follow."""
+        if self.processes == 1:
+            return ['timm-vpl', 'train']
+        return ['torchrun', '--standalone', '--nproc-per-node', str(self.processes), '-m', 'timm_vpl', 'train']
 
     @property
     def command(self) -> list[str]:
@@ -79,7 +87,7 @@ class PlannedRun:
         return any(self.folder.glob('best_*.pth.tar'))
 
 
-def read_plan(path: Path, data_dir: str | None, output: Path) -> list[PlannedRun]:
+def read_plan(path: Path, data_dir: str | None, output: Path, processes: int = 1) -> list[PlannedRun]:
     """Return the runs of a plan: a seed has all rows before the next begins, a teacher comes before its students.
 
     Raises:
@@ -118,7 +126,7 @@ def read_plan(path: Path, data_dir: str | None, output: Path) -> list[PlannedRun
         runs[seed, name] = PlannedRun(
             name, seed, output / f'{name}-seed-{seed}',
             ('--config', config, *_tokens(given, f'{path}: {name}'), '--seed', seed),
-            data_dir and data_dir.replace('{seed}', seed),
+            data_dir and data_dir.replace('{seed}', seed), processes,
             *(runs[seed, teacher] for teacher in teachers[name]))
     return list(runs.values())
 
@@ -176,14 +184,14 @@ def run_study(options: Study) -> int:
     plan = Path(options.plan)
     output = Path(options.output or Path('output', 'study', plan.stem))
     set_output(options.quiet, options.no_progress)
-    runs = read_plan(plan, options.data_dir, output)
+    runs = read_plan(plan, options.data_dir, output, options.nproc_per_node)
     check_plan(runs)
     left = [run for run in runs if run.finished() is None]
     # A run whose weights are gone is done again for the sake of its students.
     again = {run.teacher for run in left if run.teacher and not run.teacher.has_weights()}
     left = [run for run in runs if run in left or run in again]
     if options.print_commands:
-        print('\n'.join(shlex.join(['timm-vpl', 'train', *run.command]) for run in left))
+        print('\n'.join(shlex.join([*run.launcher, *run.command]) for run in left))
         return 0
     with open(output / '.lock', 'w') as lock:
         try:
@@ -254,7 +262,8 @@ class Runner:
             return
         with open(run.log, 'ab') as log:
             self.active[run] = time.time(), subprocess.Popen(
-                [*TRAIN, *run.command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[self.lock])
+                [*_python(run.launcher), *run.command],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[self.lock])
 
     def _ended(self, run: PlannedRun, status: int, seconds: float) -> None:
         result = f'{seconds / 60:.1f} min'
@@ -272,6 +281,12 @@ class Runner:
         for _, process in self.active.values():
             process.wait()
         raise SystemExit(128 + number)
+
+
+def _python(launcher: Sequence[str]) -> list[str]:
+    """Return a launcher as a module of this Python."""
+    module = {'timm-vpl': 'timm_vpl', 'torchrun': 'torch.distributed.run'}[launcher[0]]
+    return [sys.executable, '-m', module, *launcher[1:]]
 
 
 def _last_line(text: str) -> str:
@@ -314,7 +329,7 @@ def trial(run: PlannedRun) -> tuple[Run, float]:
         there = replace(there, teacher=replace(run.teacher, folder=trial(run.teacher)[0].path))
     begun, before = time.time(), os.times()
     done = subprocess.run(
-        [*TRAIN, *there.command, '--stop-epoch', '1', '--no-export'],
+        [*_python(there.launcher), *there.command, '--stop-epoch', '1', '--no-export'],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise RunError(f'{run.folder.name}: its trial failed: {_last_line(done.stdout)}')
