@@ -28,7 +28,8 @@ CLASSES = {'imagenet': 1000, 'cifar10': 10, 'cifar100': 100, 'flowers102': 102, 
            'finetune': 10, 'small': 10}
 TERMS = {
     'vpl': ('ce_a', 'ce_b', 'contrastive', 'kl'), 'solo': ('ce',), 'dml': ('ce_a', 'kl_a', 'ce_b', 'kl_b'),
-    'pair': ('ce_a', 'ce_b', 'kl_b', 'tokens_b', 'kl_a'), 'distill': ('ce', 'pair'), 'deit': ('ce', 'distill'), 'cosub': ('ce_a', 'ce_b', 'cosub_a', 'cosub_b')}
+    'pair': ('ce_a', 'ce_b', 'kl_b', 'tokens_b', 'kl_a'),
+    'distill': ('ce', 'pair'), 'deit': ('ce', 'distill'), 'cosub': ('ce_a', 'ce_b', 'cosub_a', 'cosub_b')}
 # Values that a recipe repeats although they are the defaults: the papers give them.
 GIVEN = {
     'aa', 'batch_size', 'decay_rate', 'distillation_tau', 'distillation_type', 'epochs', 'lr_base_a', 'lr_base_b',
