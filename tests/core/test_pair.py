@@ -473,7 +473,7 @@ def dynamo():
     torch._dynamo.reset()
     counters.clear()
     # torch's own limit: importing timm.optim (its kron.py) lifts it for the whole process.
-    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+    with torch._dynamo.config.patch(cache_size_limit=8, fail_on_cache_limit_hit=True):
         yield
     torch._dynamo.reset()
 
@@ -556,7 +556,7 @@ def test_uses_of_a_run_stay_below_dynamos_limit(dynamo):
     pair.eval()(images(7))
     torch.testing.assert_close(pair(images(3))[:4], copy.deepcopy(pair)(images(3))[:4])
     seen = counts(graphs)
-    assert 1 < max(seen) < torch._dynamo.config.recompile_limit and not counters['graph_break']
+    assert 1 < max(seen) < torch._dynamo.config.cache_size_limit and not counters['graph_break']
     for num_images in (8, 5, 2):  # nothing new for what was seen
         pair.train()(images(num_images))
     assert counts(graphs) == seen
@@ -564,7 +564,7 @@ def test_uses_of_a_run_stay_below_dynamos_limit(dynamo):
 
 def test_each_branch_has_a_limit_of_its_own(dynamo):
     # And what is learnt of sizes is its own: with one for both, images of another size would be compiled for any size.
-    with torch._dynamo.config.patch(recompile_limit=2):
+    with torch._dynamo.config.patch(cache_size_limit=2):
         for _ in range(2):
             pair = quick_pair()
             graphs = compile_branches(pair)
