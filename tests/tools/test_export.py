@@ -128,6 +128,7 @@ def test_card(run_dir):
     assert str(run_dir.parent) not in card.content and 'data_dir' not in card.content and 'seed: 3' in card.text
     for how in ('hang_timeout', 'recovery_minutes', 'nonfinite_limit', 'workers', 'device', 'experiment'):
         assert f'{how}:' not in card.text
+    assert 'decay_milestones:' not in card.text and 'scale:' not in card.text  # defaults of several numbers
 
 
 def test_card_takes_later_measurements(run_dir, tmp_path):

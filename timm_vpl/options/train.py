@@ -229,11 +229,16 @@ def name_data_dir(given: dict[str, Any]) -> dict[str, Any]:
     return {**given, 'data_dir': data}
 
 
+def plain(value: Any) -> Any:
+    """Return a value as recipes and checkpoints hold it: several numbers as a list."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def recipe_values(options: Options) -> dict[str, Any]:
     """Return the options of a run as a flat dict that, dumped as YAML, is a recipe of the same run (`args.yaml`)."""
     entries = build_parser().entries
     return {
-        dest: list(value) if isinstance(value, tuple) else value for dest, value in options.flat().items()
+        dest: plain(value) for dest, value in options.flat().items()
         if entries[dest].row.recipe and value is not None}
 
 
@@ -250,9 +255,7 @@ def changed_options(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[li
         if not entry.row.recipe or entry.resume == 'free' or entry.side not in (None, *sides):
             continue
         # What is left out had its default; 0, '' and off are values.
-        before, after = (
-            list(value) if isinstance(value := values.get(dest, entry.default), tuple) else value
-            for values in (then, now))
+        before, after = (plain(values.get(dest, entry.default)) for values in (then, now))
         if before == after or (dest == 'num_classes' and None in (before, after)):  # taken from the data
             continue
         spell = show if show(before) != show(after) else repr

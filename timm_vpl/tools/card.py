@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..core.methods import METHODS
 from ..core.names import partner_of
 from ..engine.trained import TrainedModel
-from ..options.train import build_parser
+from ..options.train import build_parser, plain
 from ..text import code, code_block, markdown, one_line
 from .runs import COLUMNS, VALIDATION, number, short_name
 from .tables import markdown_table, read_csv
@@ -167,4 +167,4 @@ def _recipe(args: dict[str, Any]) -> dict[str, Any]:
         key: short_name(value) if key in ('model_a', 'model_b')
         else os.path.basename(str(value)) if key == 'class_weights' else value
         for key, value in args.items()
-        if key in entries and entries[key].in_card and (key == 'seed' or value != entries[key].default)}
+        if key in entries and entries[key].in_card and (key == 'seed' or value != plain(entries[key].default))}
