@@ -188,6 +188,10 @@ def test_validation_counts_what_a_pass_skips(folder, workers):
     assert len(list(loader)) == 3 and not loader.dataset.replaced.any()
 
 
+def test_no_worker_is_started_without_a_batch_for_it(folder):
+    assert [eval_loader(folder, '-j', given).loader.num_workers for given in (0, 2, 8)] == [0, 2, 3]
+
+
 @pytest.mark.parametrize('workers', [0, 2])
 def test_what_ends_a_run_is_one_line(folder, workers):
     dataset = split(folder, name='validation')

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -233,12 +234,15 @@ def create_eval_loader(
     """Create a validation loader, with timm's transform for a data configuration."""
     images = copy.copy(images)  # with a transform of its own; what is replaced, they share
     images.transform = create_transform(**data_config, use_prefetcher=True)
+    size = loader.validation_batch_size or loader.batch_size
     if isinstance(images, StreamImages):
         images.deal(loader.workers, processes)
+    else:  # none that would find no batch left, as with one image to predict
+        loader = replace(loader, workers=min(loader.workers, math.ceil(len(images) / size)))
     batches = _batches(
         loader,
         images,
-        batch_size=loader.validation_batch_size or loader.batch_size,
+        batch_size=size,
         sampler=OrderedDistributedSampler(images) if processes.distributed and isinstance(images, Images) else None,
         collate_fn=fast_collate,
     )
