@@ -63,8 +63,9 @@ def test_export_is_tried_before_the_first_epoch(digits_folder, tmp_path, capsys,
     argv = [digits_folder, *PAIR, *SMALL, '--method', 'my own', '--output', tmp_path / 'output']
     line = error_line(capsys, *argv, '--export')
     assert 'expected at most 96 letters' in line and line.endswith('; --no-export trains without an export')
-    assert 'Train:' not in caplog.text
-    assert status_of(train, [*argv, '--epochs', '1']) == 0 and 'Train:' in caplog.text
+    assert 'Train:' not in caplog.text and 'rises' not in caplog.text
+    assert status_of(train, [*argv, '--epochs', '1', '--warmup-epochs', '1']) == 0 and 'Train:' in caplog.text
+    assert '--warmup-epochs 1 of 1 epochs: the learning rate rises most of the time' in caplog.text
 
 
 @pytest.mark.parametrize('workers', [pytest.param('0', marks=pytest.mark.slow), '2'])

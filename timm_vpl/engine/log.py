@@ -62,6 +62,9 @@ def log_plan(run) -> None:
         f'{run.pair.num_classes} classes, {run.updates_per_epoch} updates an epoch, '
         f'{run.num_epochs} epochs, device {run.device}, {processes.world_size} process(es), '
         f'{torch.get_num_threads()} CPU thread(s)')
+    warmup = options.schedule.warmup_epochs
+    if 2 * warmup > run.num_epochs and options.schedule.sched != 'none':
+        _logger.info(f'--warmup-epochs {warmup} of {run.num_epochs} epochs: the learning rate rises most of the time')
     negatives = options.loader.batch_size * (processes.world_size if getattr(criterion, 'gather', False) else 1)
     if hasattr(criterion, 'gather') and options.optimizer.grad_accum_steps > 1:
         _logger.info(
