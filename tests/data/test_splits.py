@@ -48,6 +48,10 @@ def test_what_is_read_of_a_folder_and_of_a_tar(folder, caplog):
     assert 'not read: 1 .txt' in caplog.text and '--input-key' not in caplog.text
     assert split_card(split(folder, '--dataset', 'torch/folder')) == {**card, 'not_read': {}}
     assert split_card(split(folder, *pack(folder), name='train.tar')) == {**card, 'not_read': {}}
+    for name in CLASSES:
+        for path in sorted((folder / 'train' / name).glob('*.png'))[9:]:
+            path.unlink()
+    assert split_card(split(folder))['images'] == 36 and '36 images, 4 classes of 9; not read' in caplog.text
 
 
 # Names of classes in their order. timm's key does not tell some apart: it sorts a set, in the order of the hash seed.

@@ -148,7 +148,8 @@ def _log_card(where, split, card):
     text = f'{where}: split {split!r}: {card["images"]} images'
     if classes:
         few, many = (pick(classes, key=classes.get) for pick in (min, max))
-        text += f', {len(classes)} classes of {classes[few]} ({few}) to {classes[many]} ({many})'
+        sizes = f'{classes[few]} ({few}) to {classes[many]} ({many})' if classes[few] < classes[many] else classes[few]
+        text += f', {len(classes)} classes of {sizes}'
     if not_read:
         text += f'; not read: {", ".join(f"{count} {reason}" for reason, count in sorted(not_read.items())[:8])}'
     if not_read.keys() & Image.registered_extensions().keys():

@@ -69,7 +69,7 @@ def _find_start(options, restarted, owner):
 
 def output_of(options: Options) -> str:
     """Return the folder of all runs."""
-    return options.run.output or './output/train'
+    return options.run.output or 'output/train'
 
 
 def load_checkpoint(start: Start) -> dict[str, Any]:

@@ -135,7 +135,7 @@ class Study(Output):
     plan: str = option(
         '', 'base recipe, seeds and rows (a name and options each)', metavar='PLAN.yaml', positional=True)
     data_dir: str | None = option(None, "folder of images; the plan's `data` names a folder in it", metavar='DIR')
-    output: str | None = option(None, 'folder of all runs', shown='./output/study/PLAN', metavar='PATH')
+    output: str | None = option(None, 'folder of all runs', shown='output/study/PLAN', metavar='PATH')
     jobs: Count = option(1, 'runs at a time')
     nproc_per_node: Count = option(1, 'processes of a run, which torchrun starts')
     limit_minutes: Positive | None = option(None, 'start no run that would not end in this time')

@@ -349,7 +349,7 @@ class Run(Output):
     save_epochs: tuple[Count, ...] | None = option(None, 'completed epochs after which to keep a checkpoint', how=True)
     save_images: bool = option(False, 'save the first images of each log interval', how=True)
     traceback: bool = option(False, 'print the traceback of an error, which else goes to a file', how=True, timm=ABSENT)
-    output: str = option('', 'folder of all runs', shown='./output/train', metavar='PATH', how=True, recipe=False)
+    output: str = option('', 'folder of all runs', shown='output/train', metavar='PATH', how=True, recipe=False)
     experiment: str = option(
         '', "name of the run's folder", shown='from the time and the models', metavar='NAME', how=True)
     eval_metric: str = option(
