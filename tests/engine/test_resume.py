@@ -106,7 +106,7 @@ def test_a_stream_begins_its_epoch_anew(digits_folder, tmp_path, caplog):
     assert read_checkpoint(newest_checkpoint(tmp_path / 'anew' / 'run'))['progress']['batch'] in (3, 4)
     found = rows(run(tmp_path / 'x', tmp_path / 'anew', *options, '--resume', 'auto'))
     assert [record.getMessage() for record in caplog.records if 'begins anew' in record.getMessage()] == [
-        'A stream can not be entered in its middle: epoch 1 begins anew']
+        'A stream cannot be entered in its middle: epoch 1 begins anew']
     assert [(row['epoch'], row['images'], row['skipped']) for row in found] == [(str(i), '40', '0') for i in range(3)]
 
 

@@ -38,7 +38,7 @@ def test_a_hub_out_of_reach_is_told_at_once(tmp_path, capsys, monkeypatch, caplo
     use_hub(monkeypatch, NOWHERE, tmp_path)
     for options in (['--pretrained-a'], ['--model-a', 'hf-hub:org/name']):
         line = error_line(capsys, '--dataset', 'digits', *PAIR, *SMALL, *options)
-        assert f'not in the cache of the Hub ({tmp_path}), and {NOWHERE} can not be reached' in line
+        assert f'not in the cache of the Hub ({tmp_path}), and {NOWHERE} cannot be reached' in line
         assert 'Retrying' not in caplog.text
         monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
         line = error_line(capsys, '--dataset', 'digits', *PAIR, *SMALL, *options)

@@ -23,7 +23,7 @@ ADDRESSES = ['10.99.0.1', '10.99.0.2']
 STATIC = ['--master-addr', ADDRESSES[0], '--master-port', '29400']
 C10D = ['--rdzv-backend', 'c10d', '--rdzv-endpoint', f'{ADDRESSES[0]}:29400', '--rdzv-id', 'faults']
 LIMIT = 150 * SLOW  # seconds for a run
-LOST = 'another process ended or can not be reached'
+LOST = 'another process ended or cannot be reached'
 
 
 def ip(*words) -> str:

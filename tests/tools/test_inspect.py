@@ -299,8 +299,8 @@ def test_data_without_file_names(capsys, tmp_path, monkeypatch, is_stream):
 
 
 @pytest.mark.parametrize('models, options, message, status', [
-    (['RUN'], ['--data-dir', 'DATA', '--html', 'x.txt'], '--html x.txt: ends neither in .html nor in .htm', 2),
-    (['RUN'], ['--data-dir', 'DATA', '--contact-sheet', 'x.jpg'], '--contact-sheet x.jpg: ends not in .png', 2),
+    (['RUN'], ['--data-dir', 'DATA', '--html', 'x.txt'], '--html x.txt: expected a file name that ends in .html', 2),
+    (['RUN'], ['--data-dir', 'DATA', '--contact-sheet', 'x.jpg'], 'expected a file name that ends in .png', 2),
     (['RUN'], ['--data-dir', 'DATA', '--contact-sheet', 'no/x.png'], '--contact-sheet no/x.png: no such folder', 2),
     (['RUN'], [], 'no data: give a folder or .tar of images', 2),
     (['RUN', 'none/data'], [], 'data folder none/data does not exist', 2),

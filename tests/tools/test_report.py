@@ -455,7 +455,7 @@ def test_wrong_paths(make, tmp_path):
             make_report([pair(make, f'good_{name}'), str(folder)])
     pair(make, 'good')
     (tmp_path / 'good' / 'validation.csv').mkdir()
-    with pytest.raises(RunError, match='validation.csv: can not be read'):
+    with pytest.raises(RunError, match='validation.csv: cannot be read'):
         make_report([str(tmp_path / 'good')])
 
 

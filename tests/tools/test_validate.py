@@ -425,18 +425,18 @@ def test_one_tar_or_folder_of_classes(capsys, digits_folder, run_dir, tmp_path):
 
 
 @pytest.mark.parametrize('model, options, message', [
-    ('RUN', ['--results-file', 'x.txt'], 'ends neither in .csv nor in .json'),
+    ('RUN', ['--results-file', 'x.txt'], 'expected a file name that ends in .csv or .json'),
     ('RUN', ['--results-file', 'none/x.csv'], 'no such folder'),
     ('RUN', ['--real-labels', 'none.json'], '--real-labels none.json: no such file'),
     ('RUN', ['--real-labels'], "does not name its classes by ImageNet's wnids"),
     ('RUN', ['--mean', '0.5', '0.5'], '--mean: 2 values, the images of test_resnet have 3 channels'),
-    ('RUN', ['--in-chans', '1'], 'test_resnet: can not take images of size (1, 32, 32)'),
+    ('RUN', ['--in-chans', '1'], 'test_resnet: cannot take images of size (1, 32, 32)'),
     ('RUN', ['--device', 'nosuch'], '--device nosuch'),
     ('RUN', ['--nosuch'], 'unknown option --nosuch'),
     ('RUN', ['--split', 'test'], '--val-split test: no such folder'),
     ('RUN', ['--data-dir', 'none'], 'does not exist'),
     ('RUN', ['--imagenet-v2'], "has a class 'class0', which is not a number from 0 to 999"),
-    ('RUN', ['--imagenet-v2', '--class-map', __file__], 'can not go with --class-map'),
+    ('RUN', ['--imagenet-v2', '--class-map', __file__], 'cannot go with --class-map'),
     ('none/model', [], 'no such file or folder'),
     ('test_vitt', [], 'did you mean test_vit'),
     ('.', [], 'no checkpoint in this folder'),

@@ -1,6 +1,6 @@
 """The terms of the pair losses as pure functions, each under its equation, and the gather of embeddings.
 
-All take float32 or float64 tensors. Stop-gradients are the caller's: a term moves what it is not given detached.
+All take float32 or float64 tensors. Stop-gradients are the caller's: a term trains whatever it gets undetached.
 """
 
 from typing import Any

@@ -92,7 +92,7 @@ def scan_folder(root: str, types: set[str], flag: str = '--data-dir') -> tuple[d
                             paths.append(entry.path)
                 shown.update(len(paths))
     except OSError as e:
-        raise UsageError(f'{flag}: {e.filename} can not be read ({e.strerror})') from e
+        raise UsageError(f'{flag}: {e.filename} cannot be read ({e.strerror})') from e
     return images, not_read
 
 

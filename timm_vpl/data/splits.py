@@ -240,7 +240,7 @@ def withhold(images: Split, percent: float) -> tuple[Images, Images]:
     if isinstance(images, StreamImages) or 2 * number > len(images):
         why = 'of a stream' if isinstance(images, StreamImages) else f'of {len(images)} images, more than half'
         raise UsageError(
-            f'--gate-pct {percent:g}: {number} {why}, can not be kept back; --gate-split NAME takes others')
+            f'--gate-pct {percent:g}: {number} {why}, cannot be kept back; --gate-split NAME takes others')
     order = np.random.default_rng(0).permutation(len(images))
     rest, kept = (
         Images(Part(images.reader, np.sort(part).tolist()), images.source, images.mode, num_classes=images.num_classes)

@@ -182,7 +182,7 @@ def write_summary(run) -> None:
             writer.writeheader()
             writer.writerows(run.rows)
     except OSError as e:
-        _logger.error(f'{path}: can not be written ({e.strerror}); the next checkpoint that is saved has its rows too')
+        _logger.error(f'{path}: cannot be written ({e.strerror}); the next checkpoint that is saved has its rows too')
 
 
 def log_result(run, seconds: float) -> None:

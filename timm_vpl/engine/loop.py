@@ -178,7 +178,7 @@ def stop_here(run: Run, reads: str) -> None:
 
 
 def give_up(run: Run, number: int, reads: str) -> None:
-    """End a run that a signal can not stop, since a batch does not come and not all processes stand still in time."""
+    """End a run that a signal cannot stop, since a batch does not come and not all processes stand still in time."""
     line = f'{run.options.command[0]}: {stop_line(run, number, False, reads)}'
     peers.end(peers.fail(line, 128 + number))
 

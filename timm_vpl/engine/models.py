@@ -115,12 +115,12 @@ def create_named(name: str, where: str, **kwargs) -> Any:
         with hub_offline() if is_away else contextlib.nullcontext():
             model: Any = create_model(name, **kwargs)
     except LocalEntryNotFoundError as e:
-        why = f'{constants.ENDPOINT} can not be reached' if is_away else 'HF_HUB_OFFLINE is set'
+        why = f'{constants.ENDPOINT} cannot be reached' if is_away else 'HF_HUB_OFFLINE is set'
         raise UsageError(f'{where}: not in the cache of the Hub ({constants.HF_HUB_CACHE}), and {why}') from e
     except Exception as e:  # timm checks little of what a config.json or a file of weights holds
         if isinstance(e.__cause__, pickle.UnpicklingError):
             raise UsageError(f'{where}: refused, a file of its weights holds more than tensors and plain types') from e
-        raise UsageError(f'{where}: can not be built: {first_line(e, 300)}{_near_tag(name)}') from e
+        raise UsageError(f'{where}: cannot be built: {first_line(e, 300)}{_near_tag(name)}') from e
     if ':' in name:
         _check_config(model.pretrained_cfg, where)
     return model
@@ -174,7 +174,7 @@ def _check_config(cfg: dict[str, Any], where: str) -> None:
         except TypeError:
             good = False
         if not good:
-            raise UsageError(f'{where}: its configuration can not be right: {key} is {str(value)[:80]!r}')
+            raise UsageError(f'{where}: its configuration cannot be right: {key} is {str(value)[:80]!r}')
 
 
 # What timm's configuration says of the weights that it would have downloaded, not of ours.
@@ -241,7 +241,7 @@ def create_branch(options: Options, side: str, data_config: dict[str, Any], num_
     with refusing(where, ValueError):  # no classifier, as where a config.json asks for features
         _initialize_head(model, asked.head_init_scale, asked.head_init_bias)
     if uniform:
-        with refusing(f'{where}: --method {options.method} can not train it', ValueError):
+        with refusing(f'{where}: --method {options.method} cannot train it', ValueError):
             set_uniform_drop_path(model, rate, skip=options.own.drop_path_skip)
     if asked.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
@@ -405,7 +405,7 @@ def try_images(forward: Callable, input_size: tuple[int, ...], what: str) -> Non
     Raises:
         UsageError: It can't; the message begins with `what`.
     """
-    refused = f'{what}: can not take images of size {tuple(input_size)}'
+    refused = f'{what}: cannot take images of size {tuple(input_size)}'
     with refusing(refused, AssertionError, IndexError, RuntimeError, ValueError):
         forward(torch.zeros(1, *input_size))
 

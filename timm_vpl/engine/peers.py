@@ -21,7 +21,7 @@ import torch.distributed as dist
 from ..core.processes import launched
 from ..errors import RunError, Stopped, first_line
 
-LOST = 'another process ended or can not be reached, see the lines before this one, of the other machines too'
+LOST = 'another process ended or cannot be reached, see the lines before this one, of the other machines too'
 
 # Keys of the store: the first signal, the first failure, how many have done their work, how many are ending.
 SIGNAL, END, DONE, ENDING = (f'timm_vpl/{name}' for name in ('signal', 'end', 'done', 'ending'))

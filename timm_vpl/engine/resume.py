@@ -260,7 +260,7 @@ def restore_ranks(run, checkpoint: dict[str, Any]) -> None:
         tensor.copy_(values.view_as(tensor))
     progress.skipped = int(skipped)
     if 0 < progress.batch < len(run.loader_train) and isinstance(run.loader_train.images, StreamImages):
-        _logger.warning(f'A stream can not be entered in its middle: epoch {progress.epoch} begins anew')
+        _logger.warning(f'A stream cannot be entered in its middle: epoch {progress.epoch} begins anew')
         run.progress = Progress(progress.epoch)
 
 

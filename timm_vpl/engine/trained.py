@@ -220,7 +220,7 @@ def create_teacher(
         raise UsageError(f'{name} takes {channels} channels, the data has {data_config["input_size"][0]}')
     if method.follows_teacher(options.own, options.sides):
         _check_classes(name, trained, num_classes, class_names)
-    with refusing(f'{name} can not teach', ValueError):
+    with refusing(f'{name} cannot teach', ValueError):
         teacher = Teacher(trained.model, side, trained.data_config, data_config)
     try_images(teacher, data_config['input_size'], name)
     _logger.info(f'Teacher: {trained.label} of {trained.source}')

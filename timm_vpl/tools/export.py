@@ -46,7 +46,7 @@ def export_branches(options: Export) -> list[Path]:
     out = Path(options.out or os.path.join(run_dir, EXPORT))
     folders = {side: out / name for side, name in names.items()}
     for folder in folders.values():
-        with refusing(f'--out {out}: can not be read', OSError, ValueError):
+        with refusing(f'--out {out}: cannot be read', OSError, ValueError):
             free = not folder.exists() or (
                 _is_export(folder) if options.overwrite else options.out is None and _is_ours(folder))
         if not free:
@@ -153,7 +153,7 @@ def export_branch(
                 os.replace(folder, Path(work) / 'replaced')
             os.replace(part, folder)
     except (OSError, SafetensorError) as e:
-        raise RunError(f'{folder}: can not be written: {getattr(e, "strerror", None) or first_line(e)}') from e
+        raise RunError(f'{folder}: cannot be written: {getattr(e, "strerror", None) or first_line(e)}') from e
 
 
 @torch.inference_mode()
@@ -196,7 +196,7 @@ def export_onnx(trained: TrainedModel, path: Path) -> None:
     except ImportError as e:
         raise UsageError(f"--onnx: {first_line(e)} (pip install 'timm-vpl[onnx]')") from e
     except Exception as e:  # the exporter and the runtime raise errors of their own, of many classes
-        raise RunError(f'--onnx: {trained.architecture} can not be exported: {first_line(e)}') from e
+        raise RunError(f'--onnx: {trained.architecture} cannot be exported: {first_line(e)}') from e
     if not all(difference <= ONNX_TOLERANCE for difference in differences):
         raise RunError(f'--onnx: {trained.architecture} differs from torch by {max(differences):.2g}, more than '
                        f'{ONNX_TOLERANCE:g}')

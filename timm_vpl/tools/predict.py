@@ -61,7 +61,7 @@ def predict_images(options: Predict) -> int:
     for index, rows in enumerate(_predict(forward, autocast, loader, topk, labels, parts)):
         rows = [{'file': paths[index], 'rank': rank, **row} for rank, row in enumerate(rows, start=1)]
         if images.replaced[index]:
-            print(one_line(f'{paths[index]}: can not be read ({images.failure(index)})'), file=sys.stderr)
+            print(one_line(f'{paths[index]}: cannot be read ({images.failure(index)})'), file=sys.stderr)
         elif options.results_file:
             results += rows
         elif as_csv:

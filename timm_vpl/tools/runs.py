@@ -182,7 +182,7 @@ def _read_facts(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, yaml.YAMLError) as e:
-        raise RunError(f'{path}: can not be read ({first_line(e)})') from e
+        raise RunError(f'{path}: cannot be read ({first_line(e)})') from e
 
 
 def number(value: Any) -> float | None:

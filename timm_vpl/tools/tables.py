@@ -74,7 +74,7 @@ def read_csv(path: str | Path, columns: Sequence[str] = ()) -> list[dict[str, st
     except FileNotFoundError:
         return []
     except (OSError, ValueError, csv.Error) as e:
-        raise RunError(f'{path}: can not be read ({first_line(e, 80)})') from e
+        raise RunError(f'{path}: cannot be read ({first_line(e, 80)})') from e
     if columns and tuple(reader.fieldnames or ()) != tuple(columns):
         raise RunError(f'{path}: not a file of results of timm-vpl validate, move it away; expected the columns '
                        f'{", ".join(columns)}')

@@ -133,7 +133,7 @@ class CurvesObserver:
             if can_plot() and run.rows:
                 draw_run(run.output_dir, run.rows, run.options.flat())
         except Exception as e:  # a picture is no reason to end a run, whatever failed
-            _logger.warning(f'{CURVES}: can not be drawn ({first_line(e)})')
+            _logger.warning(f'{CURVES}: cannot be drawn ({first_line(e)})')
 
 
 def observers_of(options: Options) -> list[Any]:
