@@ -20,5 +20,5 @@ class Stopped(Exception):
 
 
 def first_line(error: BaseException, limit: int = 160) -> str:
-    """Return the first line of an error's message, or its class where it says nothing."""
+    """Return the first line of an error's message, or its class if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]

@@ -126,7 +126,7 @@ def test_layers_that_were_never_trained_are_warned_of(caplog):
     start(('test_resnet', 'test_vit'), '--freeze-depth-b', '2')
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert [text for text in warnings if 'freeze' in text] == [
-        '--freeze-depth-b 2: freezes layers that were never trained (no --pretrained)']
+        '--freeze-depth-b 2: freezes untrained layers (no --pretrained)']
 
 
 # training

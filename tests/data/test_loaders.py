@@ -194,13 +194,13 @@ def test_what_ends_a_run_is_one_line(folder, workers):
     dataset.num_classes = 3
     first = next(name for name in dataset.reader.filenames() if name.startswith('class3'))
     assert refusal(create_eval_loader(options('.', '-j', workers).loader, dataset, CONFIG, Processes(CPU))) == (
-        f'data: {first} (index {dataset.reader.filenames().index(first)}) has the label 3, none of the 3 classes, '
-        f'0 to 2')
+        f'data: {first} (index {dataset.reader.filenames().index(first)}) has the label 3, '
+        'not one of the 3 classes, 0 to 2')
     for path in (folder / 'train').rglob('*.png'):
         path.write_bytes(b'none')
     message = refusal(train_loader(folder, '-j', workers).epoch(0))
     assert message.startswith('data: Failed to load 10 consecutive samples, the last class')
-    assert '.png (index ' in message and message.endswith('no image that Pillow knows')
+    assert '.png (index ' in message and message.endswith('not an image that Pillow can read')
 
 
 # Workers
@@ -212,7 +212,7 @@ def loader(digits_folder):
 
 
 @pytest.mark.parametrize(('number', 'message'), [
-    (signal.SIGKILL, 'is killed by signal: Killed. (probably the memory ran out'),
+    (signal.SIGKILL, 'is killed by signal: Killed. (probably out of memory'),
     (signal.SIGBUS, 'is killed by signal: Bus error.'),
 ])
 def test_a_worker_that_dies_is_reported(loader, number, message):

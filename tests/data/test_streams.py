@@ -145,8 +145,8 @@ def count_cases(streams, rank, world):
 
 def test_counts_of_real_processes(streams, tmp_path):
     assert run_ranks(tmp_path, 3, partial(count_cases, streams)) == 3 * [[(NUMBER, 3), (NUMBER, 3), (
-        'data: the stream has 61 images, not 60; --val-num-samples 61 says so, if no line before this one names a '
-        'shard that could not be read')]]
+        'data: the stream has 61 images, not 60; give --val-num-samples 61, unless a line above names a shard '
+        'that could not be read')]]
 
 
 @pytest.mark.slow
@@ -226,7 +226,7 @@ def test_images_that_can_not_be_read(tmp_path, caplog, kind):
     argv = [*write(kind, tmp_path / 'x', images, 2, 'train', 'validation'), '-j', 0]
     assert count(argv, Processes(CPU)) == (17, 3)
     assert [record.getMessage() for record in caplog.records if 'Skipped' in record.getMessage()] == [
-        f'Skipped sample {place}: no image that Pillow knows'
+        f'Skipped sample {place}: not an image that Pillow can read'
         for place in (['3 of validation-0.tar', '1 of validation-1.tar', '9 of validation-1.tar'] if kind == 'wds' else
                       ['3 of shard 0', '1 of shard 1', '9 of shard 1'])]
     loader = create_train_loader(options(*argv), open_stream(argv), CONFIG, NUMBER, Processes(CPU))
@@ -234,7 +234,7 @@ def test_images_that_can_not_be_read(tmp_path, caplog, kind):
     argv = write(kind, tmp_path / 'y', [(b'no image', label) for label in range(20)], 1, 'train')
     assert refusal(open_stream(argv)) == (
         f'data: Failed to load 10 consecutive samples, the last sample 9 of '
-        f'{"train-0.tar" if kind == "wds" else "shard 0"}: no image that Pillow knows')
+        f'{"train-0.tar" if kind == "wds" else "shard 0"}: not an image that Pillow can read')
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -242,16 +242,16 @@ def test_labels_and_columns(streams, kind):
     images = open_stream(streams[kind, 4], 'validation')
     images.num_classes = 4
     place = '4 of validation-0.tar' if kind == 'wds' else '4 of shard 0'
-    assert refusal(images) == f'data: sample {place} has the label 4, none of the 4 classes, 0 to 3'
+    assert refusal(images) == f'data: sample {place} has the label 4, not one of the 4 classes, 0 to 3'
     argv = [*streams[kind, 4], '--target-key', 'x']
     assert refusal(open_stream(argv)) == (
         'data: Failed to load 10 consecutive samples, the last sample 9 of train-0.tar: '
         "Target key(s) ['x'] require a json sidecar, sample '000009' has none."
-        if kind == 'wds' else "data: sample 0 of shard 0: no 'x' among the columns of the data, or in --class-map")
+        if kind == 'wds' else "data: sample 0 of shard 0: 'x' is not a column of the data, or not in --class-map")
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['-b', 62], '--batch-size 62: 1 batch(es) of it are more than the 61 training images'),
+    (['-b', 62], '--batch-size 62: 1 batch(es) of that size are more than the 61 training images'),
     (['--train-split', 'none'], ': split \'none\' could not be read: '),
 ])
 @pytest.mark.parametrize('kind', KINDS)
@@ -269,7 +269,7 @@ def test_a_worker_without_images(tmp_path):
     assert len(images) == 64
     images.deal(0, Processes(CPU, 15, 16), 0, 4, 1)
     assert refusal(images) == (
-        'data: a worker finds no image in its part of the 1 shards; fewer --workers have larger parts')
+        'data: a worker has no images in its part of the 1 shards; use fewer --workers')
 
 
 class Given:
@@ -294,7 +294,7 @@ def test_a_stream_without_shards():
     loader.images.transform = None
     assert len(loader) == 2
     assert refusal(loader.epoch(0)) == (
-        'data: a sample of the stream has the label 3, none of the 3 classes, 0 to 2')
+        'data: a sample of the stream has the label 3, not one of the 3 classes, 0 to 2')
     loader.images.num_classes = images.num_classes = 4
     assert [target.tolist() for _, _, target, _ in loader.epoch(1)] == [[1, 2, 3, 0] * 2] * 2
     images.deal(3, Processes(CPU, 1, 2))

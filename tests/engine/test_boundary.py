@@ -25,7 +25,7 @@ def raised(error, cause=None):
     (RuntimeError('CUDA out of memory. Tried\nmore'),
      r'RuntimeError: CUDA out of memory. Tried \(epoch 1; a smaller --batch-size, .*; traceback: .*\)'),
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '),
-     r'RuntimeError: DataLoader worker \(pid 7\) is killed.*\(epoch 1; probably the memory ran out: .*\)'),
+     r'RuntimeError: DataLoader worker \(pid 7\) is killed.*\(epoch 1; probably out of memory: .*\)'),
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. '), '.*enlarge /dev/shm.*'),
     (RuntimeError('unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)'),
      r'RuntimeError: unable to open .*\(epoch 1; raise ulimit -n, .*'),
@@ -46,7 +46,7 @@ def test_one_line(tmp_path, error, line):
 def test_what_killed_a_worker_is_the_cause(tmp_path):
     cause = RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. ')
     error = raised(RuntimeError('DataLoader worker (pid(s) 7) exited unexpectedly'), cause)
-    assert 'probably the memory ran out' in str(as_line(error, folder=str(tmp_path)))
+    assert 'probably out of memory' in str(as_line(error, folder=str(tmp_path)))
 
 
 def test_what_was_expected_stays_as_it_is(tmp_path, capsys):

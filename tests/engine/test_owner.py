@@ -51,7 +51,7 @@ def test_a_killed_owner_is_followed_at_once(tmp_path, monkeypatch):
 def test_a_live_owner_is_not(tmp_path):
     one, two = Owner(), Owner()
     one.claim(str(tmp_path))
-    with pytest.raises(UsageError, match=f'--output {tmp_path}: process {os.getpid()} on .* trains there; end it'):
+    with pytest.raises(UsageError, match=f'--output {tmp_path}: process {os.getpid()} on .* is training there; end it'):
         two.claim(str(tmp_path))
     one.check()
     one.claim(str(tmp_path))  # its own already

@@ -23,7 +23,7 @@ def test_a_file_of_which_no_weight_fits(digits_folder, tmp_path, capsys):
         path = tmp_path / name
         line = error_line(capsys, digits_folder, *PAIR, *SMALL, '--pretrained-path-b', path, '--output', tmp_path)
         assert line == (
-            f'--pretrained-path-b {path}: none of its weights fits test_vit, its keys are of another model, or have a '
+            f'--pretrained-path-b {path}: no weights fit test_vit: its keys are those of another model, or have a '
             f'prefix')
     torch.save({'cls_token': state['cls_token']}, tmp_path / 'part.pth')
     options = parse_args([

@@ -262,7 +262,7 @@ def test_images_that_can_not_be_read(capsys, run_dir, digits_folder, plain, tmp_
     data = shutil.copytree(digits_folder / 'validation', tmp_path / 'data')
     (data / files[index]).write_bytes(b'no image')
     lines = inspect(capsys, run_dir / 'last.pth.tar', data, '--html', tmp_path / 'x.html', '--num-images', 99)
-    assert lines[0] == f'{data}: 17 images' and '1 images could not be read; others took their places' in caplog.text
+    assert lines[0] == f'{data}: 17 images' and '1 images could not be read; others replaced them' in caplog.text
     shown = {caption[-1] for caption in Page(tmp_path / 'x.html').captions}
     assert shown == {files[i] for i in apart if i != index}
 

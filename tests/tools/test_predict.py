@@ -119,7 +119,7 @@ def test_images_that_can_not_be_read(capsys, run_dir, folder, tmp_path):
     named = [line.partition(': cannot be read (')[0] for line in err.splitlines() if 'cannot be read' in line]
     assert named == [*(str(data / 'a' / f'3-{i}.png') for i in range(12)), str(data / 'a' / 'link.png'),
                      str(tmp_path / 'none.png')]
-    assert err.count('no image that Pillow knows') == 12 and err.count('No such file') == 2
+    assert err.count('not an image that Pillow can read') == 12 and err.count('No such file') == 2
 
 
 def test_images_are_decoded_once_and_files_of_models_read_once(capsys, run_dir, folder, monkeypatch):
@@ -162,7 +162,7 @@ def test_names_of_others(capsys, run_dir, folder, tmp_path):
 
 
 @pytest.mark.parametrize('options, message', [
-    (['FOLDER/a/notes'], 'IMAGE FOLDER/a/notes: holds no image'),
+    (['FOLDER/a/notes'], 'IMAGE FOLDER/a/notes: contains no images'),
     (['FOLDER', '--results-file', 'x.txt'], '--results-file x.txt: expected a file name that ends in .csv or .json'),
     (['FOLDER', '--topk', '0'], "--topk: '0' is not a whole number >= 1"),
     (['FOLDER', '--input-img-mode', 'L'], 'images of mode L have 1'),

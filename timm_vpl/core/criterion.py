@@ -151,7 +151,7 @@ class StagedLoss(nn.Module):
             output: What the pair computed.
             target: Class indices (N,) or soft targets (N, C).
             phase: Only the terms of this optimizer phase; None for all.
-            wrapped: What to call in the place of a term's function, by its name: it in its DistributedDataParallel.
+            wrapped: Replacements for terms' functions, by name: each function in its DistributedDataParallel.
 
         Raises:
             ValueError: No PairOutput, or a target of another length.

@@ -177,8 +177,9 @@ def map_distances(
 
     The maps (N, d, h, w) and (N, d, H, W) are brought to one grid, and normalised:
 
-    'layer': both by LayerNorm over the channels of a place (Bootstrapping ViTs, arXiv 2112.03552, eq. 3);
-    'batch': the leader's by channel, over the images and places of the batch; 'none': as they are (locality guidance,
+    'layer': both by LayerNorm over the channels of a position (Bootstrapping ViTs, arXiv 2112.03552, eq. 3);
+    'batch': the leader's by channel, over the images and positions of the batch; 'none': as they are (locality
+        guidance,
     arXiv 2207.10026, eq. 4).
 
     Args:

@@ -1,6 +1,6 @@
 """The methods: what each computes for a batch, as data that the options, the build and the report read.
 
-The training loop knows none of them. Nothing heavy is imported here.
+The training loop does not depend on them. Nothing heavy is imported here.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import asdict

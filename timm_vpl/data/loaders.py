@@ -1,4 +1,4 @@
-"""Loaders: torch's, with timm's transforms, mixup and prefetching; every draw is seeded by its place in the run."""
+"""Loaders: torch's, with timm's transforms, mixup and prefetching; every draw is seeded by its position in the run."""
 import copy
 import math
 import multiprocessing
@@ -24,7 +24,7 @@ from .order import SeededCollate, SeededDataset, SeededErasing, SeededSampler
 
 
 def init_worker(worker_id: int) -> None:
-    """Let a worker outlive the signals of its process group: the main process decides what they mean."""
+    """Let a worker ignore the signals of its process group, which the main process handles."""
     signal.set_wakeup_fd(-1)  # that of the main process, where this is a fork of it
     for name in ('SIGINT', 'SIGUSR1'):
         if hasattr(signal, name):
@@ -64,9 +64,9 @@ class TrainLoader(PrefetchLoader):
     `skipped` is the number of images in the batches that `epoch` has yielded that could not be read, and are replaced,
     on this process.
 
-    Every draw (order, augmentation, mixup, erasing) is a function of the seed and its place in the run, not of a
-    generator's state: independent of the number of workers, and the same when an epoch is entered at a later batch. A
-    stream is entered at its beginning, and its order depends on the workers.
+    Every draw (order, augmentation, mixup, erasing) is a function of the seed and its position in the run, not of a
+    generator's state: independent of the number of workers, and the same when an epoch is resumed at a later batch. A
+    stream always starts at its beginning, and its order depends on the workers.
 
     Args:
         options: Options of the run.
@@ -172,13 +172,13 @@ def create_train_loader(
     )
     if not len(loader):
         raise UsageError(
-            f'--batch-size {options.loader.batch_size}: {processes.world_size} batch(es) of it are more than the '
-            f'{len(images)} training images')
+            f'--batch-size {options.loader.batch_size}: {processes.world_size} batch(es) of that size are more than '
+            f'the {len(images)} training images')
     return loader
 
 
 class EvalLoader(PrefetchLoader):
-    """Validation batches (images, target): each image once, in order, dealt to the processes in turn.
+    """Validation batches (images, target): each image once, in order, assigned to the processes in turn.
 
     After a pass `dataset.replaced` holds the images that could not be read on this process. Of a stream a process has
     some batches more or fewer than its length.

@@ -1,4 +1,4 @@
-"""The order of an epoch and every draw in it, as functions of the seed and the place in the run; who reads what."""
+"""The order of an epoch and every draw in it, as functions of the seed and the position in the run; who reads what."""
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from ..core.seeding import seed_all
 
 
 class Place(NamedTuple):
-    """Where in a run a sample is drawn: what its augmentation is seeded with."""
+    """A sample's position in the run, which seeds its augmentation."""
     epoch: int
     position: int  # in the order of the epoch over all processes
     index: int  # type: ignore[assignment]  # in the data set
@@ -22,10 +22,10 @@ class Place(NamedTuple):
 
 @dataclass(eq=False)
 class SeededSampler(Sampler):
-    """The order of an epoch, from (seed, epoch) alone: whole batches, dealt to the processes in turn.
+    """The order of an epoch, from (seed, epoch) alone: whole batches, assigned to the processes in turn.
 
-    Global batch k holds the same samples for any number of processes. With `repeats` an image stands that many times
-    in a row, its copies with different processes where there are several, and an epoch keeps its length (timm's
+    Global batch k holds the same samples for any number of processes. With `repeats` an image occurs that many times in
+    a row, its copies with different processes where there are several, and an epoch keeps its length (timm's
     RepeatAugSampler).
 
     Args:
@@ -68,7 +68,7 @@ class SeededSampler(Sampler):
 
 @dataclass(eq=False)
 class SeededDataset(Dataset):
-    """A map-style data set, read at a Place, whose transforms draw from generators seeded for that place."""
+    """A map-style data set, read by SampleDraw, whose transforms draw from generators that it seeds."""
     dataset: Dataset
     seed: int
 
@@ -82,7 +82,7 @@ class SeededDataset(Dataset):
 
 @dataclass
 class SeededCollate:
-    """A collate function that draws (mixup in the workers) from generators seeded for the batch's first place.
+    """A collate function that draws (mixup in the workers) from generators seeded for the batch's first sample.
 
     Args:
         collate: The collate function.
@@ -126,22 +126,23 @@ _STEP = 2654435769  # of a unit, the golden ratio: however few multiples fill th
 
 
 class Piece(NamedTuple):
-    """What one reader has of a shard: the samples whose places lie between two bounds."""
+    """One reader's part of a shard: the samples whose positions are between two bounds."""
     shard: int
     first: int
     last: int
 
     def holds(self, index):
-        """Return whether it has a sample, by its number in the shard (or an array of them)."""
+        """Return whether it has a sample, by its number in the shard (or an array of numbers)."""
         place = index * _STEP % _UNIT
         return (self.first <= place) & (place < self.last)
 
 
 def deal(first: int, last: int, whole: int, lengths: Sequence[int]) -> list[Piece]:
-    """Return what a reader has of a stream: [first, last) of `whole` equal parts.
+    """Return a reader's part of a stream: [first, last) of `whole` equal parts.
 
-    Readers whose parts adjoin share the shard at their border, of which each sample is one's own: who reads all parts
-    reads each sample once, whatever the lengths. Where there are more shards than readers, most have one reader.
+    Readers whose parts adjoin share the shard at their border, and each sample of it has one reader. So all parts
+    together hold each sample once, whatever the lengths. If there are more shards than readers, most shards have one
+    reader.
 
     Args:
         first: First part.

@@ -18,7 +18,7 @@ The options keep the names and the meaning of timm's train script; `timm-vpl tra
 or off has a form with `--no-`.
 
 An option of each branch, marked a, b below, sets both branches. With `-a` or `-b` at its end it sets one (`--lr-a
-0.005`), and wins. On the command line the form for both also wins over what a recipe says of one branch.
+0.005`), and wins. On the command line the form for both also wins over a recipe's value for one branch.
 
 ## From timm's train script
 

@@ -65,7 +65,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}{line} is not YAML: {getattr(error, 'problem', None) or error}") from None
 
 
-# The tags that YAML itself gives, and what they may stand at.
+# YAML's own tags, and the kind of node that each may have.
 _TAGS = {
     **dict.fromkeys(('null', 'bool', 'int', 'float', 'str', 'timestamp', 'value', 'merge'), 'scalar'),
     'seq': 'sequence', 'map': 'mapping'}

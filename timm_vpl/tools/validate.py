@@ -317,7 +317,7 @@ def _run_pass(options: Validate, each: Pass, processes: Processes) -> list[tuple
 def warn_of_replaced(data: str, number: int, real_labels: bool = False) -> None:
     """Warn where images of the data were replaced."""
     if number:
-        _logger.warning(f'{data}: {number} images could not be read; others took their places'
+        _logger.warning(f'{data}: {number} images could not be read; others replaced them'
                         f'{", and their ReaL labels" if real_labels else ""}')
 
 
