@@ -304,12 +304,12 @@ def test_data_without_file_names(capsys, tmp_path, monkeypatch, is_stream):
     (['RUN'], ['--data-dir', 'DATA', '--contact-sheet', 'no/x.png'], '--contact-sheet no/x.png: no such folder', 2),
     (['RUN'], [], 'no data: give a folder or .tar of images', 2),
     (['RUN', 'none/data'], [], 'data folder none/data does not exist', 2),
-    (['one', 'DATA'], [], 'one: holds one model, name a second one', 2),
+    (['one', 'DATA'], [], 'one: contains one model; name a second one', 2),
     (['RUN', 'one', 'DATA'], [], 'hold 3 models; name a pair, or two', 2),
     (['one', 'five', 'DATA'], [], 'five: has 5 classes, ', 2),
-    (['one', 'other', 'DATA'], [], "other: does not know the class 'class3', which ", 2),
+    (['one', 'other', 'DATA'], [], "other: does not have the class 'class3' of ", 2),
     (['one', 'grey', 'DATA'], [], 'grey: has 1 channels, ', 2),
-    (['one', 'nan', 'DATA'], [], 'test_vit: the loss is not finite, so there is nothing to compare', 1),
+    (['one', 'nan', 'DATA'], [], 'test_vit: the loss is not finite, so the models cannot be compared', 1),
 ])
 def test_refusals(capsys, run_dir, digits_folder, two_models, tmp_path, monkeypatch, models, options, message, status):
     monkeypatch.chdir(tmp_path)

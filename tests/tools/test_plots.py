@@ -326,7 +326,7 @@ def test_an_unfinished_run_alone_is_drawn_and_in_no_overlay(tmp_path, capsys):
     assert main(['report', str(tmp_path / 'one'), '--plot', str(tmp_path / 'a.png')]) == 0
     assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
     page, panels, _ = page_of([tmp_path / 'one', tmp_path / 'two'], tmp_path)
-    assert panels == [] and 'Unfinished, in no average of this report' in page.texts['h2']
+    assert panels == [] and 'Unfinished, not in any average of this report' in page.texts['h2']
     assert status_of(main, ['report', tmp_path / 'one', tmp_path / 'two', '--plot', tmp_path / 'b.png']) == 2
     assert capsys.readouterr().err.endswith(f'b.png: nothing to draw; {tmp_path}/one: 32 of 100 epochs\n')
     assert not (tmp_path / 'b.png').exists()

@@ -185,4 +185,4 @@ def test_outputs_that_are_no_numbers(capsys, run_dir, folder, tmp_path, caplog):
     checkpoint['state_dict_ema']['model_a.bn1.running_mean'].fill_(torch.nan)
     torch.save(checkpoint, tmp_path / 'nan.pth.tar')
     assert status_of(main, ['predict', tmp_path / 'nan.pth.tar', folder, *QUICK]) == 1
-    assert 'the outputs of branch a are no numbers' in capsys.readouterr().err
+    assert 'the outputs of branch a are NaN' in capsys.readouterr().err

@@ -356,7 +356,7 @@ def test_a_tracker_that_fails_ends_no_run(digits_folder, tmp_path, monkeypatch, 
         folder = run(digits_folder, tmp_path, '--log-tensorboard')
     assert len(rows(folder)) == 2
     [line] = [record.getMessage() for record in caplog.records if 'TensorBoard' in record.getMessage()]
-    assert line == 'TensorBoard: no space left; the run goes on without it'
+    assert line == 'TensorBoard: no space left; the run continues without it'
 
 
 @pytest.mark.parametrize('name, package', [('tensorboard', 'tensorboard'), ('wandb', 'wandb')])

@@ -300,7 +300,7 @@ def test_real_labels_of_other_images(capsys, imagenet_part, digits_folder, tmp_p
     shutil.copytree(root / 'val', tmp_path / 'val')
     shutil.copy(next((root / 'val').rglob('*.JPEG')), next((tmp_path / 'val').iterdir()) / 'more.JPEG')
     error = validate(capsys, root / 'model', tmp_path / 'val', '--real-labels', status=2)
-    assert "1 of 18 images are none of ImageNet's validation set, more.JPEG" in error
+    assert "1 of 18 images are not in ImageNet's validation set, more.JPEG" in error
     (tmp_path / 'few.json').write_text('[[1], [2]]')
     error = validate(capsys, root / 'model', root / 'val', '--real-labels', tmp_path / 'few.json', status=2)
     assert 'not a JSON list of the labels of 50000 images' in error
@@ -359,7 +359,7 @@ def test_figures_of_a_run_are_those_of_its_summary(capsys, digits_folder, run_di
     assert sorted(row['images'] for row in rows) == ['17'] * 4 + ['99'] * 6
     assert [row for row in run_dir.iterdir() if row.suffix == '.tmp'] == []
     path.write_text('a,b\n1,2\n')
-    assert 'not a file of results' in validate(capsys, run_dir, digits_folder, status=1)
+    assert 'not a results file' in validate(capsys, run_dir, digits_folder, status=1)
     assert path.read_text() == 'a,b\n1,2\n'
     path.unlink()
 
@@ -476,7 +476,7 @@ def test_images_that_lie_in_both_splits(capsys, digits_folder, tmp_path, kind):
         options.append('train.tar')
         wanted = [line.replace('train/', 'train.tar/') for line in wanted]
     lines = check_lines(capsys, *options)
-    assert lines[0].endswith(f'2 of 17 images lie in the split {"train.tar" if kind == "tar" else "train"!r} too')
+    assert lines[0].endswith(f'2 of 17 images are also in the split {"train.tar" if kind == "tar" else "train"!r}')
     assert lines[1:] == wanted
     if kind == 'folder':
         assert '--check-data other: no such folder' in validate(capsys, *options, 'other', status=2)
