@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from timm_vpl.core.processes import Processes
 from timm_vpl.core.seeding import seed_all
 from timm_vpl.data.loaders import create_eval_loader, create_eval_loaders
-from timm_vpl.data.order import Place, SeededDataset, SeededErasing, SeededSampler
+from timm_vpl.data.order import SampleDraw, SeededDataset, SeededErasing, SeededSampler
 from timm_vpl.data.splits import split_card
 from timm_vpl.engine.boundary import as_line
 
@@ -49,13 +49,13 @@ class Draws(Dataset):
 
 def test_draws_are_those_of_a_place():
     dataset = SeededDataset(Draws(), seed=1)
-    drawn = {(epoch, position): dataset[Place(epoch, position, 5)][0] for epoch in (0, 1) for position in (0, 1)}
-    assert len(set(drawn.values())) == 4 and dataset[Place(1, 0, 6)][0] == drawn[1, 0]
-    assert SeededDataset(Draws(), seed=2)[Place(0, 0, 5)][0] not in drawn.values()
+    drawn = {(epoch, position): dataset[SampleDraw(epoch, position, 5)][0] for epoch in (0, 1) for position in (0, 1)}
+    assert len(set(drawn.values())) == 4 and dataset[SampleDraw(1, 0, 6)][0] == drawn[1, 0]
+    assert SeededDataset(Draws(), seed=2)[SampleDraw(0, 0, 5)][0] not in drawn.values()
 
     def erased(epoch, batch, count, rank=0):
         erasing = SeededErasing(lambda input: float(torch.rand(())), 1, rank, torch.device('cpu'))
-        erasing.place = (epoch, batch)
+        erasing.position = (epoch, batch)
         return [erasing(None) for _ in range(count)]
     whole = erased(0, 0, 3)
     assert erased(0, 1, 2) == whole[1:]

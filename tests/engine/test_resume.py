@@ -176,7 +176,7 @@ def test_the_stop_line(monkeypatch, tmp_path, saved, distributed, end):
         processes=SimpleNamespace(distributed=distributed), progress=SimpleNamespace(epoch=1, batch=2),
         loader_train=range(5))
     with pytest.raises(Stopped) as stop:
-        loop.heed(run, STOP + signal.SIGTERM)
+        loop.handle_decision(run, STOP + signal.SIGTERM)
     end = end.format(shlex.join(given), tmp_path / 'run')
     assert str(stop.value) == f'stopped by SIGTERM after epoch 1, batch 2 of 5; {end}'
 

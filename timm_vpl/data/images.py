@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from ..core.processes import Processes
 from ..core.seeding import derive_seed, seed_all
 from ..errors import RunError, UsageError, first_line
-from .order import Place, deal, shuffled
+from .order import SampleDraw, deal, shuffled
 from .sources import Source
 
 _logger = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ class StreamImages(IterableDataset):
                 seed_all(self.seed, 'sample', epoch, position)
             if self.transform is not None:
                 image = self.transform(image)
-            yield (image, label, Place(epoch, position, 0)) if self.batches else (image, label)
+            yield (image, label, SampleDraw(epoch, position, 0)) if self.batches else (image, label)
 
     def _read(self, first, last, whole, worker):
         """Yield the location, image and target of each sample of a part: once, in training repeatedly."""

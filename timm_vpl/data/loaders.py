@@ -106,7 +106,7 @@ class TrainLoader(PrefetchLoader):
         """
         self.skipped = 0
         if self.random_erasing is not None:
-            self.random_erasing.place = (epoch, first_batch)  # type: ignore[attr-defined]
+            self.random_erasing.position = (epoch, first_batch)  # type: ignore[attr-defined]
         self.images.replaced.zero_()
         if isinstance(self.images, StreamImages):
             self.images.set_epoch(epoch)

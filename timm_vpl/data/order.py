@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from ..core.seeding import seed_all
 
 
-class Place(NamedTuple):
+class SampleDraw(NamedTuple):
     """A sample's position in the run, which seeds its augmentation."""
     epoch: int
     position: int  # in the order of the epoch over all processes
@@ -61,9 +61,9 @@ class SeededSampler(Sampler):
     def __len__(self):
         return self.num_samples // (self.batch_size * self.world_size) * self.batch_size
 
-    def __iter__(self) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[SampleDraw]:
         for i in range(self.first_batch * self.batch_size, len(self)):
-            yield Place(self.epoch, i * self.world_size + self.rank, int(self._indices[i]))
+            yield SampleDraw(self.epoch, i * self.world_size + self.rank, int(self._indices[i]))
 
 
 @dataclass(eq=False)
@@ -72,9 +72,9 @@ class SeededDataset(Dataset):
     dataset: Dataset
     seed: int
 
-    def __getitem__(self, place: Place):
-        seed_all(self.seed, 'sample', place.epoch, place.position)
-        return (*self.dataset[place.index], place)
+    def __getitem__(self, draw: SampleDraw):
+        seed_all(self.seed, 'sample', draw.epoch, draw.position)
+        return (*self.dataset[draw.index], draw)
 
     def __len__(self):
         return len(self.dataset)
@@ -112,11 +112,11 @@ class SeededErasing:
     seed: int
     rank: int
     device: torch.device
-    place: tuple[int, int] = (0, 0)  # epoch, batch
+    position: tuple[int, int] = (0, 0)  # epoch, batch
 
     def __call__(self, input):
-        epoch, batch = self.place
-        self.place = (epoch, batch + 1)
+        epoch, batch = self.position
+        self.position = (epoch, batch + 1)
         seed_all(self.seed, 'erase', epoch, batch, self.rank, device=self.device)
         return self.erasing(input)
 
@@ -133,8 +133,8 @@ class Piece(NamedTuple):
 
     def holds(self, index):
         """Return whether it has a sample, by its number in the shard (or an array of numbers)."""
-        place = index * _STEP % _UNIT
-        return (self.first <= place) & (place < self.last)
+        position = index * _STEP % _UNIT
+        return (self.first <= position) & (position < self.last)
 
 
 def deal(first: int, last: int, whole: int, lengths: Sequence[int]) -> list[Piece]:

@@ -63,7 +63,7 @@ class Control:
         self._give_up = give_up
         self._patience = _PATIENCE if distributed else 0
         self._group: Any = dist.new_group(backend='gloo') if distributed else None
-        self._pending: tuple | None = None  # (work, tensor) of the wishes under way
+        self._pending: tuple | None = None  # (work, tensor) of the requests under way
         self._signal: tuple[int, float] | None = None  # (number, time) of the first one that any process got
         self._own_signal: tuple[int, float] | None = None  # likewise, this process
         self._awaits: float | None = None  # since when a batch is awaited, and then that all have stalled
@@ -82,21 +82,21 @@ class Control:
                 self._handlers[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._interrupt)
             # Python runs handlers between two of its own instructions, which a process that waits in a collective does
             # not reach. This thread gets a signal even then.
-            heard, speaks = socket.socketpair()
-            speaks.setblocking(False)
-            heard.settimeout(0.5)  # seconds between two checks of the awaited batch
-            self._wakeup = (signal.set_wakeup_fd(speaks.fileno(), warn_on_full_buffer=False), speaks)
-            threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
-            if others := peers.heard():
-                others.on_signal = self._hear
+            receiver, sender = socket.socketpair()
+            sender.setblocking(False)
+            receiver.settimeout(0.5)  # seconds between two checks of the awaited batch
+            self._wakeup = (signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False), sender)
+            threading.Thread(target=self._listen, args=(receiver,), daemon=True).start()
+            if others := peers.current():
+                others.on_signal = self._note_signal
         self.watch()
         return self
 
     def __exit__(self, kind, *error):
         if self._wakeup is not None:
-            before, speaks = self._wakeup
+            before, sender = self._wakeup
             signal.set_wakeup_fd(before)
-            speaks.close()  # ends the thread, once the loaders' workers have ended
+            sender.close()  # ends the thread, once the loaders' workers have ended
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if self.hang_timeout:
@@ -104,32 +104,32 @@ class Control:
         if kind is None or issubclass(kind, Stopped):  # in all processes
             self._decided()
 
-    def _listen(self, heard):
-        with heard, contextlib.suppress(ConnectionError):
+    def _listen(self, receiver):
+        with receiver, contextlib.suppress(ConnectionError):
             while True:
                 with contextlib.suppress(TimeoutError):
-                    data = heard.recv(1)
+                    data = receiver.recv(1)
                     if not data:
                         return
                     if data[0] in SIGNALS:
-                        self._take(data[0], time.monotonic())
-                self._look(time.monotonic())
+                        self._take_signal(data[0], time.monotonic())
+                self._check_batch(time.monotonic())
 
-    def _take(self, number: int, now: float) -> None:
+    def _take_signal(self, number: int, now: float) -> None:
         """Handle a signal that this process got."""
         if self._own_signal is None:
             self._own_signal = (number, now)
-            self._hear(number)
-            if others := peers.heard():
-                others.tell(peers.SIGNAL, number)
+            self._note_signal(number)
+            if others := peers.current():
+                others.announce(peers.SIGNAL, number)
         elif now - self._own_signal[1] > _ECHO_SECONDS and number in (self._own_signal[0], signal.SIGINT):
             os._exit(128 + number)
 
-    def _hear(self, number: int) -> None:
+    def _note_signal(self, number: int) -> None:
         """Note a signal that any process got."""
         self._signal = self._signal or (number, time.monotonic())
 
-    def _look(self, now: float) -> None:
+    def _check_batch(self, now: float) -> None:
         """Check whether the awaited batch is late."""
         awaits = self._awaits
         if awaits is None:
@@ -174,7 +174,7 @@ class Control:
         """Restart the minutes until the next request to save."""
         self._saved = time.monotonic()
 
-    def decide(self, wish: int = GO_ON) -> int:
+    def decide(self, request: int = GO_ON) -> int:
         """Return what the processes decided: GO_ON, SAVE, GIVE_UP or STOP + signal.
 
         All processes call it equally often.
@@ -184,15 +184,15 @@ class Control:
         """
         self.watch()
         if self.recovery_minutes and time.monotonic() - self._saved >= 60 * self.recovery_minutes:
-            wish = max(wish, SAVE)
+            request = max(request, SAVE)
             self.saved()  # the request is on its way
         if self._signal is not None:
-            wish = max(wish, STOP + self._signal[0])
+            request = max(request, STOP + self._signal[0])
         if self._group is None:
-            return wish
+            return request
         decided = self._decided()
-        wishes = torch.tensor([wish])
-        self._pending = (dist.all_reduce(wishes, dist.ReduceOp.MAX, self._group, async_op=True), wishes)
+        requests = torch.tensor([request])
+        self._pending = (dist.all_reduce(requests, dist.ReduceOp.MAX, self._group, async_op=True), requests)
         return decided
 
     def decide_here(self) -> int:
@@ -207,9 +207,9 @@ class Control:
     def _decided(self) -> int:
         if self._pending is None:
             return GO_ON
-        (work, wishes), self._pending = self._pending, None
+        (work, requests), self._pending = self._pending, None
         work.wait()
-        return int(wishes)
+        return int(requests)
 
     def watch(self) -> None:
         """Restart the hang timeout."""

@@ -49,7 +49,7 @@ def init_device(name: str | None, workers: int = 0, deterministic: bool = False)
         if launched().world_size > 1:
             check_name()
         found = init_distributed_device_so(name)
-        if others := peers.heard():
+        if others := peers.current():
             others.joined = True
         processes = Processes(
             torch.device(found['device']), found['global_rank'], found['world_size'], found['local_rank'])

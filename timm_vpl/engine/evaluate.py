@@ -45,7 +45,8 @@ class Tally:
         self.real = RealLabelsEvaluator(device) if real_labels else None
         # Images of each class, and those of them whose top prediction is right.
         self.classes = None if per_class is None else torch.zeros(per_class, 2, dtype=torch.int64, device=device)
-        self.said: list[tuple] | None = [] if per_image else None  # label, prediction, its probability: a batch each
+        # Label, prediction and its probability, a batch each.
+        self.predictions: list[tuple] | None = [] if per_image else None
 
     def update(self, output: torch.Tensor, target: torch.Tensor, real_labels: torch.Tensor | None) -> None:
         """Count a batch of logits (N, classes) and class indices (N,)."""
@@ -54,9 +55,9 @@ class Tally:
         if self.real is not None:
             self.real.update(output, real_labels)
         target = target[:self.plain.num_samples - before]
-        if self.said is not None:
+        if self.predictions is not None:
             confidence, prediction = output[:len(target)].float().softmax(dim=-1).max(dim=-1)
-            self.said.append((target, prediction, confidence))
+            self.predictions.append((target, prediction, confidence))
         if self.classes is not None:
             right = output[:len(target)].argmax(dim=-1) == target
             self.classes.index_add_(0, target, torch.stack([torch.ones_like(target), right.long()], dim=1))
@@ -76,8 +77,8 @@ class Tally:
             figures.update((metric, math.nan) for metric in tuple(figures) if 'top' in metric)
         elif self.classes is not None:
             figures['classes'] = self.classes.cpu()
-        if self.said:
-            figures['said'] = tuple(torch.cat(part).cpu() for part in zip(*self.said, strict=True))
+        if self.predictions:
+            figures['predictions'] = tuple(torch.cat(part).cpu() for part in zip(*self.predictions, strict=True))
         return figures
 
 

@@ -53,7 +53,7 @@ def fit(run: Run) -> None:
             decision = train_one_epoch(run)
             share_statistics(run, evaluated)
             # Here, since a run that resumes from this position continues with validation.
-            heed(run, max(decision, SAVE) if run.options.run.recovery_interval else decision)
+            handle_decision(run, max(decision, SAVE) if run.options.run.recovery_interval else decision)
         end_epoch(run, evaluated)
     if run.saver is None:
         return
@@ -61,7 +61,7 @@ def fit(run: Run) -> None:
     if run.saver.failed:
         raise RunError(f'--output {run.output_dir}: the last epoch could not be saved, see above')
     run.control.watch()
-    run.tell('end')
+    run.notify('end')
 
 
 def train_one_epoch(run: Run) -> int:
@@ -87,11 +87,11 @@ def train_one_epoch(run: Run) -> int:
         clock.tick()
         if stepped:
             is_last = progress.batch == len(loader)
-            run.tell('updated')
+            run.notify('updated')
             look(run, clock, batch[0])
             decision = decide(run)
             if not is_last:
-                heed(run, decision)
+                handle_decision(run, decision)
     if hasattr(run.optimizer, 'sync_lookahead'):
         run.optimizer.sync_lookahead()
     if progress.batch == first_batch:
@@ -114,7 +114,7 @@ def look(run: Run, clock: Clock, input: torch.Tensor) -> None:
         return
     seconds, waited = clock.averages()
     criterion = run.task.criterion
-    run.tell('log', {
+    run.notify('log', {
         **run.update.read(run.progress),
         **{f'weight_{term.name.removesuffix("_loss")}': criterion.weight_of(term) for term in criterion.all_terms},
         **{f'lr_{side}': lr for side, lr in branch_lrs(run.optimizer).items()},
@@ -135,7 +135,7 @@ def decide(run: Run) -> int:
     return max(decision, SAVE) if due else decision
 
 
-def heed(run: Run, decision: int, reads: str = '') -> None:
+def handle_decision(run: Run, decision: int, reads: str = '') -> None:
     """Handle a decision of the processes.
 
     Args:
@@ -174,7 +174,7 @@ def stop_here(run: Run, reads: str) -> None:
         Stopped: If this returns at all; else the control ends the process.
     """
     run.update.abandon(run.progress)
-    heed(run, run.control.decide_here(), reads)
+    handle_decision(run, run.control.decide_here(), reads)
 
 
 def give_up(run: Run, number: int, reads: str) -> None:
@@ -246,7 +246,7 @@ def end_epoch(run: Run, evaluated: bool) -> None:
     ranked.update((f'best_{side}', value) for side, value in branch_metrics(run, metrics).items())
     saver.save(epoch, {**state, 'metrics': dict(metrics)}, ranked)
     if not (saver.failed and epoch + 1 == run.end_epoch):
-        run.tell('validated', row)
+        run.notify('validated', row)
         write_summary(run)  # last: without its row the run is not finished
 
 
@@ -289,7 +289,7 @@ def validate(run: Run) -> dict[str, Any]:
         found = evaluate_pair(
             run, run.loader_eval, ema, distributed=run.processes.distributed,
             awaited=partial(awaited, run),
-            after_batch=lambda: heed(run, run.control.decide()))
+            after_batch=lambda: handle_decision(run, run.control.decide()))
         prefix = 'ema_' if ema else ''
         for output, figures in found.items():
             metrics.update((f'{prefix}{output}' if metric == 'mean' else f'{prefix}{metric}_{output}', figures[metric])

@@ -25,7 +25,7 @@ LOST = 'another process ended or cannot be reached, see the lines before this on
 
 # Keys of the store: the first signal, the first failure, how many have done their work, how many are ending.
 SIGNAL, END, DONE, ENDING = (f'timm_vpl/{name}' for name in ('signal', 'end', 'done', 'ending'))
-HEARS_AFTER = 0.5  # seconds between two looks at it
+POLL_SECONDS = 0.5  # seconds between two checks of the store
 JOIN_SECONDS = 1800  # that the other processes have to start, as torch gives them
 LINGER, JOINING = 5, 120  # seconds that the others have to notice a failure; more for those that are still starting
 
@@ -41,10 +41,10 @@ class Peers:
         self._store: Any = None
         self._shown = threading.Lock()  # taken once it is decided who shows the failure
         self._connected, self.ending, self._left = (threading.Event() for _ in range(3))
-        self.thread = threading.Thread(target=self._hear, daemon=True)
+        self.thread = threading.Thread(target=self._listen, daemon=True)
         self.thread.start()
 
-    def tell(self, key: str, what: Any) -> None:
+    def announce(self, key: str, what: Any) -> None:
         """Announce something to all processes, this one included; only the first announcement counts."""
         def send():
             self._connected.wait()
@@ -64,7 +64,7 @@ class Peers:
         dist.destroy_process_group()
         self._meet(ENDING, 10)
 
-    def _hear(self) -> None:
+    def _listen(self) -> None:
         try:
             # Where torchrun does not serve the store, the first process does; init_process_group shares it.
             serves = self.rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
@@ -72,7 +72,7 @@ class Peers:
                 os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=serves,
                 timeout=timedelta(seconds=JOIN_SECONDS), wait_for_workers=False, multi_tenant=True)
             self._connected.set()
-            while not self._left.wait(HEARS_AFTER):
+            while not self._left.wait(POLL_SECONDS):
                 if self.on_signal is not None and self._store.check([SIGNAL]):
                     self.on_signal(json.loads(self._store.get(SIGNAL)))
                     self.on_signal = None
@@ -110,7 +110,7 @@ class Peers:
 _peers: Peers | None = None
 
 
-def heard() -> Peers | None:
+def current() -> Peers | None:
     """Return the connection to the other processes, if there is one."""
     return _peers
 
@@ -147,7 +147,7 @@ def fail(line: str, status: int) -> int:
         peers = _peers or Peers()
         line = f'{line} (process {peers.rank} on {socket.gethostname()})'
         seconds = LINGER if peers.joined else JOINING
-        peers.tell(END, {
+        peers.announce(END, {
             'line': line, 'status': status, 'seconds': seconds, 'rank': peers.rank, 'machine': peers.machine})
         peers.ending.wait(3)
         peers.show(line)  # unless the store has decided it

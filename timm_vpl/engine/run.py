@@ -146,7 +146,7 @@ class Run:
         """Where the run is, for an error."""
         return f'epoch {self.progress.epoch}, batch {self.progress.batch}'
 
-    def tell(self, event: str, *values: Any) -> None:
+    def notify(self, event: str, *values: Any) -> None:
         """Notify the observers that handle this event."""
         for observer in self.observers if self.saver is not None else ():
             if hasattr(observer, event):

@@ -92,7 +92,7 @@ def train(options: Options, observers: Iterable[Any] = ()) -> None:
     finally:
         if not failed:
             if run is not None:
-                run.tell('close')
+                run.notify('close')
             owner.release()
 
 
@@ -151,7 +151,7 @@ def open_folder(run: Run, checkpoint: dict[str, Any] | None, owner: Owner) -> st
     if checkpoint and os.path.samefile(os.path.dirname(run.start.path) or '.', run.output_dir):
         run.saver.resume(checkpoint.get('saver', {}), run.start.path, checkpoint.get('epoch'))
     log_plan(run)
-    run.tell('start')
+    run.notify('start')
     return run.output_dir
 
 

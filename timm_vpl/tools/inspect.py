@@ -72,8 +72,8 @@ class Disagreements:
     def add(self, input: Any, first: torch.Tensor, second: torch.Tensor) -> None:
         """Take a batch: images [N, C, H, W], or those of each side, and the logits [N, classes] of both models."""
         images = input[self.side] if isinstance(input, dict) else input
-        (sure, said), (other_sure, other) = (logits.softmax(dim=-1).max(dim=-1) for logits in (first, second))
-        score = torch.minimum(sure, other_sure).masked_fill(said == other, -1)
+        (sure, prediction), (other_sure, other) = (logits.softmax(dim=-1).max(dim=-1) for logits in (first, second))
+        score = torch.minimum(sure, other_sure).masked_fill(prediction == other, -1)
         found = self._best([score, torch.arange(len(score), device=score.device) + self.seen, images])
         self.kept = self._best([torch.cat(parts) for parts in zip(self.kept, found, strict=False)] or found)
         self.seen += len(score)
@@ -157,7 +157,7 @@ def inspect_models(options: Inspect) -> list[Row]:
     replaced = [] if isinstance(data.images, StreamImages) else data.images.replaced.nonzero().flatten().tolist()
     found = Comparison(figures, [data.class_names.get(index, str(index)) for index in range(classes)])
     tiles = [
-        (image, found.said_of(index, data.images.name(index) or f'index {index}'))
+        (image, found.lines_of(index, data.images.name(index) or f'index {index}'))
         for index, image in disagreements.images() if index not in replaced]
     names = [f'{side}: {trained.label}, {trained.source}' for side, trained in models.items()]
     title = f'{data.name}: {figures["a"]["images"]} images'
@@ -186,9 +186,9 @@ class Comparison:
 
     def __init__(self, figures: dict[Any, dict[str, Any]], labels: list[str]):
         self.figures, self.labels = figures, labels
-        self.target = figures['a']['said'][0]
-        self.said, self.sure = ({name: figures[name]['said'][i] for name in figures} for i in (1, 2))
-        self.right = {name: said == self.target for name, said in self.said.items()}
+        self.target = figures['a']['predictions'][0]
+        self.predictions, self.sure = ({name: figures[name]['predictions'][i] for name in figures} for i in (1, 2))
+        self.right = {name: prediction == self.target for name, prediction in self.predictions.items()}
         self.classes: list[Row] = []  # those in the data
         for label, *counts in zip(labels, *(figures[name]['classes'].tolist() for name in figures), strict=True):
             images = counts[0][0]
@@ -197,10 +197,11 @@ class Comparison:
                 difference = row['top1_b'] - row['top1_a']
                 self.classes.append({'class': label, 'images': images, 'difference': difference, **row})
 
-    def said_of(self, index: int, name: str) -> list[str]:
+    def lines_of(self, index: int, name: str) -> list[str]:
         """Return the lines of an image of this name: its class, the prediction of each model and its probability."""
-        said = [f'{side}: {self.labels[self.said[side][index]]} {self.sure[side][index]:.2f}' for side in SIDES]
-        return [f'true: {self.labels[self.target[index]]}', *said, name]
+        lines = [
+            f'{side}: {self.labels[self.predictions[side][index]]} {self.sure[side][index]:.2f}' for side in SIDES]
+        return [f'true: {self.labels[self.target[index]]}', *lines, name]
 
     def parts(self, names: list[str], safe: Callable[[Any], str], limit: int | None = None) -> Iterator[Part]:
         """Yield all results, for a limited number of classes.
@@ -220,7 +221,8 @@ class Comparison:
              f'{calibration_error(self.sure[name], self.right[name]):.2f}') for name, each in self.figures.items()])
         a, b = (self.right[side] for side in SIDES)
         shares = {'both right': a & b, 'only a': a & ~b, 'only b': b & ~a, 'neither': ~(a | b)}
-        yield 'p', (f'The models agree on {percent(self.said["a"] == self.said["b"])} of the images; ' + ', '.join(
+        agreement = percent(self.predictions['a'] == self.predictions['b'])
+        yield 'p', (f'The models agree on {agreement} of the images; ' + ', '.join(
             f'{name} {percent(share)}' for name, share in shares.items()) + '.')
         better = max(SIDES, key=lambda side: self.figures[side]['top1'])
         gain = self.figures['ens']['top1'] - self.figures[better]['top1']
@@ -236,5 +238,5 @@ class Comparison:
         for side in SIDES:
             yield 'h2', f'Confusions of {side}'
             yield 'table', (['class', 'predicted as', 'images', '% of class'], [
-                (labels[true], labels[said], count, f'{100 * count / int((self.target == true).sum()):.1f}')
-                for true, said, count in confusions(self.target, self.said[side])[:SHOWN]])
+                (labels[true], labels[prediction], count, f'{100 * count / int((self.target == true).sum()):.1f}')
+                for true, prediction, count in confusions(self.target, self.predictions[side])[:SHOWN]])

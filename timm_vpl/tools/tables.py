@@ -82,7 +82,7 @@ def read_csv(path: str | Path, columns: Sequence[str] = ()) -> list[dict[str, st
 
 
 def write_rows(path: str | Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
-    """Write these columns of rows as CSV, or as JSON by the file's name; an old file stays until the new one is complete.
+    """Write these columns of rows as CSV, or as JSON by the file's name; replace an old file when complete.
 
     Raises:
         RunError: It can't be written.

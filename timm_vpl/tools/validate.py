@@ -45,7 +45,7 @@ Row = dict[str, Any]  # of the results, by column
 
 
 def model_classes(trained: TrainedModel) -> dict[str, int]:
-    """Return a model's classes with their indices: those that it names, else those of an ImageNet subset of that size."""
+    """Return a model's classes with their indices: those that it names, else those of ImageNet if it has as many."""
     names = trained.class_names
     if names:
         by_index = names.items() if isinstance(names, dict) else enumerate(names)
