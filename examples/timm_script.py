@@ -1,4 +1,4 @@
-"""timm's own train script, unmodified, with a pair in the place of its model and PairTask in that of its task.
+"""timm's own train script, unmodified, with a pair instead of its model and PairTask instead of its task.
 
     python examples/timm_script.py PATH/TO/timm/train.py DIR --model resnet50 --model-b vit_base_patch16_224
 

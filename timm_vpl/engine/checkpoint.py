@@ -216,7 +216,7 @@ class Saver:
                 with replacing(recipe, 'wb') as file:
                     file.write(self._recipe)
                 _logger.error(
-                    f'{self.folder}: was removed and made again; it will contain only what is saved from now on')
+                    f'{self.folder}: was removed and made again; it will contain what is saved from now on')
                 self._forget_missing()
             self.check()
             yield
