@@ -53,7 +53,7 @@ def lerp_(ema: ModelEmaV3, averages: list[torch.Tensor], values: list[torch.Tens
 
 
 def compile_apart(module: nn.Module, name: str, **kwargs: Any) -> None:
-    """Compile a module's forward with torch.compile(**kwargs) as code of its own; a copy starts uncompiled.
+    """Compile a module's forward with torch.compile(**kwargs) as separate code; a copy starts uncompiled.
 
     Dynamo counts versions (8 at most) and learns which sizes vary for each code object. Modules of one class share
     theirs: of two with images of different size, the second would be compiled for images of any size.

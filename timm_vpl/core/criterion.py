@@ -25,7 +25,7 @@ class StagedLoss(nn.Module):
 
     Args:
         terms: The terms in the order in which they are logged. Modules among their functions are its submodules; those
-            that functions hold otherwise follow it to its device. Functions that pickle knows let it be pickled.
+            that functions hold otherwise follow it to its device. It can be pickled if its functions can.
         phases: Branches that learn in each optimizer phase of a batch, 'ab' for both at once.
         views: 2 for one network that gives two outputs for a batch, as if they were the two branches.
 

@@ -28,7 +28,7 @@ def find_module(model: Any, name: str, where: str) -> nn.Module:
     """Return the module whose output is a feature: of a stage, or of a module's own name; errors begin with `where`.
 
     Raises:
-        ValueError: The model has none of this name.
+        ValueError: The model has no feature of this name.
     """
     stages = stages_of(model)
     try:
@@ -56,7 +56,7 @@ def as_map(model: Any, name: str, outputs: Sequence[Any], size: tuple[int, int])
         size: Height and width of the image.
 
     Raises:
-        ValueError: It is none of these.
+        ValueError: The output is none of these.
     """
     output: torch.Tensor | Any = outputs[-1] if outputs else None
     if type(output) is tuple:  # PiT: the map and the tokens of classes

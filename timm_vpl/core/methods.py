@@ -56,13 +56,13 @@ class Method(NamedTuple):
         criterion: `criterion(own, setting)` -> StagedLoss, `own` an instance of `options`; its terms say who learns
             what, in which optimizer phase, from one view of an image or two.
         passes: Forwards for an image in a training step, over all networks, by the options and the branches.
-        options: Dataclass of the options of its own, a row each (`option`).
+        options: Dataclass of its own options, a row each (`option`).
         updates: Optimizer updates a batch, by the options.
         projects: Whether a term compares embeddings, which may need the affine layer, by the options.
         teacher: Whether a frozen network teaches: 'never', 'always', 'alone', when one model is named, or 'asked', when
-            --teacher is given. It replaces the other branch, or teaches beside two.
-        distilled: Branches of which one trains a head of its own for the teacher's labels (DeiT's distillation token),
-            by the options; the last that has such a head.
+            --teacher is given. It replaces the other branch, or teaches two.
+        distilled: Branches of which one trains a separate head for the teacher's labels (DeiT's distillation token), by
+            the options; the last that has such a head.
         uniform_drop_path: Whether every block of a network has the rate --drop-path.
         bce: Whether the labels' loss is binary cross-entropy.
         key: Of its paper, in the package's citations; '' for none.
@@ -193,7 +193,7 @@ def _pair(own: PairOptions, setting: Setting) -> 'StagedLoss':
         for name, term in zip(column_names(asked, setting.sides), asked, strict=True)])
 
 
-#: The methods by name (`--method NAME`). A method of one's own is one more entry.
+#: The methods by name (`--method NAME`). Your own method is one more entry.
 METHODS: dict[str, Method] = {
     'vpl': Method(
         'Vision Pair Learning',

@@ -13,7 +13,7 @@ ABSENT: Any = object()  # timm has no such option
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of an option beside its name, its type and its default.
+    """The facts of an option besides its name, type and default.
 
     Args:
         help: What it does; '' hides it.

@@ -285,7 +285,7 @@ def _projection(kind: str, own: Any, setting: 'Setting', name: str, led: str) ->
 
 _LOGITS = (*SIDES, 'teacher', 'average')
 
-#: The terms by name (`--term NAME,...`). A term of one's own is one more entry.
+#: The terms by name (`--term NAME,...`). Your own term is one more entry.
 TERMS: dict[str, TermKind] = {
     'ce': TermKind("the labels' loss", _ce, TermOptions, (*SIDES, 'both'), ()),
     'contrastive': TermKind(

@@ -1,4 +1,4 @@
-"""The terms of a loss: functions of a pair's output and the labels, each of which knows who learns from it."""
+"""The terms of a loss: functions of a pair's output and the labels, each with its learner."""
 import math
 from collections.abc import Callable, Sequence
 from functools import partial

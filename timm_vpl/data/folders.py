@@ -16,14 +16,14 @@ from ..text import one_line
 
 _logger = logging.getLogger(__name__)
 
-# What of a folder is not read, beside files by their ending.
+# What is not read in a folder, besides files by their ending.
 HIDDEN = 'hidden (a name that begins with a dot)'
 LOOSE = 'outside the class folders'
 SPECIAL = 'pipes or devices'
 
 
 def find_split(data_dir: str, split: str, flag: str, whole: bool, endings: str | None) -> tuple:
-    """Return the folder or tar of a split, and of a folder the images by folder and what is not read.
+    """Return the folder or tar of a split, and for a folder its images by folder and what is not read.
 
     Args:
         data_dir: Folder of the splits.
@@ -86,7 +86,7 @@ def scan_folder(root: str, types: set[str], flag: str = '--data-dir') -> tuple[d
                             pending.append((entry.path, (*above, here)))
                         elif (extension := os.path.splitext(name)[1].lower()) not in types:
                             not_read[extension or 'without an ending'] += 1
-                        elif kind == SPECIAL:  # reading it would wait for ever
+                        elif kind == SPECIAL:  # reading it would hang
                             not_read[SPECIAL] += 1
                         else:
                             paths.append(entry.path)

@@ -6,7 +6,7 @@ from typing import Any
 
 from .images import Split
 
-IDENTITY_VERSION = 1  # of what is hashed
+IDENTITY_VERSION = 1  # of the hashed content
 
 
 def data_identity(dataset: Split, class_names: list[str] | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from ..core.processes import Processes
 from ..core.seeding import derive_seed, seed_all
 from ..errors import RunError, UsageError, first_line
-from .order import SampleDraw, deal, shuffled
+from .order import SampleDraw, part_of, shuffled
 from .sources import Source
 
 _logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ _logger.setLevel(logging.WARNING)  # on every process: each reads files that the
 
 MAX_SKIPPED = 10  # unreadable images in a row, after which a run ends
 MAX_WARNINGS = 10  # of unreadable images, by each process that reads
-MAX_WORKERS = 1024  # whose reading is looked at
+MAX_WORKERS = 1024  # whose reading is monitored
 
 # What a reader raises for one file that can't be read; other errors are not about an image.
 READ_ERRORS = (
@@ -49,7 +49,7 @@ class Images(Dataset):
         num_classes: Classes that labels can have after it, None for any.
 
     Raises:
-        RunError: MAX_SKIPPED images in a row can't be read, or a label is none of the classes.
+        RunError: MAX_SKIPPED images in a row can't be read, or a label is not one of the classes.
     """
     reader: Any
     source: Source
@@ -167,12 +167,14 @@ class StreamImages(IterableDataset):
         self.transform = self.label_map = self.num_classes = None
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers persist
         self._num_warnings = 0
-        self.deal(0, Processes(None))
+        self.distribute(0, Processes(None))
 
     def __len__(self):
         return self.reader.num_samples or 0
 
-    def deal(self, workers: int, processes: Processes, seed: int = 0, batches: int = 0, batch_size: int = 1) -> None:
+    def distribute(
+            self, workers: int, processes: Processes, seed: int = 0, batches: int = 0, batch_size: int = 1,
+    ) -> None:
         """Distribute the images over the workers of all processes.
 
         Args:
@@ -196,7 +198,7 @@ class StreamImages(IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of training."""
         self.epoch.fill_(epoch)
-        self.reader.set_epoch(epoch)  # of one that deals its samples itself
+        self.reader.set_epoch(epoch)  # of a reader that distributes its samples itself
 
     def __iter__(self) -> Iterator:
         info = get_worker_info()
@@ -254,7 +256,7 @@ class StreamImages(IterableDataset):
         order = list(range(len(listed)))
         if self.batches:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(listed)).tolist()
-        pieces = deal(first, last, whole, [listed[shard][1] for shard in order])
+        pieces = part_of(first, last, whole, [listed[shard][1] for shard in order])
 
         def once():
             for piece in pieces:

@@ -25,7 +25,7 @@ from .order import SeededCollate, SeededDataset, SeededErasing, SeededSampler
 
 def init_worker(worker_id: int) -> None:
     """Let a worker ignore the signals of its process group, which the main process handles."""
-    signal.set_wakeup_fd(-1)  # that of the main process, where this is a fork of it
+    signal.set_wakeup_fd(-1)  # the main process's, if this is a fork of it
     for name in ('SIGINT', 'SIGUSR1'):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -87,7 +87,7 @@ class TrainLoader(PrefetchLoader):
                 len(images), size, options.run.seed, processes.rank, processes.world_size,
                 options.augmentation.aug_repeats)
         else:
-            images.deal(options.loader.workers, processes, options.run.seed, self._num_batches, size)
+            images.distribute(options.loader.workers, processes, options.run.seed, self._num_batches, size)
         batches = _batches(
             options.loader, dataset, batch_size=size, sampler=self.order, drop_last=True,
             collate_fn=SeededCollate(collate, options.run.seed, options.augmentation.mixup_off_epoch))
@@ -131,7 +131,7 @@ def create_train_loader(
     """Create the training loader from timm's options.
 
     Raises:
-        UsageError: An augmentation policy that timm does not know, or fewer images than a batch.
+        UsageError: An unknown augmentation policy, or fewer images than a batch.
     """
     asked = options.augmentation
     guard_posterize()
@@ -234,7 +234,7 @@ def create_eval_loader(
     images = copy.copy(images)  # with a transform of its own; what is replaced, they share
     images.transform = create_transform(**data_config, use_prefetcher=True)
     if isinstance(images, StreamImages):
-        images.deal(loader.workers, processes)
+        images.distribute(loader.workers, processes)
     batches = _batches(
         loader,
         images,

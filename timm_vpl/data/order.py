@@ -97,7 +97,7 @@ class SeededCollate:
         epoch, position, _ = batch[0][2]
         seed_all(self.seed, 'batch', epoch, position)
         if isinstance(self.collate, Mixup) and self.mixup_off_epoch:
-            # Here, since a worker that persists never sees what the main process sets later.
+            # Here, since a persistent worker never sees what the main process sets later.
             self.collate.mixup_enabled = epoch < self.mixup_off_epoch
         return self.collate([sample[:2] for sample in batch])
 
@@ -137,7 +137,7 @@ class Piece(NamedTuple):
         return (self.first <= position) & (position < self.last)
 
 
-def deal(first: int, last: int, whole: int, lengths: Sequence[int]) -> list[Piece]:
+def part_of(first: int, last: int, whole: int, lengths: Sequence[int]) -> list[Piece]:
     """Return a reader's part of a stream: [first, last) of `whole` equal parts.
 
     Readers whose parts adjoin share the shard at their border, and each sample of it has one reader. So all parts

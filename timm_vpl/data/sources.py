@@ -229,7 +229,7 @@ def _open_shards(request: Request) -> Any:
         raise UsageError(
             f"--dataset {request.data.dataset}: needs webdataset 1.0 or later (pip install 'timm-vpl[wds]'), found "
             f"{version}")
-    reader = _open_timm(request)  # nothing is read yet but _info.json
+    reader = _open_timm(request)  # reads only _info.json
     where, names = f'{request.where}: split {request.split!r} of _info.json:', reader.split_info.filenames
     if not names or not isinstance(reader.num_samples, int):
         raise UsageError(f'{where} {len(names)} shards, {reader.num_samples!r} samples')
@@ -237,7 +237,7 @@ def _open_shards(request: Request) -> Any:
         check_shards(where, name)
         if '://' in request.data.data_dir and os.path.isabs(name):
             raise UsageError(f'{where} {name}: not below the address')
-    reader.is_training, reader.dist_num_replicas = False, 1  # its samples are dealt here
+    reader.is_training, reader.dist_num_replicas = False, 1  # its samples are distributed here
     return reader
 
 

@@ -76,7 +76,7 @@ def _said(error: BaseException) -> str:
 
 
 def _write(error: BaseException, folder: str | None) -> str:
-    """Write an error's traceback to a file of its own and return the path."""
+    """Write an error's traceback to a new file and return the path."""
     for where in (folder, None):
         try:
             file = tempfile.NamedTemporaryFile(

@@ -196,7 +196,7 @@ class Saver:
         self.newest = name + EXTENSION
 
     def _names(self, ranks: Ranks, epoch: int) -> list[str]:
-        """Return the names that the checkpoint of an epoch has, beside `last`."""
+        """Return the names that the checkpoint of an epoch has, besides `last`."""
         numbered = [name for name in ranks.files if name == f'checkpoint-{epoch}']
         bests = [name for name, (_, best) in ranks.bests.items() if best == epoch]
         return numbered + bests + [f'milestone-{epoch + 1}'] * (epoch + 1 in self.milestones)
@@ -264,7 +264,7 @@ class Saver:
 
 
 def _cause(error: BaseException) -> str:
-    """Return why a file could not be written, where torch's writer hides it behind an error of its own."""
+    """Return why a file could not be written, where torch's writer hides it behind its own error."""
     while error.__context__ is not None and not isinstance(error, OSError):
         error = error.__context__
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)

@@ -214,7 +214,7 @@ def _model_kwargs(asked: Any, in_chans: int, num_classes: int) -> dict[str, Any]
 
 
 def create_branch(options: Options, side: str, data_config: dict[str, Any], num_classes: int) -> nn.Module:
-    """Create a branch's model with timm, its weights drawn from a stream of their own.
+    """Create a branch's model with timm, its weights drawn from a separate stream.
 
     Raises:
         UsageError: timm can't build the model with these options.
@@ -463,7 +463,7 @@ def training_flops(task: PairTask, configs: dict[str, dict[str, Any]]) -> int:
 def _count_flops(model: nn.Module, input_size: tuple[int, ...]) -> tuple[int, int]:
     """Return the operations of one image's forward pass, and of forward and backward."""
     device = next(model.parameters()).device
-    # The counter knows attention by its matrix products, not by every fused kernel.
+    # The counter counts attention by its matrix products, but does not support every fused kernel.
     with torch.enable_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         output = model(torch.zeros(1, *input_size, device=device))
         forward = counter.get_total_flops()

@@ -112,7 +112,7 @@ def create_optimizer(
     """Create the one optimizer of both branches, and of the layers that terms have.
 
     Raises:
-        UsageError: An optimizer that timm does not know, or options that it does not support.
+        UsageError: An unknown optimizer, or options that it does not support.
     """
     asked = options.optimizer
     kwargs = optimizer_kwargs(Namespace(**vars(asked), lr=None, weight_decay=0.))  # the groups have their own

@@ -22,8 +22,8 @@ STALE = 30  # seconds without one after which an owner on another machine counts
 class Owner:
     """Makes a folder this process's own, for as long as it lives.
 
-    All of it holds on network file systems too: a file is created that must not be there, renamed, and opened anew to
-    be read. Clocks do not matter: a process of this machine is looked up; for another machine the file is watched for a
+    All of it works on network file systems too: a file is created that must not exist, renamed, and opened again to be
+    read. Clocks do not matter: a process of this machine is looked up; for another machine the file is watched for a
     change.
     """
 

@@ -161,7 +161,7 @@ def command_parser(name: str, prog: str = '') -> OptionParser:
 
 
 def parse_command(name: str, argv: Sequence[str], prog: str = '') -> Any:
-    """Return the options of a command, checked as far as that needs no data: an instance of its class.
+    """Return the options of a command, with all checks that need no data: an instance of its class.
 
     Raises:
         UsageError: The input is wrong.

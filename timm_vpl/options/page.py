@@ -37,7 +37,7 @@ ConvNeXt-T. That of a ResNet50 with the JSD loss must leave out `--aug-splits 3 
 
 A branch is validated as timm validates its model: with the model's size, crop, interpolation, mean and deviation, also
 from scratch. Where those of the branches differ, validation reads each image twice, and the log names the difference.
-Training reads an image once, for the branch with the larger images; for the other it is resized and normalised anew on
+Training reads an image once, for the branch with the larger images; for the other it is resized and normalised again on
 the device.
 
 ## train

@@ -19,7 +19,7 @@ MAX_RECIPE_DEPTH = 20
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return a file of options with the values that YAML gives them, for what is not given to the parser.
+    """Return a file of options with YAML's own values, for options that the parser does not read.
 
     Raises:
         UsageError: The file is not a valid recipe.
@@ -229,12 +229,12 @@ def load_recipe(parser: OptionParser, path: Path, command_line: Mapping[str, Any
     return given
 
 
-# Further arguments of a model that say which files timm reads and writes, from which addresses.
+# Further arguments of a model that set which files and addresses timm reads and writes.
 _FILES_OF_A_MODEL = ('cache_dir', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay')
 
 
 def check_foreign(path: Path, given: dict[str, Any]) -> None:
-    """Raise UsageError where a recipe, which may be somebody else's, decides what only the command line may."""
+    """Raise UsageError where a recipe, which may be untrusted, sets what only the command line may."""
     if given.get('dataset_trust_remote_code'):
         raise UsageError(f'{path}: dataset_trust_remote_code: a recipe cannot allow a data set to run code, only '
                          f'--dataset-trust-remote-code on the command line can')

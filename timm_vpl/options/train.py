@@ -182,7 +182,7 @@ def read_args(argv: Sequence[str], prog: str = 'train_vpl.py') -> tuple[Options,
 
 
 def _continue_in(folder: str, command_line: dict[str, Any]) -> None:
-    """Let a run continue in its folder, whatever names the recipe gives."""
+    """Let a run continue in its folder, even if the recipe gives other names."""
     for dest, place in zip(('output', 'experiment'), os.path.split(os.path.realpath(folder)), strict=True):
         named = command_line.get(dest, place)
         if (os.path.realpath(named) if dest == 'output' else named) != place:
@@ -262,7 +262,7 @@ def changed_options(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[li
 
 
 def idle_options(options: Options) -> dict[str, list[str]]:
-    """Return the options that have no effect beside the others, whatever their value, by the reason."""
+    """Return the options that have no effect because of the others, by the reason."""
     view = SimpleNamespace(**{
         **options.flat(), 'sides': options.sides, 'branch': options.branches.__getitem__,
         'augmentation': options.augmentation})

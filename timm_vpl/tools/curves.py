@@ -29,7 +29,7 @@ class Line:
         y: A value each.
         color: Its colour.
         dash: One of DASHES.
-        thin: Whether it stands behind others.
+        thin: Whether it is drawn thin, behind others.
         low: Lower edge of its band; [] for no band.
         high: Upper edge.
         runs: Number of runs in its mean.

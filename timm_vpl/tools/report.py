@@ -126,15 +126,15 @@ def make_groups(runs: Iterable[Run], names: Mapping[str, str] = MappingProxyType
         run = group.run
         alike = [other.run.recipe for other in groups if other.place == group.place]
         # Options that another one switches off are left out, if that one distinguishes the groups.
-        told = {name for name in differing(*alike)
-                if len({repr(recipe[name]) for recipe in alike if name in recipe}) > 1}
-        shown = [{name: recipe.get(name) for name in told} for recipe in alike]
+        named = {name for name in differing(*alike)
+                 if len({repr(recipe[name]) for recipe in alike if name in recipe}) > 1}
+        shown = [{name: recipe.get(name) for name in named} for recipe in alike]
         if any(shown.count(each) > 1 for each in shown):
-            told = {*differing(*alike)}
+            named = {*differing(*alike)}
         values = {**run.recipe, 'teacher': run.options.get('teacher')}
         parts = ', '.join(
             f'{name}={show(values.get(name))}'
-            for name in sorted({*own_options(run), *told}.difference(terms_off(run))))
+            for name in sorted({*own_options(run), *named}.difference(terms_off(run))))
         group.name = names.get(str(run.path)) or (f'{run.framework} ({parts})' if parts else run.framework)
     order = {method: i for i, method in enumerate(dict.fromkeys(['solo', *METHODS]))}
     return sorted(groups, key=lambda group: (
@@ -364,12 +364,12 @@ def _notes(r: dict[str, Any], safe: Callable[[Any], str]) -> Iterator[str]:
 
 def _run_parts(groups: Sequence[Group], runs: Sequence[Run]) -> Iterator[Part]:
     """Yield in HTML the details: options that differ, the command and the environment of each run."""
-    told = [name for name in differing(*(group.run.recipe for group in groups)) if name not in ('data', 'teacher')]
-    if told:
+    named = [name for name in differing(*(group.run.recipe for group in groups)) if name not in ('data', 'teacher')]
+    if named:
         yield 'h2', 'Options that differ'
-        yield 'table', (['Framework', 'Epochs', *map(as_html, told)], [
+        yield 'table', (['Framework', 'Epochs', *map(as_html, named)], [
             (as_html(group.name), group.run.num_epochs,
-             *(as_html(show(group.run.recipe[name])) if name in group.run.recipe else None for name in told))
+             *(as_html(show(group.run.recipe[name])) if name in group.run.recipe else None for name in named))
             for group in groups])
     yield 'h2', 'Commands'
     yield 'p', 'Options at their defaults are left out.'

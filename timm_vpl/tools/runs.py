@@ -139,7 +139,7 @@ def read_run(path: Path, taught: bool = True) -> Run:
 def _read_teacher(teacher: Any, path: Path) -> Run | None:
     """Return the run of a teacher that is a run's folder or a checkpoint in it, else None.
 
-    A folder that no longer exists is searched for beside the student's.
+    If its folder no longer exists, it is searched for beside the student's.
 
     Args:
         teacher: The option --teacher.

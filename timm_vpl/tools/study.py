@@ -157,11 +157,11 @@ def check_plan(runs: Iterable[PlannedRun]) -> None:
         then, now = read_options(run.folder) or {}, recipe_values(options)
         for dest, entry in build_parser().entries.items():
             before, after = then.get(dest, entry.default), now.get(dest, entry.default)
-            told = dest == 'seed' or not (entry.row.how or dest == 'teacher' or entry.side == 'both')
-            if told and show(before) != show(after):  # '' and none are alike
+            is_compared = dest == 'seed' or not (entry.row.how or dest == 'teacher' or entry.side == 'both')
+            if is_compared and show(before) != show(after):  # '' and none are alike
                 raise UsageError(
                     f'{run.folder}: was finished with {dest} {show(before)}, but the plan has {show(after)}; '
-                                 f'rename the row, or move the folder away')
+                    f'rename the row, or move the folder away')
 
 
 def run_study(options: Study) -> int:
