@@ -23,7 +23,7 @@ def raised(error, cause=None):
 
 @pytest.mark.parametrize('error, line', [
     (RuntimeError('CUDA out of memory. Tried\nmore'),
-     r'RuntimeError: CUDA out of memory. Tried \(epoch 1; a smaller --batch-size, .*; traceback: .*\)'),
+     r'RuntimeError: CUDA out of memory. Tried \(epoch 1; use a smaller --batch-size, .*; traceback: .*\)'),
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '),
      r'RuntimeError: DataLoader worker \(pid 7\) is killed.*\(epoch 1; probably out of memory: .*\)'),
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. '), '.*enlarge /dev/shm.*'),
@@ -72,7 +72,7 @@ def test_an_error_within_a_run(digits_folder, tmp_path, monkeypatch, capsys):
     line = capsys.readouterr().err.strip().splitlines()[-1]
     (file,) = (tmp_path / 'run').glob('traceback-*.txt')
     assert line.startswith('train_vpl.py: error: RuntimeError: [enforce fail]')
-    assert 'epoch 1, batch 2; a smaller --batch-size' in line
+    assert 'epoch 1, batch 2; use a smaller --batch-size' in line
     assert str(file) in line and 'in failing' in file.read_text()
 
 
