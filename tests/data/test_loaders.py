@@ -231,7 +231,7 @@ def test_a_worker_that_dies_while_it_is_awaited(loader):
     os.kill(pid, signal.SIGSTOP)
     with subprocess.Popen(['sh', '-c', f'sleep 0.3; kill -KILL {pid}']):
         # Where torch's own exception falls into a destructor, Python drops it: the lost connection is left.
-        assert 'fewer --workers need less' in refusal(itertools.chain(batches, loader.epoch(1)))
+        assert 'use fewer --workers' in refusal(itertools.chain(batches, loader.epoch(1)))
 
 
 def test_workers_outlive_signals_that_are_not_for_them(digits_folder):

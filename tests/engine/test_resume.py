@@ -101,11 +101,11 @@ def test_a_stream_begins_its_epoch_anew(digits_folder, tmp_path, caplog):
     # In validation a run is where the next epoch begins, at which it goes on as the one left alone.
     stopped(r'Train: 1 \[ *4/', run, tmp_path / 'x', tmp_path / 'part', *options)
     assert not differences(whole, run(tmp_path / 'x', tmp_path / 'part', *options, '--resume', 'auto'))
-    assert 'begins anew' not in caplog.text
+    assert 'starts again' not in caplog.text
     stopped(r'Train: 1 \[ *2/', run, tmp_path / 'x', tmp_path / 'anew', *options)
     assert read_checkpoint(newest_checkpoint(tmp_path / 'anew' / 'run'))['progress']['batch'] in (3, 4)
     found = rows(run(tmp_path / 'x', tmp_path / 'anew', *options, '--resume', 'auto'))
-    assert [record.getMessage() for record in caplog.records if 'begins anew' in record.getMessage()] == [
+    assert [record.getMessage() for record in caplog.records if 'starts again' in record.getMessage()] == [
         'A stream cannot be resumed in mid-epoch: epoch 1 starts again']
     assert [(row['epoch'], row['images'], row['skipped']) for row in found] == [(str(i), '40', '0') for i in range(3)]
 

@@ -303,7 +303,7 @@ def _no_image(error: Exception) -> str:
     """Return the cause in an error that is not about one broken image."""
     return {
         KeyError: f'{error} is not a column of the data, or not in --class-map',
-        MemoryError: 'out of memory (fewer --workers need less)',
+        MemoryError: 'out of memory (use fewer --workers)',
     }.get(type(error), f'{type(error).__name__} {first_line(error)}')
 
 
