@@ -190,7 +190,7 @@ def test_classes_by_name(capsys, digits_folder, tmp_path):
     validate(capsys, tmp_path / 'model', digits_folder, '--class-map', tmp_path / 'map.txt', '--results-file', path)
     assert results(path)[0]['top1'] == wanted
     (tmp_path / 'map.txt').write_text('\n'.join(['x', 'y', 'z', 'class1', 'class3', 'class0', 'class2']))
-    assert 'has the label 6, none of the 6 classes' in validate(
+    assert 'has the label 6, not one of the 6 classes' in validate(
         capsys, tmp_path / 'model', digits_folder, '--class-map', tmp_path / 'map.txt', status=1)
 
     shutil.rmtree(tmp_path / 'model')
@@ -429,14 +429,14 @@ def test_one_tar_or_folder_of_classes(capsys, digits_folder, run_dir, tmp_path):
     ('RUN', ['--results-file', 'none/x.csv'], 'no such folder'),
     ('RUN', ['--real-labels', 'none.json'], '--real-labels none.json: no such file'),
     ('RUN', ['--real-labels'], "does not name its classes by ImageNet's wnids"),
-    ('RUN', ['--mean', '0.5', '0.5'], '--mean: 2 values, the images of test_resnet have 3 channels'),
+    ('RUN', ['--mean', '0.5', '0.5'], '--mean: 2 values, but the images of test_resnet have 3 channels'),
     ('RUN', ['--in-chans', '1'], 'test_resnet: cannot take images of size (1, 32, 32)'),
     ('RUN', ['--device', 'nosuch'], '--device nosuch'),
     ('RUN', ['--nosuch'], 'unknown option --nosuch'),
     ('RUN', ['--split', 'test'], '--val-split test: no such folder'),
     ('RUN', ['--data-dir', 'none'], 'does not exist'),
     ('RUN', ['--imagenet-v2'], "has a class 'class0', which is not a number from 0 to 999"),
-    ('RUN', ['--imagenet-v2', '--class-map', __file__], 'cannot go with --class-map'),
+    ('RUN', ['--imagenet-v2', '--class-map', __file__], 'cannot be combined with --class-map'),
     ('none/model', [], 'no such file or folder'),
     ('test_vitt', [], 'did you mean test_vit'),
     ('.', [], 'no checkpoint in this folder'),
