@@ -132,7 +132,7 @@ def test_a_data_set_can_be_pickled(folder):
 
 @pytest.mark.parametrize('label', [None, -1, -100, 4, 2.5, float('nan'), [1, 2], '1', np.array([0, 1])])
 def test_labels_that_are_no_class(label):
-    with pytest.raises(RunError, match='index 0. has the label .*none of the 4 classes, 0 to 3'):
+    with pytest.raises(RunError, match='index 0. has the label .*not one of the 4 classes, 0 to 3'):
         given(label, num_classes=4)[0]
 
 

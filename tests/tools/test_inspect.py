@@ -305,7 +305,7 @@ def test_data_without_file_names(capsys, tmp_path, monkeypatch, is_stream):
     (['RUN'], [], 'no data: give a folder or .tar of images', 2),
     (['RUN', 'none/data'], [], 'data folder none/data does not exist', 2),
     (['one', 'DATA'], [], 'one: contains one model; name a second one', 2),
-    (['RUN', 'one', 'DATA'], [], 'hold 3 models; name a pair, or two', 2),
+    (['RUN', 'one', 'DATA'], [], 'contain 3 models; name a pair, or two', 2),
     (['one', 'five', 'DATA'], [], 'five: has 5 classes, ', 2),
     (['one', 'other', 'DATA'], [], "other: does not have the class 'class3' of ", 2),
     (['one', 'grey', 'DATA'], [], 'grey: has 1 channels, ', 2),
