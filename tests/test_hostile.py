@@ -440,7 +440,7 @@ def test_splits_run_no_commands(split, capsys):
 @pytest.mark.parametrize('split', ['x-{0..999999999}.tar', 'x-{0..9999}{0..9999}.tar', 'x' + '{a,b}' * 40 + '.tar'])
 def test_splits_of_too_many_shards(split, capsys):
     refused(['train', *PAIR, '--dataset', 'wds/x', '--data-dir', '.', '--train-split', split], capsys,
-            '--train-split', 'more than 1000000')
+            '--train-split', 'more than the limit of 1000000')
 
 
 def test_names_of_shards_that_are_taken():
