@@ -27,7 +27,7 @@ def without_guards():
     taken = {
         (Update, 'step'): plain_step,
         (Update, '_account'): lambda self, progress, size: None,
-        (Control, 'decide'): lambda self, wish=GO_ON: GO_ON,
+        (Control, 'decide'): lambda self, request=GO_ON: GO_ON,
     }
     kept = {key: getattr(*key) for key in taken}
     for key, function in taken.items():

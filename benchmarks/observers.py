@@ -132,7 +132,7 @@ def main() -> None:
         for pair in range(options.repeats):
             taken, other = in_turns(runs, pair % 2)
             ratios.append(taken / other)
-        observed.tell('close')
+        observed.notify('close')
         logarithms += map(math.log, ratios)
         print(f'series {series + 1}: median {statistics.median(ratios):.4f}: {" ".join(f"{x:.3f}" for x in ratios)}',
               flush=True)

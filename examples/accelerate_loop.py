@@ -21,7 +21,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument('--epochs', type=int, default=5)
     args = parser.parse_args()
-    # Without a GPU accelerate joins torchrun's processes to a group only if it is told so.
+    # Without a GPU accelerate joins torchrun's processes to a group only if asked to.
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     set_seed(0)
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""A term of one's own, with an option, a layer that it trains and a feature, then the usual command line.
+"""A term of your own, with an option, a layer that it trains and a feature, then the usual command line.
 
 The term is that of similarity-preserving distillation (Tung and Mori, ICCV 2019, arXiv 1907.09682, eq. 4), here on a
 projected feature map and between two networks that train at the same time.
@@ -18,7 +18,7 @@ from timm_vpl.core.option import Count, option
 
 @dataclass(frozen=True)
 class SimilarityOptions(FollowOptions):
-    """Options of the term beside those of all terms: in recipes and messages like all others."""
+    """Options of the term besides those of all terms; recipes and messages treat them alike."""
     feature: str = option('stage3', 'feature of both branches')
     width: Count = option(64, 'channels of the projection')
 

@@ -1,6 +1,6 @@
 #!/bin/bash
 # ImageNet on several machines under SLURM, one torchrun on each: sbatch --export=ALL,DATA=/imagenet examples/slurm.sh
-# Shortly before its time is over the job stops the run, saved, and queues itself again; the run then goes on.
+# Shortly before its time is over the job saves and stops the run, and requeues itself; the run then resumes.
 #SBATCH --job-name=vpl-r50-vitb
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -16,7 +16,7 @@ PROCESSES=${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}  # on each machine
 export OMP_NUM_THREADS=1
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# The processes end together by themselves: srun must not kill one that still saves.
+# The processes end together by themselves: srun must not kill one that is still saving.
 srun --kill-on-bad-exit=0 torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node "$PROCESSES" \
     --rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
@@ -24,7 +24,7 @@ srun --kill-on-bad-exit=0 torchrun \
     -m timm_vpl train --config "$RECIPE" --data-dir "$DATA" --experiment "$SLURM_JOB_NAME" --resume auto "$@" &
 run=$!
 
-# srun passes the signal on: all processes stop at the same update, and save.
+# srun forwards the signal: all processes stop at the same update, and save.
 trap 'stopped=yes; kill -USR1 "$run"' USR1
 wait "$run"; status=$?
 if [ -n "$stopped" ]; then

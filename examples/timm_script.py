@@ -1,4 +1,4 @@
-"""timm's own train script, unmodified, with a pair in the place of its model and PairTask in that of its task.
+"""timm's own train script, unmodified, with a pair instead of its model and PairTask instead of its task.
 
     python examples/timm_script.py PATH/TO/timm/train.py DIR --model resnet50 --model-b vit_base_patch16_224
 
@@ -14,7 +14,7 @@ from timm.utils import ParseKwargs, is_primary, unwrap_model
 from timm_vpl import PairTask, VPLLoss
 from timm_vpl.engine.boundary import refusing
 from timm_vpl.engine.models import create_beside
-from timm_vpl.options.train import mistakes_end
+from timm_vpl.options.train import exit_on_usage_error
 
 # Options of the script that a pair does not have, each with the value at which it does nothing.
 REFUSED = {'aug_splits': 0, 'head_init_bias': None, 'head_init_scale': None, 'jsd_loss': False, 'kd_model_name': None,
@@ -56,5 +56,5 @@ def main(path):
 
 
 if __name__ == '__main__':
-    with mistakes_end('timm_script.py'):
+    with exit_on_usage_error('timm_script.py'):
         main(sys.argv.pop(1) if len(sys.argv) > 1 else 'nothing')

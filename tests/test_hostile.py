@@ -151,7 +151,7 @@ def test_config_json_does_not_choose_the_weights(capsys):
 def test_config_json_that_is_none(text, capsys):
     Path('model').mkdir()
     Path('model', 'config.json').write_text(text)
-    refused(['validate', 'model', *EVAL], capsys, 'model: can not be built')
+    refused(['validate', 'model', *EVAL], capsys, 'model: cannot be built')
 
 
 @pytest.fixture(scope='module')
@@ -368,7 +368,7 @@ def test_long_values_are_read(capsys):
 
 def test_code_of_a_data_set_only_by_the_command_line(capsys):
     line = recipe_line('dataset_trust_remote_code: true', capsys)
-    assert line.endswith('a recipe can not allow a data set to run code, only --dataset-trust-remote-code on the '
+    assert line.endswith('a recipe cannot allow a data set to run code, only --dataset-trust-remote-code on the '
                          'command line can')
     args = parse_args([*DIGITS, '-c', 'recipe.yaml', '--dataset-trust-remote-code'])
     assert args.data.dataset_trust_remote_code and 'dataset_trust_remote_code' not in recipe_values(args)
@@ -440,7 +440,7 @@ def test_splits_run_no_commands(split, capsys):
 @pytest.mark.parametrize('split', ['x-{0..999999999}.tar', 'x-{0..9999}{0..9999}.tar', 'x' + '{a,b}' * 40 + '.tar'])
 def test_splits_of_too_many_shards(split, capsys):
     refused(['train', *PAIR, '--dataset', 'wds/x', '--data-dir', '.', '--train-split', split], capsys,
-            '--train-split', 'more than 1000000')
+            '--train-split', 'more than the limit of 1000000')
 
 
 def test_names_of_shards_that_are_taken():

@@ -1,4 +1,4 @@
-"""Bars of long work: on a terminal alone, and not where they are not wanted."""
+"""Progress bars: on a terminal only, and only if they are wanted."""
 import contextlib
 import logging
 from collections.abc import Iterator
@@ -11,31 +11,31 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 _hidden = False
 
 
-def set_output(quiet: bool, no_progress: bool, speaks: bool = True) -> None:
-    """Say what this process prints: log lines, or with `quiet` warnings and errors only; bars, or none.
+def set_output(quiet: bool, no_progress: bool, is_first: bool = True) -> None:
+    """Set what this process prints: log lines, or with `quiet` warnings and errors only; bars, or none.
 
     Args:
         quiet: As of --quiet.
         no_progress: As of --no-progress.
-        speaks: Whether it is the one of several processes that speaks; the others print errors only.
+        is_first: Whether it is the first process, which prints all; the others print errors only.
     """
     global _hidden
-    _hidden = quiet or no_progress or not speaks
+    _hidden = quiet or no_progress or not is_first
     root = logging.getLogger()
     if not root.handlers:
         setup_default_logging()
-    if quiet or not speaks:
-        root.setLevel(logging.WARNING if speaks else logging.ERROR)
+    if quiet or not is_first:
+        root.setLevel(logging.WARNING if is_first else logging.ERROR)
 
 
 @contextlib.contextmanager
 def bar(what: str, unit: str, total: int | None = None, **kwargs: Any) -> Iterator[Any]:
-    """Draw a bar while the work goes on, log lines above it; `update(n)` moves it.
+    """Draw a progress bar, with log lines above it; `update(n)` advances it.
 
     Args:
         what: Its name.
         unit: What is counted.
-        total: How many there are, if that is known.
+        total: Their number, if it is known.
         **kwargs: Further arguments of tqdm.
     """
     with logging_redirect_tqdm(tqdm_class=tqdm), tqdm(

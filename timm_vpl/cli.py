@@ -28,7 +28,7 @@ def train(argv: list[str] | None = None, prog: str = 'train_vpl.py') -> int:
             if launched().rank == 0:
                 print(f'{prog}: {e}', file=sys.stderr)
             for worker in multiprocessing.active_children():
-                worker.terminate()  # those that stand still too: they would be waited for, one by one
+                worker.terminate()  # hung ones too, or Python would wait for each of them
             raise SystemExit(_end(e.exit_status)) from None
     return _finish(prog, work)
 
@@ -63,7 +63,7 @@ def _finish(prog: str, work: Callable[[], int | None]) -> int:
     """Do the work of a command and return its exit status; an error becomes one line."""
     try:
         return _end(work() or 0)
-    except BrokenPipeError:  # the reader has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -95,11 +95,11 @@ USAGE = """usage: timm-vpl COMMAND [options]
 commands:
   train     train a pair of timm models, or one
   validate  measure the accuracy of trained models
-  predict   say what trained models see in images
+  predict   classify images with trained models
   inspect   compare two models, or the branches of a pair, image by image
   export    write each branch as a plain timm model, and push it to the Hub
   report    compare runs
-  study     train each row of a plan with each seed, and say which is best
+  study     train each row of a plan with each seed, and report the best
 (timm-vpl COMMAND --help)
 
 options:
@@ -120,6 +120,6 @@ def main(argv: list[str] | None = None) -> int:
         return train(argv[1:], 'timm-vpl train')
     if argv[0] in COMMANDS:
         return command(argv[0], argv[1:], f'timm-vpl {argv[0]}')
-    unknown = one_line(f'no command {argv[0]!r}, expected {" or ".join(["train", *COMMANDS])}')
+    unknown = one_line(f'unknown command {argv[0]!r}, expected {" or ".join(["train", *COMMANDS])}')
     print(f'timm-vpl: error: {unknown}', file=sys.stderr)
     return 2

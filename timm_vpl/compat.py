@@ -1,4 +1,4 @@
-"""Private members of torch and timm, and what mends them, each with what to do when it goes.
+"""Private members of torch and timm, and fixes for them, each with what to do if it is removed.
 
 All were checked with torch 2.14 and timm 1.0.31.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from huggingface_hub import constants
 from PIL import Image, ImageOps
-from timm.data.dataset_factory import _search_split as search_split  # if it goes: copy its 20 lines
+from timm.data.dataset_factory import _search_split as search_split  # if it is removed: copy its 20 lines
 from timm.models._hub import save_config_for_hf
 from timm.utils import ModelEmaV3
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,17 +24,18 @@ __all__ = [
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
-    """Return a module's children by name, None where an attribute was set to it: the dict itself, as it changes.
+    """Return a module's children by name, None where an attribute was set to it: the live dict.
 
-    nn.Module._modules. If it goes: dict(module.named_children()), a copy at each look.
+    nn.Module._modules. If it is removed: dict(module.named_children()), a copy at each call.
     """
     return module._modules
 
 
 def tensor_places(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
-    """Return where a module's parameters and persistent buffers are kept: the tensors themselves may be replaced.
+    """Return where a module keeps its parameters and persistent buffers; the tensors themselves may be replaced.
 
-    nn.Module._parameters, _buffers, _non_persistent_buffers_set. If one goes: `Ema` without `apply_update_`, as timm's.
+    nn.Module._parameters, _buffers, _non_persistent_buffers_set. If one is removed: `Ema` without `apply_update_`, as
+    timm's.
     """
     return [
         (slots, name)
@@ -46,19 +47,19 @@ def tensor_places(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
 def lerp_(ema: ModelEmaV3, averages: list[torch.Tensor], values: list[torch.Tensor], weight: float) -> None:
     """Interpolate an average's tensors towards a model's, with timm's rounding.
 
-    ModelEmaV3._foreach_lerp_. If it goes: `Ema` without `apply_update_`, as timm's.
+    ModelEmaV3._foreach_lerp_. If it is removed: `Ema` without `apply_update_`, as timm's.
     """
     ema._foreach_lerp_(averages, values, weight=weight)
 
 
 def compile_apart(module: nn.Module, name: str, **kwargs: Any) -> None:
-    """Compile a module's forward with torch.compile(**kwargs) as code of its own; a copy starts uncompiled.
+    """Compile a module's forward with torch.compile(**kwargs) as separate code; a copy starts uncompiled.
 
     Dynamo counts versions (8 at most) and learns which sizes vary for each code object. Modules of one class share
     theirs: of two with images of different size, the second would be compiled for images of any size.
 
-    nn.Module._compiled_call_impl, which a call runs in place of the forward and a copy leaves out. If it goes: keep the
-    compiled function beside the module, call it in forward, and leave it out in __getstate__.
+    nn.Module._compiled_call_impl, which a call runs in place of the forward and a copy leaves out. If it is removed:
+    keep the compiled function beside the module, call it in forward, and leave it out in __getstate__.
     """
     function = type(module).forward
     own = FunctionType(function.__code__.replace(co_name=name), function.__globals__)
@@ -68,7 +69,7 @@ def compile_apart(module: nn.Module, name: str, **kwargs: Any) -> None:
 def guard_posterize() -> None:
     """Let timm's posterize take 0 bits: a black image.
 
-    timm asks for 0 bits, which Pillow 13 refuses. If timm does not ask for them any more: remove this.
+    timm asks for 0 bits, which Pillow 13 refuses. Remove this once timm no longer asks for them.
     """
     operations = timm.data.auto_augment.NAME_TO_OP
     for name in ('Posterize', 'PosterizeIncreasing', 'PosterizeOriginal'):
@@ -86,7 +87,7 @@ def _posterize(img: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
 def shard_decoder(reader: Any) -> Callable[[dict[str, Any]], dict[str, Any] | None]:
     """Return timm's function that decodes a sample of a shard: `jpg`, whatever it is, and `target`; None to skip it.
 
-    timm.data.readers.reader_wds._decode. If it goes: the last stages of the pipeline that the reader makes.
+    timm.data.readers.reader_wds._decode. If it is removed: the last stages of the pipeline that the reader makes.
     """
     from timm.data.readers.reader_wds import _decode  # it imports webdataset, an extra
     return partial(
@@ -97,7 +98,7 @@ def shard_decoder(reader: Any) -> Callable[[dict[str, Any]], dict[str, Any] | No
 def write_config(model: nn.Module, path: str, **kwargs: Any) -> None:
     """Write timm's config.json of a model without its weights.
 
-    timm.models._hub.save_config_for_hf. If it goes: timm.models.save_for_hf, which writes the weights too.
+    timm.models._hub.save_config_for_hf. If it is removed: timm.models.save_for_hf, which writes the weights too.
     """
     save_config_for_hf(model, path, **kwargs)
 
@@ -105,7 +106,7 @@ def write_config(model: nn.Module, path: str, **kwargs: Any) -> None:
 def has_batch_norm(model: nn.Module) -> bool:
     """Return whether a model has BatchNorm of any kind.
 
-    torch.nn.modules.batchnorm._BatchNorm. If it goes: name each class.
+    torch.nn.modules.batchnorm._BatchNorm. If it is removed: name each class.
     """
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
@@ -113,7 +114,7 @@ def has_batch_norm(model: nn.Module) -> bool:
 def compile_modes() -> dict[str, bool]:
     """Return of each mode of torch.compile whether it records CUDA graphs.
 
-    torch._inductor.list_mode_options. If it goes: torch.compile refuses an unknown mode at the first step;
+    torch._inductor.list_mode_options. If it is removed: torch.compile refuses an unknown mode at the first step;
     'max-autotune' and 'reduce-overhead' record.
     """
     return {mode: options.get('triton.cudagraphs', False)
@@ -122,9 +123,10 @@ def compile_modes() -> dict[str, bool]:
 
 @contextlib.contextmanager
 def hub_offline() -> Iterator[None]:
-    """Let the client of the Hub take what its cache holds, and send nothing.
+    """Let the client of the Hub use its cache only, without any request.
 
-    huggingface_hub.constants.HF_HUB_OFFLINE. If it goes: the client tries for a minute to reach a Hub that is away.
+    huggingface_hub.constants.HF_HUB_OFFLINE. If it is removed: the client tries for a minute to reach a Hub that is
+    unreachable.
     """
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
@@ -139,7 +141,7 @@ def found_bad(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) ->
 
     None where there is no gradient.
 
-    GradScaler._per_optimizer_states. If it goes: look at each gradient, a second pass.
+    GradScaler._per_optimizer_states. If it is removed: check each gradient, in a second pass.
     """
     return next(iter(scaler._per_optimizer_states[id(optimizer)]['found_inf_per_device'].values()), None)
 
@@ -148,7 +150,7 @@ def let_scaler_skip(optimizer: torch.optim.Optimizer) -> None:
     """Let a GradScaler leave out a step of torch's fused SGD, not the kernel.
 
     The kernel leaves the momentum uninitialised where it skips the first step.
-    Optimizer._step_supports_amp_scaling. If it goes: refuse fused SGD under a GradScaler.
+    Optimizer._step_supports_amp_scaling. If it is removed: refuse fused SGD under a GradScaler.
     """
     if isinstance(optimizer, torch.optim.SGD) and hasattr(optimizer, '_step_supports_amp_scaling'):
         optimizer._step_supports_amp_scaling = False

@@ -1,4 +1,4 @@
-"""The ways in which a command ends early: asked for something wrong, gone wrong while it ran, or told to stop."""
+"""The ways in which a command ends early: a usage error, a failure, or a signal to stop."""
 
 
 class UsageError(Exception):
@@ -12,7 +12,7 @@ class RunError(Exception):
 
 
 class Stopped(Exception):
-    """A run that ends early because it was told to; the message is one line."""
+    """A run that ends early because of a signal; the message is one line."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
@@ -20,5 +20,5 @@ class Stopped(Exception):
 
 
 def first_line(error: BaseException, limit: int = 160) -> str:
-    """Return the first line of an error's message, or its class where it says nothing."""
+    """Return the first line of an error's message, or its class if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]

@@ -1,4 +1,4 @@
-"""Files that are whole or as they were: written under another name, flushed to disk, renamed."""
+"""Atomic writes of files: written under another name, flushed to disk, renamed."""
 import contextlib
 import os
 import re
@@ -10,7 +10,7 @@ from .errors import RunError
 
 
 def temporary(path: str | Path) -> str:
-    """Return a name beside a file's that no other process takes, on whatever machine."""
+    """Return a temporary name for a file that is unique among processes and machines."""
     return f'{path}.{uuid.uuid4().hex}.tmp'
 
 
@@ -21,7 +21,7 @@ def is_temporary(name: str) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: str, mode: str = 'w', **kwargs) -> Iterator:
-    """Open a file that takes the place of `path` once all of it is on disk; after an error the old one stays.
+    """Open a file that replaces `path` once it is completely on disk; after an error the old one stays.
 
     Args:
         path: File to write; its folder is made if it is gone.
@@ -43,18 +43,18 @@ def replacing(path: str, mode: str = 'w', **kwargs) -> Iterator:
 
 @contextlib.contextmanager
 def writing(path: str | Path, mode: str = 'w', **kwargs) -> Iterator:
-    """Do as `replacing`; raise RunError, a line with the path, where the file can't be written."""
+    """As `replacing`, but raise RunError with the path if the file can't be written."""
     try:
         with replacing(str(path), mode, **kwargs) as file:
             yield file
     except OSError as e:
-        raise RunError(f'{path}: can not be written: {e.strerror or e}') from e
+        raise RunError(f'{path}: cannot be written: {e.strerror or e}') from e
 
 
 def replace(src: str | Path, dst: str | Path) -> None:
-    """Rename a file over another, so that a loss of power leaves one of the two."""
+    """Rename a file over another, so that one of the two survives a power failure."""
     os.replace(src, dst)
-    with contextlib.suppress(OSError):  # not every system lets a folder be opened
+    with contextlib.suppress(OSError):  # not every system can open a folder
         folder = os.open(os.path.dirname(dst) or '.', os.O_RDONLY)
         try:
             os.fsync(folder)

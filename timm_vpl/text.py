@@ -1,4 +1,4 @@
-"""Text of others (names of data, of classes, of models, versions, paths) where it is shown: it stays text."""
+"""Safe display of foreign text, such as the names of data, classes and models, versions and paths."""
 import html as _html
 import re
 from typing import Any
@@ -7,14 +7,14 @@ MAX_LINE = 1000
 
 
 def one_line(text: Any, limit: int = MAX_LINE) -> str:
-    """Return text as one line that is safe to print: no control characters, a long middle left out."""
+    """Return text as one line that is safe to print: without control characters, shortened in the middle."""
     line = ' '.join(str(text).split())
     line = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in line)
     return line if len(line) <= limit else f'{line[:limit * 2 // 3]} ... {line[-limit // 4:]}'
 
 
 def markdown(text: Any) -> str:
-    """Return text as it is where it means nothing to Markdown or HTML, else as code.
+    """Return text unchanged if it has no meaning in Markdown or HTML, else as code.
 
     Renderers make links of bare addresses too, whatever is escaped in them; in code none does.
     """
@@ -41,5 +41,5 @@ def code_block(text: str, language: str) -> list[str]:
 
 
 def _fence(text: str, least: int) -> str:
-    """Return more backticks than the text has in a row."""
+    """Return a fence of more backticks than the longest run in the text."""
     return '`' * max(least, *(1 + len(run) for run in re.findall('`*', text)))

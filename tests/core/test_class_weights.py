@@ -55,7 +55,8 @@ def test_files(name, text, imbalanced, tmp_path):
 
 
 @pytest.mark.parametrize('text, words', [
-    (None, 'no such file'), ('1 1 1', '3 weights, the data has 4 classes'), ('1', '1 weights, the data has 4 classes'),
+    (None, 'no such file'), ('1 1 1', '3 weights, but the data has 4 classes'),
+    ('1', '1 weights, but the data has 4 classes'),
     ('1 1 1 -1', 'must be finite and non-negative'), ('1 1 1 nan', 'must be finite and non-negative'),
     ('1 1 1 x', "'x'"), ('', 'non-empty'), ('\x80', ''),
 ])
@@ -70,10 +71,10 @@ def test_files_that_hold_no_weights(text, words, imbalanced, tmp_path, capsys):
 def test_classes_that_can_not_be_balanced(imbalanced, tmp_path, capsys):
     argv = [imbalanced, *PAIR, *SMALL, '--class-weights', 'balanced']
     assert error_line(capsys, *argv, '--num-classes', '5') == (
-        '--class-weights balanced: class 4 has no training image')
+        '--class-weights balanced: class 4 has no training images')
     dataset = split_of(imbalanced)
     del dataset.reader.targets, dataset.reader.samples
-    with pytest.raises(Exception, match='does not tell the images of each class; a file gives weights'):
+    with pytest.raises(Exception, match='does not give the number of images per class; use a file of weights'):
         class_weights('balanced', dataset)
 
 

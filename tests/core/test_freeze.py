@@ -126,7 +126,7 @@ def test_layers_that_were_never_trained_are_warned_of(caplog):
     start(('test_resnet', 'test_vit'), '--freeze-depth-b', '2')
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert [text for text in warnings if 'freeze' in text] == [
-        '--freeze-depth-b 2: freezes layers that were never trained (no --pretrained)']
+        '--freeze-depth-b 2: freezes untrained layers (no --pretrained)']
 
 
 # training
@@ -204,7 +204,7 @@ def test_run_and_export_of_partly_frozen_branches(digits_folder, tmp_path, caplo
         digits_folder, tmp_path, '--model-a', f'local-dir:{tmp_path / "a"}', '--model-b', f'local-dir:{tmp_path / "b"}',
         '--pretrained', '--freeze-depth-a', '3', '--freeze-depth-b', '4', '--layer-decay', '0.8', *ONE_STAGE,
         '--epochs', '1', '--export', models=[])
-    assert 'never trained' not in caplog.text
+    assert 'untrained layers' not in caplog.text
     averaged = last(folder)['state_dict_ema']
     for side, (name, depth) in branches.items():
         exported = timm.create_model(f'local-dir:{folder / "export" / f"vpl-{name}"}', pretrained=True)

@@ -673,8 +673,8 @@ def test_models_named_for_deit_have_a_token(capsys, digits_folder, tmp_path):
 
 
 @pytest.mark.parametrize(('save', 'options', 'message'), [
-    ({'num_classes': 3}, [], 'test_efficientnet knows 3 classes, the data has 4'),
-    ({'class_names': ['class0', 'class1', 'tabby', 'class3']}, [], "class 2 is 'tabby' to it and 'class2' in the data"),
+    ({'num_classes': 3}, [], 'test_efficientnet has 3 classes, but the data has 4'),
+    ({'class_names': ['class0', 'class1', 'tabby', 'class3']}, [], "class 2 is 'tabby' in the model and 'class2'"),
     ({'in_chans': 1}, [], ''),
     (None, ['--teacher-branch', 'b'], 'has no branch b'),
     ('empty', [], ''),

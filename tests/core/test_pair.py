@@ -332,7 +332,7 @@ def test_classifier_that_gives_no_embedding_is_refused():
         pair(images())
     pair = make_pair()
     pair.model_a.reset_classifier(3)  # past the pair, which hooks the old one
-    with pytest.raises(ValueError, match=r'model_a \(ResNet\): of its 1 last layer\(s\) 0 ran'):
+    with pytest.raises(ValueError, match=r'model_a \(ResNet\): 0 of its 1 last layer\(s\) ran'):
         pair(images())
 
 

@@ -76,14 +76,14 @@ WEIGHTS = {'state_dict': {'model_a.weight': torch.zeros(1)}, 'epoch': 0, 'optimi
 # How the data or a checkpoint is spoilt, options, what is said, status; command lines alone: command_lines.yaml.
 REFUSED = {
     'no folder': (shutil.rmtree, [], '{}', 2),
-    'empty class': (lambda folder: (folder / 'train' / 'class9').mkdir(), [], 'class9 holds no image', 2),
+    'empty class': (lambda folder: (folder / 'train' / 'class9').mkdir(), [], 'class9 contains no images', 2),
     'other classes': (lambda folder: shutil.rmtree(folder / 'validation' / 'class2'), [],
                       "4 classes in 'train' and 3 in 'validation'", 2),
     'no split': (lambda folder: (folder / 'validation').rename(folder / 'test'), [],
                  '--val-split validation: no such folder or tar in {}, which has test, train', 2),
     'one tar': (pack, ['--data-dir', '{}/train.tar'], 'one tar for all splits', 2),
-    'no images': (of_images(lambda path: path.unlink()), [], 'Found 0 images', 2),
-    'loose images': (of_images(loose), [], "Found 0 images in the folders of {}/train; not read: {{'outside", 2),
+    'no images': (of_images(lambda path: path.unlink()), [], 'no images in the folders', 2),
+    'loose images': (of_images(loose), [], "no images in the folders of {}/train; not read: {{'outside", 2),
     'no image is one': (
         of_images(lambda path: path.write_bytes(b'no')), ['-b', 8], 'Failed to load 10 consecutive samples', 1),
     **{f'{content[:6]}': (bad_checkpoint(content), RESUME, '{}/last.pth.tar', 1) for content in (

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from timm_vpl.core.processes import Processes
 from timm_vpl.core.seeding import seed_all
 from timm_vpl.data.loaders import create_eval_loader, create_eval_loaders
-from timm_vpl.data.order import Place, SeededDataset, SeededErasing, SeededSampler
+from timm_vpl.data.order import SampleDraw, SeededDataset, SeededErasing, SeededSampler
 from timm_vpl.data.splits import split_card
 from timm_vpl.engine.boundary import as_line
 
@@ -49,13 +49,13 @@ class Draws(Dataset):
 
 def test_draws_are_those_of_a_place():
     dataset = SeededDataset(Draws(), seed=1)
-    drawn = {(epoch, position): dataset[Place(epoch, position, 5)][0] for epoch in (0, 1) for position in (0, 1)}
-    assert len(set(drawn.values())) == 4 and dataset[Place(1, 0, 6)][0] == drawn[1, 0]
-    assert SeededDataset(Draws(), seed=2)[Place(0, 0, 5)][0] not in drawn.values()
+    drawn = {(epoch, position): dataset[SampleDraw(epoch, position, 5)][0] for epoch in (0, 1) for position in (0, 1)}
+    assert len(set(drawn.values())) == 4 and dataset[SampleDraw(1, 0, 6)][0] == drawn[1, 0]
+    assert SeededDataset(Draws(), seed=2)[SampleDraw(0, 0, 5)][0] not in drawn.values()
 
     def erased(epoch, batch, count, rank=0):
         erasing = SeededErasing(lambda input: float(torch.rand(())), 1, rank, torch.device('cpu'))
-        erasing.place = (epoch, batch)
+        erasing.position = (epoch, batch)
         return [erasing(None) for _ in range(count)]
     whole = erased(0, 0, 3)
     assert erased(0, 1, 2) == whole[1:]
@@ -198,13 +198,13 @@ def test_what_ends_a_run_is_one_line(folder, workers):
     dataset.num_classes = 3
     first = next(name for name in dataset.reader.filenames() if name.startswith('class3'))
     assert refusal(create_eval_loader(options('.', '-j', workers).loader, dataset, CONFIG, Processes(CPU))) == (
-        f'data: {first} (index {dataset.reader.filenames().index(first)}) has the label 3, none of the 3 classes, '
-        f'0 to 2')
+        f'data: {first} (index {dataset.reader.filenames().index(first)}) has the label 3, '
+        'not one of the 3 classes, 0 to 2')
     for path in (folder / 'train').rglob('*.png'):
         path.write_bytes(b'none')
     message = refusal(train_loader(folder, '-j', workers).epoch(0))
     assert message.startswith('data: Failed to load 10 consecutive samples, the last class')
-    assert '.png (index ' in message and message.endswith('no image that Pillow knows')
+    assert '.png (index ' in message and message.endswith('not an image that Pillow can read')
 
 
 # Workers
@@ -216,7 +216,7 @@ def loader(digits_folder):
 
 
 @pytest.mark.parametrize(('number', 'message'), [
-    (signal.SIGKILL, 'is killed by signal: Killed. (probably the memory ran out'),
+    (signal.SIGKILL, 'is killed by signal: Killed. (probably out of memory'),
     (signal.SIGBUS, 'is killed by signal: Bus error.'),
 ])
 def test_a_worker_that_dies_is_reported(loader, number, message):
@@ -235,7 +235,7 @@ def test_a_worker_that_dies_while_it_is_awaited(loader):
     os.kill(pid, signal.SIGSTOP)
     with subprocess.Popen(['sh', '-c', f'sleep 0.3; kill -KILL {pid}']):
         # Where torch's own exception falls into a destructor, Python drops it: the lost connection is left.
-        assert 'fewer --workers need less' in refusal(itertools.chain(batches, loader.epoch(1)))
+        assert 'use fewer --workers' in refusal(itertools.chain(batches, loader.epoch(1)))
 
 
 def test_workers_outlive_signals_that_are_not_for_them(digits_folder):

@@ -97,7 +97,7 @@ def test_what_is_hidden_or_lies_loose_is_no_class(folder, caplog, tar):
     hidden = 23 if tar else 3  # a folder that is not entered counts once
     assert caplog.records[-1].levelno == logging.WARNING and caplog.records[-1].getMessage().endswith(
         f'not read: {hidden} hidden (a name that begins with a dot), 1 outside the class folders')
-    with pytest.raises(UsageError, match='a hidden folder .ipynb_checkpoints, which is no class'):
+    with pytest.raises(UsageError, match='a hidden folder .ipynb_checkpoints, which is not a class'):
         split(folder, '--dataset', 'torch/folder')
 
 
@@ -115,10 +115,10 @@ def test_nested_folders(folder, caplog, tar):
 
     shutil.copytree(train / 'digits' / 'class3', train / 'more' / 'class3')  # of another source
     assert class_names(read_split()) == CLASSES
-    assert '1 classes are each of several folders of one name: class3 in digits/class3, more/class3' in caplog.text
+    assert '1 classes combine several folders of one name: class3 in digits/class3, more/class3' in caplog.text
 
     shutil.copytree(train / 'more' / 'class3', train / 'digits' / 'class0' / 'new')
-    with pytest.raises(UsageError, match='the folder digits/class0/new would be a class beside digits/class0'):
+    with pytest.raises(UsageError, match='the folder digits/class0/new would be a class besides digits/class0'):
         read_split()
     (folder / 'map.txt').write_text('class0\nclass1\nclass2\nclass3\nnew\n')
     assert class_names(read_split('--class-map', 'map.txt')) == [*CLASSES, 'new']  # of the data's folder
@@ -129,7 +129,7 @@ def test_nested_folders(folder, caplog, tar):
         (train / label).mkdir()
         (train / 'digits' / label).rename(train / label / 'images')
     shutil.rmtree(train / 'digits')
-    with pytest.raises(UsageError, match='its 4 folders with images have one name, so that all would be one class'):
+    with pytest.raises(UsageError, match='its 4 folders with images share one name, so that all would be one class'):
         read_split()
 
 
@@ -175,7 +175,7 @@ def test_a_folder_that_holds_itself_is_refused(folder):
     for target in (folder / 'train' / 'class0', folder / 'train', folder):
         link = folder / 'train' / 'class0' / 'again'
         link.symlink_to(target)
-        with pytest.raises(UsageError, match='is a link to a folder that it lies in; remove it') as caught:
+        with pytest.raises(UsageError, match='is a link to a folder that contains it; remove it') as caught:
             split(folder)
         assert str(link) in str(caught.value)
         link.unlink()
@@ -187,9 +187,9 @@ def test_pipes_are_not_read(folder):
 
 
 def test_keys_that_mean_nothing_are_refused(folder):
-    with pytest.raises(UsageError, match='--target-key label: has no meaning for'):
+    with pytest.raises(UsageError, match='--target-key label: does not apply to'):
         split(folder, '--target-key', 'label')
-    with pytest.raises(UsageError, match='--input-key .png: has no meaning for'):
+    with pytest.raises(UsageError, match='--input-key .png: does not apply to'):
         split(folder, *pack(folder), '--input-key', '.png', name='train.tar')
 
 

@@ -1,4 +1,4 @@
-"""Streams: dealt to the workers of all processes, counted, shuffled; what can't be read, and published layouts."""
+"""Streams: distributed over the workers of all processes, counted, shuffled; unreadable samples, published layouts."""
 import itertools
 import random
 import re
@@ -18,7 +18,7 @@ from timm_vpl.core.processes import Processes
 from timm_vpl.data import images as images_module
 from timm_vpl.data.images import StreamImages
 from timm_vpl.data.loaders import create_eval_loader, create_train_loader
-from timm_vpl.data.order import deal, shuffled
+from timm_vpl.data.order import part_of, shuffled
 from timm_vpl.data.sources import SOURCES, Source
 from timm_vpl.data.splits import create_split
 from timm_vpl.engine.evaluate import evaluate
@@ -66,7 +66,7 @@ def open_stream(argv, split='train'):
 
 def labels(images, monkeypatch, workers, rank, world, *of_training):
     """What each worker of a process reads, as if it were one."""
-    images.deal(workers, Processes(CPU, rank, world), *of_training)
+    images.distribute(workers, Processes(CPU, rank, world), *of_training)
     read = []
     for worker in range(max(1, workers)):
         info = SimpleNamespace(id=worker, num_workers=workers) if workers else None
@@ -145,8 +145,8 @@ def count_cases(streams, rank, world):
 
 def test_counts_of_real_processes(streams, tmp_path):
     assert run_ranks(tmp_path, 3, partial(count_cases, streams)) == 3 * [[(NUMBER, 3), (NUMBER, 3), (
-        'data: the stream has 61 images, not 60; --val-num-samples 61 says so, if no line before this one names a '
-        'shard that could not be read')]]
+        'data: the stream has 61 images, not 60; give --val-num-samples 61, unless a line above names a shard '
+        'that could not be read')]]
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ def test_layouts_of_imagenet(number, shards, batch_size, world, few):
                 for worker in range(workers)] + [world * units]
         for first, last in itertools.pairwise(ends):
             size = 0
-            for piece in deal(first, last, world * units, known):
+            for piece in part_of(first, last, world * units, known):
                 held = piece.holds(np.arange(lengths[piece.shard]))
                 seen[piece.shard] += held
                 size, read = size + held.sum(), read + len(held)
@@ -202,10 +202,10 @@ def test_layouts_of_imagenet(number, shards, batch_size, world, few):
 
 def test_dealing_of_unequal_shards():
     lengths = [1, 1000, 3, 400, 2, 2000]
-    pieces = [deal(part, part + 1, 10, lengths) for part in range(10)]
+    pieces = [part_of(part, part + 1, 10, lengths) for part in range(10)]
     sizes = [sum(piece.holds(np.arange(lengths[piece.shard])).sum() for piece in each) for each in pieces]
     assert sum(sizes) == sum(lengths) and max(sizes) - min(sizes) < 8
-    assert deal(3, 3, 10, lengths) == []
+    assert part_of(3, 3, 10, lengths) == []
 
 
 def test_shuffled():
@@ -226,7 +226,7 @@ def test_images_that_can_not_be_read(tmp_path, caplog, kind):
     argv = [*write(kind, tmp_path / 'x', images, 2, 'train', 'validation'), '-j', 0]
     assert count(argv, Processes(CPU)) == (17, 3)
     assert [record.getMessage() for record in caplog.records if 'Skipped' in record.getMessage()] == [
-        f'Skipped sample {place}: no image that Pillow knows'
+        f'Skipped sample {place}: not an image that Pillow can read'
         for place in (['3 of validation-0.tar', '1 of validation-1.tar', '9 of validation-1.tar'] if kind == 'wds' else
                       ['3 of shard 0', '1 of shard 1', '9 of shard 1'])]
     loader = create_train_loader(options(*argv), open_stream(argv), CONFIG, NUMBER, Processes(CPU))
@@ -234,7 +234,7 @@ def test_images_that_can_not_be_read(tmp_path, caplog, kind):
     argv = write(kind, tmp_path / 'y', [(b'no image', label) for label in range(20)], 1, 'train')
     assert refusal(open_stream(argv)) == (
         f'data: Failed to load 10 consecutive samples, the last sample 9 of '
-        f'{"train-0.tar" if kind == "wds" else "shard 0"}: no image that Pillow knows')
+        f'{"train-0.tar" if kind == "wds" else "shard 0"}: not an image that Pillow can read')
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -242,16 +242,16 @@ def test_labels_and_columns(streams, kind):
     images = open_stream(streams[kind, 4], 'validation')
     images.num_classes = 4
     place = '4 of validation-0.tar' if kind == 'wds' else '4 of shard 0'
-    assert refusal(images) == f'data: sample {place} has the label 4, none of the 4 classes, 0 to 3'
+    assert refusal(images) == f'data: sample {place} has the label 4, not one of the 4 classes, 0 to 3'
     argv = [*streams[kind, 4], '--target-key', 'x']
     assert refusal(open_stream(argv)) == (
         'data: Failed to load 10 consecutive samples, the last sample 9 of train-0.tar: '
         "Target key(s) ['x'] require a json sidecar, sample '000009' has none."
-        if kind == 'wds' else "data: sample 0 of shard 0: no 'x' among the columns of the data, or in --class-map")
+        if kind == 'wds' else "data: sample 0 of shard 0: 'x' is not a column of the data, or not in --class-map")
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['-b', 62], '--batch-size 62: 1 batch(es) of it are more than the 61 training images'),
+    (['-b', 62], '--batch-size 62: 1 batch(es) of that size are more than the 61 training images'),
     (['--train-split', 'none'], ': split \'none\' could not be read: '),
 ])
 @pytest.mark.parametrize('kind', KINDS)
@@ -267,13 +267,13 @@ def test_a_worker_without_images(tmp_path):
     argv = write('wds', tmp_path, [(picture(label), label) for label in range(4)], 1, 'train')
     images = open_stream([*argv, '--train-num-samples', 64])
     assert len(images) == 64
-    images.deal(0, Processes(CPU, 15, 16), 0, 4, 1)
+    images.distribute(0, Processes(CPU, 15, 16), 0, 4, 1)
     assert refusal(images) == (
-        'data: a worker finds no image in its part of the 1 shards; fewer --workers have larger parts')
+        'data: a worker has no images in its part of the 1 shards; use fewer --workers')
 
 
 class Given:
-    """A reader that deals its own images, as that of tfds/ does."""
+    """A reader that distributes its own images, as that of tfds/ does."""
     num_samples, class_to_idx = 16, {}
 
     def set_epoch(self, epoch):
@@ -294,10 +294,10 @@ def test_a_stream_without_shards():
     loader.images.transform = None
     assert len(loader) == 2
     assert refusal(loader.epoch(0)) == (
-        'data: a sample of the stream has the label 3, none of the 3 classes, 0 to 2')
+        'data: a sample of the stream has the label 3, not one of the 3 classes, 0 to 2')
     loader.images.num_classes = images.num_classes = 4
     assert [target.tolist() for _, _, target, _ in loader.epoch(1)] == [[1, 2, 3, 0] * 2] * 2
-    images.deal(3, Processes(CPU, 1, 2))
+    images.distribute(3, Processes(CPU, 1, 2))
     assert len([*images]) == 8 and images.reader.num_workers == 3  # without what makes shares equal
     with pytest.raises(UsageError, match='--workers 0: this kind of --dataset needs a worker'):
-        images.deal(0, Processes(CPU, 1, 2))
+        images.distribute(0, Processes(CPU, 1, 2))

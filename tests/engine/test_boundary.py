@@ -23,9 +23,9 @@ def raised(error, cause=None):
 
 @pytest.mark.parametrize('error, line', [
     (RuntimeError('CUDA out of memory. Tried\nmore'),
-     r'RuntimeError: CUDA out of memory. Tried \(epoch 1; a smaller --batch-size, .*; traceback: .*\)'),
+     r'RuntimeError: CUDA out of memory. Tried \(epoch 1; use a smaller --batch-size, .*; traceback: .*\)'),
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '),
-     r'RuntimeError: DataLoader worker \(pid 7\) is killed.*\(epoch 1; probably the memory ran out: .*\)'),
+     r'RuntimeError: DataLoader worker \(pid 7\) is killed.*\(epoch 1; probably out of memory: .*\)'),
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. '), '.*enlarge /dev/shm.*'),
     (RuntimeError('unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)'),
      r'RuntimeError: unable to open .*\(epoch 1; raise ulimit -n, .*'),
@@ -46,7 +46,7 @@ def test_one_line(tmp_path, error, line):
 def test_what_killed_a_worker_is_the_cause(tmp_path):
     cause = RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. ')
     error = raised(RuntimeError('DataLoader worker (pid(s) 7) exited unexpectedly'), cause)
-    assert 'probably the memory ran out' in str(as_line(error, folder=str(tmp_path)))
+    assert 'probably out of memory' in str(as_line(error, folder=str(tmp_path)))
 
 
 def test_what_was_expected_stays_as_it_is(tmp_path, capsys):
@@ -72,7 +72,7 @@ def test_an_error_within_a_run(digits_folder, tmp_path, monkeypatch, capsys):
     line = capsys.readouterr().err.strip().splitlines()[-1]
     (file,) = (tmp_path / 'run').glob('traceback-*.txt')
     assert line.startswith('train_vpl.py: error: RuntimeError: [enforce fail]')
-    assert 'epoch 1, batch 2; a smaller --batch-size' in line
+    assert 'epoch 1, batch 2; use a smaller --batch-size' in line
     assert str(file) in line and 'in failing' in file.read_text()
 
 

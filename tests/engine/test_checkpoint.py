@@ -130,7 +130,7 @@ def test_newest_checkpoint_that_can_be_read(tmp_path, caplog):
         path.unlink()
         path.write_bytes(b'half')
     before = content(tmp_path)
-    with pytest.raises(RunError, match='of the checkpoints in .* none can be read'):
+    with pytest.raises(RunError, match='none of the checkpoints in .* can be read'):
         newest_checkpoint(tmp_path)
     assert content(tmp_path) == before and newest_checkpoint(tmp_path / 'nothing') is None
 

@@ -113,7 +113,7 @@ def test_memory_that_runs_out(digits_folder, tmp_path, capsys, device):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.)
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert 'out of memory' in line and 'a smaller --batch-size, --grad-checkpointing or --amp needs less' in line
+    assert 'out of memory' in line and 'use a smaller --batch-size, --grad-checkpointing or --amp' in line
 
 
 @on_device

@@ -163,7 +163,7 @@ def test_faults_are_found_with_their_line(train, fault):
     assert any(line in frame.line for frame in traceback.extract_tb(found.value.__traceback__))
 
 
-GRAPHS = 'its CUDA graphs overwrite the outputs of one network by those of another, and gradients that accumulate'
+GRAPHS = 'its CUDA graphs overwrite outputs of one network with those of another, and accumulated gradients'
 
 
 @pytest.mark.parametrize('options, refused', [

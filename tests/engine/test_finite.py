@@ -53,7 +53,7 @@ def test_stop_names_what_is_bad(digits_folder, tmp_path, monkeypatch, capsys, sp
     assert 'epoch 1, up to batch 2: not finite: ' in error and error.count('not finite') == 1
     found = error.partition('not finite: ')[2].partition(', in 1 update(s)')[0]
     assert set(names.split(', ')) == set(found.split(', '))
-    assert 'older checkpoints are as they were' in error
+    assert 'older checkpoints are unchanged' in error
     assert sorted(path.name for path in (tmp_path / 'run').glob('recovery*')) == [
         'recovery-1-0.pth.tar', 'recovery-1-1.pth.tar']
     for path in (tmp_path / 'run').glob('*.tar'):
@@ -74,7 +74,7 @@ def test_skip_leaves_the_update_out(digits_folder, tmp_path, monkeypatch, caplog
     with monkeypatch.context() as patch:
         poison(patch, bad, spoil)
         skipped = run(digits_folder, tmp_path, *options, name='skipped')
-    assert 'epoch 0, up to batch 4: not finite: ' in caplog.text and '; 1 left out, at most 1 in a row' in caplog.text
+    assert 'epoch 0, up to batch 4: not finite: ' in caplog.text and '; 1 skipped, at most 1 in a row' in caplog.text
 
     # The same, with the update taken out by hand.
     step, calls = Update.step, [0]
@@ -98,8 +98,8 @@ def test_skip_has_a_limit(digits_folder, tmp_path, monkeypatch, capsys, caplog):
     options = ['--on-nonfinite', 'skip', '--nonfinite-limit', '2', '--log-interval', '1']
     error = fail(capsys, digits_folder, tmp_path, *options)
     assert 'epoch 1, up to batch 0: not finite: ' in error and '3 in a row (--nonfinite-limit 2)' in error
-    assert caplog.text.count('1 left out, at most 1 in a row') == 2
-    assert caplog.text.count('1 left out, at most 2 in a row') == 1
+    assert caplog.text.count('1 skipped, at most 1 in a row') == 2
+    assert caplog.text.count('1 skipped, at most 2 in a row') == 1
 
 
 def test_a_run_that_diverges(digits_folder, tmp_path, capsys):
@@ -115,7 +115,7 @@ def test_a_validation_that_is_not_finite_is_no_result(digits_folder, tmp_path, c
     options = [*OPTIONS, '--initial-checkpoint-a', str(tmp_path / 'nan.pth'), '--export']
     folder = run(digits_folder, tmp_path, *options, '--stop-epoch', '1')
     names = 'loss_a, loss_ens, ema_loss_a, ema_loss_ens'
-    assert f'Epoch 0: not finite: {names}; it is no best epoch for them' in caplog.messages
+    assert f'Epoch 0: not finite: {names}; it is not a best epoch for them' in caplog.messages
     row = summary(folder)[0]
     assert {key for key, value in row.items() if value == 'nan'} == {
         'eval_top1', *(f'eval_{ema}{likeness}' for ema in ('', 'ema_') for likeness in ('agreement', 'alignment')),

@@ -51,7 +51,7 @@ def test_a_killed_owner_is_followed_at_once(tmp_path, monkeypatch):
 def test_a_live_owner_is_not(tmp_path):
     one, two = Owner(), Owner()
     one.claim(str(tmp_path))
-    with pytest.raises(UsageError, match=f'--output {tmp_path}: process {os.getpid()} on .* trains there; end it'):
+    with pytest.raises(UsageError, match=f'--output {tmp_path}: process {os.getpid()} on .* is training there; end it'):
         two.claim(str(tmp_path))
     one.check()
     one.claim(str(tmp_path))  # its own already
@@ -77,7 +77,7 @@ def test_a_live_owner_elsewhere_is_not_followed(tmp_path):
     one, card = Owner(), elsewhere(tmp_path)
     os.utime(tmp_path / FILE, (0, 0))
     threading.Timer(0.3, os.utime, [tmp_path / FILE, (1, 1)]).start()
-    with pytest.raises(UsageError, match='process 4194305 on node7 trains there'):
+    with pytest.raises(UsageError, match='process 4194305 on node7 is training there'):
         one.claim(str(tmp_path))
     assert (tmp_path / FILE).read_text() == card
 
@@ -115,7 +115,7 @@ def test_an_owner_that_was_taken_for_dead_leaves(tmp_path):
     one = Owner()
     one.claim(str(tmp_path))
     elsewhere(tmp_path)
-    with pytest.raises(RunError, match='process 4194305 on node7 trains there now'):
+    with pytest.raises(RunError, match='process 4194305 on node7 is training there now'):
         one.check()
     one.release()
     assert (tmp_path / FILE).exists()

@@ -101,12 +101,12 @@ def test_a_stream_begins_its_epoch_anew(digits_folder, tmp_path, caplog):
     # In validation a run is where the next epoch begins, at which it goes on as the one left alone.
     stopped(r'Train: 1 \[ *4/', run, tmp_path / 'x', tmp_path / 'part', *options)
     assert not differences(whole, run(tmp_path / 'x', tmp_path / 'part', *options, '--resume', 'auto'))
-    assert 'begins anew' not in caplog.text
+    assert 'starts again' not in caplog.text
     stopped(r'Train: 1 \[ *2/', run, tmp_path / 'x', tmp_path / 'anew', *options)
     assert read_checkpoint(newest_checkpoint(tmp_path / 'anew' / 'run'))['progress']['batch'] in (3, 4)
     found = rows(run(tmp_path / 'x', tmp_path / 'anew', *options, '--resume', 'auto'))
-    assert [record.getMessage() for record in caplog.records if 'begins anew' in record.getMessage()] == [
-        'A stream can not be entered in its middle: epoch 1 begins anew']
+    assert [record.getMessage() for record in caplog.records if 'starts again' in record.getMessage()] == [
+        'A stream cannot be resumed in mid-epoch: epoch 1 starts again']
     assert [(row['epoch'], row['images'], row['skipped']) for row in found] == [(str(i), '40', '0') for i in range(3)]
 
 
@@ -132,7 +132,7 @@ def test_stopped_while_images_stand_still(digits_folder, tmp_path, capsys, monke
     pattern = r'Train: 1 \[ *1/' if split == 'train' else r'Train: 0 \[ *4/'
     stopped(pattern, run, data, tmp_path / 'part', *SHORT, *options)
     line = capsys.readouterr().err
-    assert re.search(rf'after {place}, while worker 0 reads class\d/\d+\.png \(index \d+\); to go on', line)
+    assert re.search(rf'after {place}, while worker 0 reads class\d/\d+\.png \(index \d+\); to resume', line)
     for image in images:
         image.with_suffix('.kept').replace(image)
     part = run(data, tmp_path / 'part', *SHORT, *options, '--resume', 'auto')
@@ -150,7 +150,7 @@ def test_the_command_of_the_stop_line_goes_on(digits_folder, tmp_path, capsys, o
     whole = [*options, '--output', str(tmp_path / 'whole'), '--experiment', 'run', str(digits_folder)]
     assert train(whole) == 0
     stopped(r'Train: 1 \[ *[12]/', train, [*options, '--output', str(output), str(digits_folder)])
-    command = shlex.split(capsys.readouterr().err.strip().rpartition('; to go on: ')[2])
+    command = shlex.split(capsys.readouterr().err.strip().rpartition('; to resume: ')[2])
     (folder,) = [path for path in output.iterdir() if any(path.iterdir())]
     assert command[:2] == ['python', 'train_vpl.py'] and command[-2:] == ['--resume', str(folder)]
     assert train(command[2:]) == 0
@@ -161,9 +161,9 @@ def test_the_command_of_the_stop_line_goes_on(digits_folder, tmp_path, capsys, o
 
 
 @pytest.mark.parametrize('saved, distributed, end', [
-    (True, False, 'to go on: timm-vpl train {} --resume {}'),
-    (True, True, 'to go on (under torchrun, as before): timm-vpl train {} --resume {}'),
-    (False, False, 'NOT saved, older checkpoints are kept, the newest is last.pth.tar; to go on: timm-vpl train {} '
+    (True, False, 'to resume: timm-vpl train {} --resume {}'),
+    (True, True, 'to resume (under torchrun, as before): timm-vpl train {} --resume {}'),
+    (False, False, 'NOT saved, older checkpoints are kept, the newest is last.pth.tar; to resume: timm-vpl train {} '
      '--resume {}'),
 ], ids=['saved', 'torchrun', 'not saved'])
 def test_the_stop_line(monkeypatch, tmp_path, saved, distributed, end):
@@ -176,7 +176,7 @@ def test_the_stop_line(monkeypatch, tmp_path, saved, distributed, end):
         processes=SimpleNamespace(distributed=distributed), progress=SimpleNamespace(epoch=1, batch=2),
         loader_train=range(5))
     with pytest.raises(Stopped) as stop:
-        loop.heed(run, STOP + signal.SIGTERM)
+        loop.handle_decision(run, STOP + signal.SIGTERM)
     end = end.format(shlex.join(given), tmp_path / 'run')
     assert str(stop.value) == f'stopped by SIGTERM after epoch 1, batch 2 of 5; {end}'
 
@@ -184,8 +184,8 @@ def test_the_stop_line(monkeypatch, tmp_path, saved, distributed, end):
 def test_a_folder_to_resume(digits_folder, tmp_path, capsys):
     pair = ['--dataset', 'digits', *PAIR, '--resume', str(tmp_path)]
     for options, message in (
-            (['--experiment', 'x'], f'--resume {tmp_path}: goes on in that folder, --experiment x is another'),
-            (['--output', 'x'], f'--resume {tmp_path}: goes on in that folder, --output x is another')):
+            (['--experiment', 'x'], f'--resume {tmp_path}: the run continues in that folder, but --experiment is x'),
+            (['--output', 'x'], f'--resume {tmp_path}: the run continues in that folder, but --output is x')):
         with pytest.raises(SystemExit):
             parse_args([*pair, *options])
         assert message in capsys.readouterr().err
@@ -223,14 +223,14 @@ def test_other_data_is_refused(digits_folder, tmp_path, capsys, caplog):
             (data / split / old).rename(data / split / new)
 
     rename('class1', 'zebra')
-    classes = "data: class 1 was 'class1', now 'class2'; the weights have learnt the classes of before\n"
+    classes = "data: class 1 was 'class1', now 'class2'; the weights were trained on the old classes\n"
     for more in (['--accept-data-change'], ['--start-epoch', '1']):
         assert f'train {classes}' in refused(*more)
     rename('zebra', 'class1')
 
     image = next((data / 'train' / 'class1').iterdir())
     moved = image.rename(image.with_name('other.png'))
-    assert ('run/last.pth.tar: train data: other images or labels; --accept-data-change goes on with them from a '
+    assert ('run/last.pth.tar: train data: other images or labels; --accept-data-change continues with them from a '
             'checkpoint at the end of an epoch\n') in refused()
     shutil.copy(moved, image)
     assert 'train data: 40 images before, now 41; --accept-data-change' in refused()
@@ -240,7 +240,7 @@ def test_other_data_is_refused(digits_folder, tmp_path, capsys, caplog):
     # Within an epoch its order would be another one.
     shutil.copytree(tmp_path / 'run', tmp_path / 'within')
     (tmp_path / 'within' / 'last.pth.tar').unlink()
-    assert '--accept-data-change goes on with them from' in refused(
+    assert '--accept-data-change continues with them from' in refused(
         '--accept-data-change', '--experiment', 'within')
 
     before = yaml.safe_load((tmp_path / 'run' / 'data.yaml').read_text())
@@ -386,7 +386,7 @@ def test_a_clock_that_runs_behind_and_a_file_half_written(digits_folder, tmp_pat
     newest = newest_checkpoint(folder)
     *_, before, half = recovery_files(str(folder))
     assert newest == half and 'recovery-1-' in newest
-    assert caplog.messages[-1] == f'Passed over: last.pth.tar: newer by the clock, but saved before {newest}'
+    assert caplog.messages[-1] == f'Skipped: last.pth.tar: newer by the clock, but saved before {newest}'
     Path(half).write_bytes(b'half')
     assert newest_checkpoint(folder) == before
     assert not differences(whole, run(digits_folder, tmp_path, *SHORT, '--resume', 'auto'))

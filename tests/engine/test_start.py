@@ -23,7 +23,7 @@ def test_a_file_of_which_no_weight_fits(digits_folder, tmp_path, capsys):
         path = tmp_path / name
         line = error_line(capsys, digits_folder, *PAIR, *SMALL, '--pretrained-path-b', path, '--output', tmp_path)
         assert line == (
-            f'--pretrained-path-b {path}: none of its weights fits test_vit, its keys are of another model, or have a '
+            f'--pretrained-path-b {path}: no weights fit test_vit: its keys are those of another model, or have a '
             f'prefix')
     torch.save({'cls_token': state['cls_token']}, tmp_path / 'part.pth')
     options = parse_args([
@@ -38,7 +38,7 @@ def test_a_hub_out_of_reach_is_told_at_once(tmp_path, capsys, monkeypatch, caplo
     use_hub(monkeypatch, NOWHERE, tmp_path)
     for options in (['--pretrained-a'], ['--model-a', 'hf-hub:org/name']):
         line = error_line(capsys, '--dataset', 'digits', *PAIR, *SMALL, *options)
-        assert f'not in the cache of the Hub ({tmp_path}), and {NOWHERE} can not be reached' in line
+        assert f'not in the cache of the Hub ({tmp_path}), and {NOWHERE} cannot be reached' in line
         assert 'Retrying' not in caplog.text
         monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
         line = error_line(capsys, '--dataset', 'digits', *PAIR, *SMALL, *options)

@@ -26,7 +26,7 @@ LONG = [
 
 def test_stopped_in_mid_epoch(digits_folder, tmp_path, caplog):
     whole = run(digits_folder, tmp_path / 'whole', *LONG)
-    assert '--gate-split validation is --val-split too' in caplog.text
+    assert '--gate-split validation is also --val-split' in caplog.text
     stopped(r'Train: 1 \[ *[12]/', run, digits_folder, tmp_path / 'part', *LONG)
     recovery = sorted((tmp_path / 'part' / 'run').glob('recovery-1-*'))[0]
     first = read_checkpoint(str(recovery))['task_state']['criterion']
@@ -72,7 +72,7 @@ def test_a_recipe_of_terms_and_an_export_without_their_layers(digits_folder, tmp
 def test_images_are_kept_back_for_a_gate(digits_folder, tmp_path, capsys):
     gated = ['--dataset', 'digits', *PAIR, *SMALL, '--method', 'pair', '--term', 'kl,learner=a,when=leader-ahead']
     assert train([str(digits_folder), *PAIR, *SMALL, '--gate-pct', '2', '--output', str(tmp_path)]) == 2
-    assert '--gate-pct 2: 100 of 40 images, more than half, can not be kept back' in capsys.readouterr().err
+    assert '--gate-pct 2: 100 of 40 images, more than half, cannot be held out' in capsys.readouterr().err
     assert train([*gated, '--epochs', '1', '--output', str(tmp_path), '--experiment', 'x', '-b', '64']) == 0
     (row,) = rows(tmp_path / 'x')
     assert int(row['images']) == (1437 - 100) // 64 * 64

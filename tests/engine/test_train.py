@@ -159,4 +159,5 @@ def test_state_of_an_optimizer_that_does_not_fit(digits_folder, tmp_path, capsys
         damage(checkpoint['optimizer']['state'][0])
         torch.save(checkpoint, tmp_path / 'damaged.pth.tar')
         argv = [digits_folder, *PAIR, *SMALL, '--output', tmp_path, '--resume', tmp_path / 'damaged.pth.tar']
-        assert 'its optimizer has not the same state for each parameter' in error_line(capsys, *argv, statuses=[1])
+        line = error_line(capsys, *argv, statuses=[1])
+        assert 'its optimizer does not have the same state for each parameter' in line

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from kill import check_equal, kill, wait  # noqa: E402
 from signals import Live, alone  # noqa: E402
 
-NOT_SAVED = r'Not saved: {}: {}; the run goes on, older checkpoints are kept\n'
+NOT_SAVED = r'Not saved: {}: {}; the run continues, older checkpoints are kept\n'
 WHOLE = ['last.pth.tar', 'best_a.pth.tar', 'best_b.pth.tar']
 
 
@@ -96,7 +96,7 @@ def full(folder, files=3.5):
     run.check(len((disk / 'run' / 'summary.csv').read_text().splitlines()) == 3)
     mount(disk, 'remount', 'size=100m')
     run = Live(scenario)
-    run.check('goes on with epoch' in run.ends(0))
+    run.check('continues with epoch' in run.ends(0))
     check_equal(folder / 'alone', disk / 'run')
 
 
@@ -169,8 +169,8 @@ def truncated(folder):
         path.write_bytes(content[:len(content) // 2])
     run = Live(scenario)
     text = run.ends(0)
-    run.check(len(re.findall(r'Passed over: .*truncated, or not a checkpoint', text)) == 2)
-    run.check(re.search(r'goes on with epoch 1, batch [2-6] of 12|goes on with epoch 0, batch 12 of 12', text))
+    run.check(len(re.findall(r'Skipped: .*truncated, or not a checkpoint', text)) == 2)
+    run.check(re.search(r'continues with epoch 1, batch [2-6] of 12|continues with epoch 0, batch 12 of 12', text))
     check_equal(folder / 'alone', folder / 'run')
 
 

@@ -79,7 +79,7 @@ CASES = {
     'code': Case(r'ZeroDivisionError: division by zero \(epoch 0, batch 3'),
     'export': Case(r'ZeroDivisionError: division by zero \(epoch 1, batch 0', options=('--export', '--epochs', '1'),
                    rank=0),
-    'lost': Case(r'another process ended or can not be reached', at=r'Train: 0 \[ *2/',
+    'lost': Case(r'another process ended or cannot be reached', at=r'Train: 0 \[ *2/',
                  then=lambda scenario, pid: kill([pid])),
 }
 

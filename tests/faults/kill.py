@@ -224,7 +224,7 @@ def start_again(scenario, name, pids, rng):
 
     if wait(pids, owned) is None:
         statuses = wait(scenario.start(name, 'second'))
-        refused = re.search(r'error: --output .*: process \d+ on \S+ trains there; end it', log.read_text())
+        refused = re.search(r'error: --output .*: process \d+ on \S+ is training there; end it', log.read_text())
         ended = not set(pids) - set(_statuses) or wait(pids, lambda: True) is not None
         if not (set(statuses) == {2} and refused or set(statuses) == {0} and ended):
             fail(scenario, f'a second start was not refused: {statuses}, see {log}', pids)
@@ -255,7 +255,7 @@ def rename_class(scenario, name, pids, rng):
     for folder in folders:
         (folder / '1').rename(folder / 'one')
     found, log = wait(scenario.start(name, 'renamed')), scenario.folder / 'renamed.log'
-    if set(found) != {2} or 'the weights have learnt the classes of before' not in log.read_text():
+    if set(found) != {2} or 'the weights were trained on the old classes' not in log.read_text():
         fail(scenario, f'a class with another name was not refused: {found}, see {log}')
     for folder in folders:
         (folder / 'one').rename(folder / '1')
@@ -339,7 +339,7 @@ def attempt(scenario: Scenario, name: str, seconds: float, rng: random.Random, d
         done[fault.__name__] += 1
     if set(statuses) - allowed:
         fail(scenario, f'{fault.__name__}: statuses {statuses}, expected {allowed}, see {log}')
-    begun = re.search(r'goes on with epoch (\d+), batch (\d+) of (\d+)', log.read_text()[begin:])
+    begun = re.search(r'continues with epoch (\d+), batch (\d+) of (\d+)', log.read_text()[begin:])
     if before and begun:
         epoch, batch, batches = map(int, begun.groups())
         scenario.lost.append((before[0] - epoch) * batches + before[1] - batch)

@@ -23,7 +23,7 @@ ADDRESSES = ['10.99.0.1', '10.99.0.2']
 STATIC = ['--master-addr', ADDRESSES[0], '--master-port', '29400']
 C10D = ['--rdzv-backend', 'c10d', '--rdzv-endpoint', f'{ADDRESSES[0]}:29400', '--rdzv-id', 'faults']
 LIMIT = 150 * SLOW  # seconds for a run
-LOST = 'another process ended or can not be reached'
+LOST = 'another process ended or cannot be reached'
 
 
 def ip(*words) -> str:
@@ -143,7 +143,7 @@ def killed(folder):
     nodes.wait(1)
     nodes.check(f'error: {LOST}' in nodes.text(0), 'no line')
     nodes.finish()
-    nodes.check(re.search(r'goes on with epoch 1, batch [2-4] of 6', nodes.text(0)), 'it did not go on')
+    nodes.check(re.search(r'continues with epoch 1, batch [2-4] of 6', nodes.text(0)), 'it did not go on')
 
 
 def cut_off(folder):
@@ -159,7 +159,7 @@ def cut_off(folder):
         nodes.check('Timeout (0:00:08)!' in nodes.text(node) and 'train_one_epoch' in nodes.text(node), 'no stacks')
     ip('-n', 'node1', 'link', 'set', 'cable', 'up')
     nodes.finish()
-    nodes.check('goes on with epoch 1, batch' in nodes.text(0), 'it did not go on')
+    nodes.check('continues with epoch 1, batch' in nodes.text(0), 'it did not go on')
 
 
 def uneven(folder):
@@ -204,7 +204,7 @@ def stopped(folder):
     nodes.check(LOST not in nodes.text(0) + nodes.text(1), 'one did not wait for the other')
     place = re.search(r'after epoch 1, batch (\d+)', nodes.text(0))[1]
     nodes.finish()
-    nodes.check(f'goes on with epoch 1, batch {place} of 6' in nodes.text(0), 'it did not go on there')
+    nodes.check(f'continues with epoch 1, batch {place} of 6' in nodes.text(0), 'it did not go on there')
 
 
 def restarted(folder):
@@ -223,7 +223,7 @@ def restarted(folder):
     os.kill(worker, signal.SIGCONT)
     nodes.check([nodes.wait(0), nodes.wait(1)] == [0, 0], 'the run should end well')
     print(f'ended {time.monotonic() - begin:.1f} s after the kill')
-    nodes.check('goes on with epoch 1, batch' in nodes.text(0) + nodes.text(1), 'it did not go on')
+    nodes.check('continues with epoch 1, batch' in nodes.text(0) + nodes.text(1), 'it did not go on')
     check_equal(folder / 'alone', folder / 'run')
 
 

@@ -124,7 +124,7 @@ def stalled(folder):
         time.sleep(2)
         text = run.stop(signal.SIGTERM)
         run.check(re.search(
-            r'stopped by SIGTERM after epoch 1, batch \d+ of 12, while worker \d reads \d/\d+\.png.*; to go on', text))
+            r'stopped by SIGTERM after epoch 1, batch \d+ of 12, while worker \d reads \d/\d+\.png.*; to resume', text))
         still.flow()
         Live(scenario).ends(0)
         check_equal(scenario.folder / 'alone', scenario.folder / 'run')
@@ -136,7 +136,7 @@ def stalled_together(folder):
     still = Still(scenario)
     run = Live(scenario).until(r'Train: 1 \[ *2/', still.stand)
     text = run.stop(signal.SIGTERM, slice(1, 2))
-    run.check(re.search(r'stopped by SIGTERM after epoch 1, batch \d of 6, while worker 0 reads .*; to go on', text))
+    run.check(re.search(r'stopped by SIGTERM after epoch 1, batch \d of 6, while worker 0 reads .*; to resume', text))
     still.flow()
     Live(scenario).ends(0, 0)
     check_equal(folder / 'alone', folder / 'run')
@@ -151,7 +151,7 @@ def stalled_apart(folder):
     run = Live(scenario).until(r'Train: 1 \[ *3/', still.stand)
     text = run.stop(signal.SIGTERM)
     run.check(re.search(
-        r'stopped by SIGTERM after epoch 1, batch \d of 6, while worker 0 reads .*; NOT saved, .*; to go on', text))
+        r'stopped by SIGTERM after epoch 1, batch \d of 6, while worker 0 reads .*; NOT saved, .*; to resume', text))
     still.flow()
     Live(scenario).ends(0, 0)
     check_equal(folder / 'alone', folder / 'run')

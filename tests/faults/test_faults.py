@@ -91,7 +91,7 @@ FAILURES = [
 @pytest.mark.faults
 def test_case(script, case, tmp_path):
     if reason := missing(*NEEDS.get(script, [])):
-        pytest.skip(f'{script}.py can not run here: {reason}')
+        pytest.skip(f'{script}.py cannot run here: {reason}')
     run(tmp_path, f'{script}.py', case, str(tmp_path / 'runs'))
 
 
@@ -100,7 +100,7 @@ def test_case(script, case, tmp_path):
                      for case in FAILURES)])
 def test_one_of_several_fails(case, processes, tmp_path):
     if processes == 'nodes' and (reason := missing(*NEEDS['nodes'])):
-        pytest.skip(f'failures.py can not run here: {reason}')
+        pytest.skip(f'failures.py cannot run here: {reason}')
     run(tmp_path, 'failures.py', case, processes, str(tmp_path / 'runs'))
 
 

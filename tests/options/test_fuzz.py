@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from timm_vpl import cli
 from timm_vpl.options.commands import COMMANDS, command_parser, parse_command
 from timm_vpl.options.refused import REFUSED
-from timm_vpl.options.train import build_parser, mistakes_end, parse_args
+from timm_vpl.options.train import build_parser, exit_on_usage_error, parse_args
 
 PARSERS = {'train': build_parser(), **{name: command_parser(name) for name in COMMANDS}}
 FLAGS = {name: sorted(parser._option_string_actions) for name, parser in PARSERS.items()}
@@ -106,7 +106,7 @@ def drive(command, words):
     prog = f'timm-vpl {command}'
 
     def work():
-        with mistakes_end(prog):
+        with exit_on_usage_error(prog):
             parse_args(words, prog) if command == 'train' else parse_command(command, words, prog)
     ends_well(prog, work)
 

@@ -109,9 +109,9 @@ def test_other_classes_of_a_pretrained_branch_are_told(run_dir, run_options, dig
     model = f'local-dir:{run_dir / "export" / "vpl-test_vit"}'
     options = ['--method', 'solo', *run_options[4:], '--model-b', model, '--epochs', '1', '--no-export', '--output',
                str(tmp_path)]
-    assert train([str(digits_folder), *options, '--pretrained']) == 0 and 'knows other classes' not in caplog.text
+    assert train([str(digits_folder), *options, '--pretrained']) == 0 and 'has different classes' not in caplog.text
     assert train([str(data), *options, '--pretrained']) == 0
-    assert "its classifier knows other classes, class 1 is 'class1' to it and 'class2' in the data;" in caplog.text
+    assert "different classes (class 1 is 'class1' in the model and 'class2' in the data);" in caplog.text
 
 
 def test_card(run_dir):
@@ -270,7 +270,7 @@ REFUSALS = {  # a change of the checkpoint, options, status and words
     'path of the Hub': (None, ['--push-to', 'org/x'], 2, '--push-to', 'org/x'),
     'empty name of the Hub': (None, ['--push-to', ''], 2, '--push-to: /vpl-test_resnet is not a name'),
     'model name of the Hub': (None, ['--push-to', 'org', '--name-a', 'bad--name'], 2, 'bad--name'),
-    'no word on the models': (without('branches'), [], 1, 'does not say which models'),
+    'no word on the models': (without('branches'), [], 1, 'its models are not known'),
     'list of branches': (without(branches=['a']), [], 1, 'branches'),
     'branches of text': (without(branches={'a': 'test_resnet', 'b': 'x'}), [], 1, 'branches'),
     'weights without names': (without(state_dict={1: torch.zeros(1)}), [], 1, 'state_dict'),

@@ -262,7 +262,7 @@ def test_images_that_can_not_be_read(capsys, run_dir, digits_folder, plain, tmp_
     data = shutil.copytree(digits_folder / 'validation', tmp_path / 'data')
     (data / files[index]).write_bytes(b'no image')
     lines = inspect(capsys, run_dir / 'last.pth.tar', data, '--html', tmp_path / 'x.html', '--num-images', 99)
-    assert lines[0] == f'{data}: 17 images' and '1 images could not be read; others took their places' in caplog.text
+    assert lines[0] == f'{data}: 17 images' and '1 images could not be read; others replaced them' in caplog.text
     shown = {caption[-1] for caption in Page(tmp_path / 'x.html').captions}
     assert shown == {files[i] for i in apart if i != index}
 
@@ -299,17 +299,17 @@ def test_data_without_file_names(capsys, tmp_path, monkeypatch, is_stream):
 
 
 @pytest.mark.parametrize('models, options, message, status', [
-    (['RUN'], ['--data-dir', 'DATA', '--html', 'x.txt'], '--html x.txt: ends neither in .html nor in .htm', 2),
-    (['RUN'], ['--data-dir', 'DATA', '--contact-sheet', 'x.jpg'], '--contact-sheet x.jpg: ends not in .png', 2),
+    (['RUN'], ['--data-dir', 'DATA', '--html', 'x.txt'], '--html x.txt: expected a file name that ends in .html', 2),
+    (['RUN'], ['--data-dir', 'DATA', '--contact-sheet', 'x.jpg'], 'expected a file name that ends in .png', 2),
     (['RUN'], ['--data-dir', 'DATA', '--contact-sheet', 'no/x.png'], '--contact-sheet no/x.png: no such folder', 2),
     (['RUN'], [], 'no data: give a folder or .tar of images', 2),
     (['RUN', 'none/data'], [], 'data folder none/data does not exist', 2),
-    (['one', 'DATA'], [], 'one: holds one model, name a second one', 2),
-    (['RUN', 'one', 'DATA'], [], 'hold 3 models; name a pair, or two', 2),
+    (['one', 'DATA'], [], 'one: contains one model; name a second one', 2),
+    (['RUN', 'one', 'DATA'], [], 'contain 3 models; name a pair, or two', 2),
     (['one', 'five', 'DATA'], [], 'five: has 5 classes, ', 2),
-    (['one', 'other', 'DATA'], [], "other: does not know the class 'class3', which ", 2),
+    (['one', 'other', 'DATA'], [], "other: does not have the class 'class3' of ", 2),
     (['one', 'grey', 'DATA'], [], 'grey: has 1 channels, ', 2),
-    (['one', 'nan', 'DATA'], [], 'test_vit: the loss is not finite, so there is nothing to compare', 1),
+    (['one', 'nan', 'DATA'], [], 'test_vit: the loss is not finite, so the models cannot be compared', 1),
 ])
 def test_refusals(capsys, run_dir, digits_folder, two_models, tmp_path, monkeypatch, models, options, message, status):
     monkeypatch.chdir(tmp_path)

@@ -309,8 +309,8 @@ def test_files_that_can_not_be_drawn(tmp_path, capsys, monkeypatch):
         [line] = capsys.readouterr().err.splitlines()
         return line.removeprefix('timm-vpl report: error: ')
 
-    assert line('--plot', 'x.pdf') == '--plot x.pdf: ends neither in .png nor in .svg'
-    assert line('--html', 'x.md') == '--html x.md: ends neither in .html nor in .htm'
+    assert line('--plot', 'x.pdf') == '--plot x.pdf: expected a file name that ends in .png or .svg'
+    assert line('--html', 'x.md') == '--html x.md: expected a file name that ends in .html or .htm'
     assert line('--plot', tmp_path / 'no' / 'x.png') == f'--plot {tmp_path}/no/x.png: no such folder'
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     monkeypatch.setattr('timm_vpl.tools.report.read_runs', lambda *args: pytest.fail('read'))
@@ -326,7 +326,7 @@ def test_an_unfinished_run_alone_is_drawn_and_in_no_overlay(tmp_path, capsys):
     assert main(['report', str(tmp_path / 'one'), '--plot', str(tmp_path / 'a.png')]) == 0
     assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
     page, panels, _ = page_of([tmp_path / 'one', tmp_path / 'two'], tmp_path)
-    assert panels == [] and 'Unfinished, in no average of this report' in page.texts['h2']
+    assert panels == [] and 'Unfinished, not in any average of this report' in page.texts['h2']
     assert status_of(main, ['report', tmp_path / 'one', tmp_path / 'two', '--plot', tmp_path / 'b.png']) == 2
     assert capsys.readouterr().err.endswith(f'b.png: nothing to draw; {tmp_path}/one: 32 of 100 epochs\n')
     assert not (tmp_path / 'b.png').exists()
@@ -359,7 +359,7 @@ def test_curves_never_end_a_run(tmp_path, monkeypatch, caplog):
             {'method': 'solo', 'model_a': 'x'}))
     (tmp_path / 'file').touch()
     trackers.CurvesObserver().end(run)
-    assert 'curves.png: can not be drawn' in caplog.text
+    assert 'curves.png: cannot be drawn' in caplog.text
     caplog.clear()
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     caplog.set_level('INFO')

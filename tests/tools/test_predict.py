@@ -1,4 +1,4 @@
-"""Predictions: by value against timm's own transform, in order, of what can not be read, as CSV and on the screen."""
+"""Predictions: by value against timm's own transform, in order, of what cannot be read, as CSV and on the screen."""
 import csv
 import io
 import logging
@@ -116,10 +116,10 @@ def test_images_that_can_not_be_read(capsys, run_dir, folder, tmp_path):
     assert status_of(main, ['predict', run_dir, data, tmp_path / 'none.png', '-b', '4', *QUICK]) == 1
     out, err = capsys.readouterr()
     assert out.splitlines() == wanted
-    named = [line.partition(': can not be read (')[0] for line in err.splitlines() if 'can not be read' in line]
+    named = [line.partition(': cannot be read (')[0] for line in err.splitlines() if 'cannot be read' in line]
     assert named == [*(str(data / 'a' / f'3-{i}.png') for i in range(12)), str(data / 'a' / 'link.png'),
                      str(tmp_path / 'none.png')]
-    assert err.count('no image that Pillow knows') == 12 and err.count('No such file') == 2
+    assert err.count('not an image that Pillow can read') == 12 and err.count('No such file') == 2
 
 
 def test_images_are_decoded_once_and_files_of_models_read_once(capsys, run_dir, folder, monkeypatch):
@@ -162,8 +162,8 @@ def test_names_of_others(capsys, run_dir, folder, tmp_path):
 
 
 @pytest.mark.parametrize('options, message', [
-    (['FOLDER/a/notes'], 'IMAGE FOLDER/a/notes: holds no image'),
-    (['FOLDER', '--results-file', 'x.txt'], '--results-file x.txt: ends neither in .csv nor in .json'),
+    (['FOLDER/a/notes'], 'IMAGE FOLDER/a/notes: contains no images'),
+    (['FOLDER', '--results-file', 'x.txt'], '--results-file x.txt: expected a file name that ends in .csv or .json'),
     (['FOLDER', '--topk', '0'], "--topk: '0' is not a whole number >= 1"),
     (['FOLDER', '--input-img-mode', 'L'], 'images of mode L have 1'),
     ([], 'the following arguments are required: IMAGE'),
@@ -185,4 +185,4 @@ def test_outputs_that_are_no_numbers(capsys, run_dir, folder, tmp_path, caplog):
     checkpoint['state_dict_ema']['model_a.bn1.running_mean'].fill_(torch.nan)
     torch.save(checkpoint, tmp_path / 'nan.pth.tar')
     assert status_of(main, ['predict', tmp_path / 'nan.pth.tar', folder, *QUICK]) == 1
-    assert 'the outputs of branch a are no numbers' in capsys.readouterr().err
+    assert 'the outputs of branch a are NaN' in capsys.readouterr().err

@@ -299,7 +299,7 @@ def test_seeds_pair_in_one_environment_on_the_same_data(make, change):
     folders = [pair(make, 'pair', b=72), solo_b(make, 'solo', 70, **change)]
     found = baseline(folders)
     assert 'mean' not in found and found['reason'] == (
-        'environment or data of the seeds that both have differ, or are not known')
+        'environment or data of the common seeds differ, or are not known')
     folders += [pair(make, 'pair2', b=75, seed=2), solo_b(make, 'solo2', 70, seed=2)]
     assert (baseline(folders)['n'], baseline(folders)['mean']) == (1, 5)
 
@@ -455,7 +455,7 @@ def test_wrong_paths(make, tmp_path):
             make_report([pair(make, f'good_{name}'), str(folder)])
     pair(make, 'good')
     (tmp_path / 'good' / 'validation.csv').mkdir()
-    with pytest.raises(RunError, match='validation.csv: can not be read'):
+    with pytest.raises(RunError, match='validation.csv: cannot be read'):
         make_report([str(tmp_path / 'good')])
 
 

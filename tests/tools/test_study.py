@@ -76,7 +76,7 @@ def test_a_plan_is_plain_commands(plan, tmp_path, capsys):
     ([{'method': 'solo'}], {}, 'rows: expected a list of mappings, each with a name'),
     ([SOLO, SOLO], {}, 'rows: given twice: a, a'),
     ([{**SOLO, 'taw': 1}], {}, 'a: taw is not an option, did you mean tau?'),
-    ([{**SOLO, 'teacher': 'a'}], {}, 'a: its teacher is taught by itself'),
+    ([{**SOLO, 'teacher': 'a'}], {}, 'a: its teacher depends on itself'),
     ([SOLO], {'base': 'nowhere'}, '--config nowhere is neither a file nor the name of a recipe'),
     ([{**SOLO, 'lr_a': 'fast'}], {}, "a, seed 1: --lr-a: 'fast' is not a number > 0"),
     ([{**SOLO, 'name': '../a'}], {}, "a, seed 1: --experiment '../a-seed-1': expected the name of a folder"),
@@ -110,13 +110,13 @@ def test_a_row_runs_and_a_broken_one_is_listed(plan, tmp_path, capsys, digits_fo
         r'row +runs left +minutes a run +core-hours\na +1 +0\.\d +0\.\d\d\n1 of 2 runs left: 0\.0\d hours', dry)
     assert (out / 'a-seed-1' / 'summary.csv').stat().st_mtime_ns == finished
     other = plan({**SOLO, 'lr_a': 0.1}, seeds=[1], recipe=few)
-    with pytest.raises(UsageError, match='a-seed-1: is finished with lr_a 0.003, the plan says 0.1; name the row'):
+    with pytest.raises(UsageError, match='a-seed-1: was finished with lr_a 0.003, but the plan has 0.1; rename'):
         check_plan(read_plan(other, None, out))
     # What would not end in time is not started, nor what it would teach; a broken row is listed all the same.
     limited = plan(BROKEN, STUDENT, SOLO, seeds=[2], recipe=few)
     status, printed, err = here(capsys, limited, out, '--limit-minutes', '0.001')
     assert printed.splitlines()[:2] == [
-        f'{name}-seed-2: not started, it would not end in time' for name in ('a', 'student')]
+        f'{name}-seed-2: not started, since it would not finish in time' for name in ('a', 'student')]
     assert status == 1 and err.startswith('Failed: broken-seed-2: its trial failed: ')
 
 
@@ -171,7 +171,7 @@ def test_two_studies_do_not_work_in_one_folder_and_a_dry_run_tells_the_time(plan
         time.sleep(0.05)
     second = start(path, out)
     assert second.communicate()[1] == (
-        f'timm-vpl study: error: {out}: another study, or a run that it started, is at work here\n')
+        f'timm-vpl study: error: {out}: another study, or a run of one, is running here\n')
     assert (second.returncode, study.wait()) == (1, 0)
     # Commands run by hand are runs of the study.
     by_hand = tmp_path / 'by-hand'

@@ -167,9 +167,9 @@ def test_last_line_is_the_accuracy_of_both_plain_models(runs, digits_folder, nam
 @pytest.mark.parametrize(('argv', 'said'), [
     ([], 'nothing: expected the path'),
     (['nofile.py'], 'nofile.py: expected the path'),
-    ([TRAIN, '--model-b', 'nosuch'], '--model-b nosuch: can not be built: Unknown model'),
+    ([TRAIN, '--model-b', 'nosuch'], '--model-b nosuch: cannot be built: Unknown model'),
     ([TRAIN, '--model-b', MODEL_B, '--model-kwargs-b', 'num_classes=3'], '--model-b test_vit: the branches classify 4'),
-    ([TRAIN, '--model-b', 'test_vit3', '--model-kwargs-b', 'img_size=48'], '--model-b test_vit3: can not take images'),
+    ([TRAIN, '--model-b', 'test_vit3', '--model-kwargs-b', 'img_size=48'], '--model-b test_vit3: cannot take images'),
     *(([TRAIN, '--model-b', MODEL_B, *option.split()], f'{option.split()[0]}: a pair does not have it') for option in (
         '--kd-model-name x', '--jsd-loss', '--aug-splits 3', '--naflex-loader', '--head-init-bias 0', '--torchscript')),
 ], ids=str)

@@ -171,7 +171,7 @@ def test_measures_change_nothing_that_is_trained(digits_folder, tmp_path, option
 
 def test_terms_are_not_measured_under_checkpointing(digits_folder, capsys):
     line = error_line(capsys, digits_folder, *PAIR, '--log-grad-terms', '5', '--grad-checkpointing-a')
-    assert line.startswith('--log-grad-terms 5: its backward passes would run the forward of --grad-checkpointing-a ')
+    assert line.startswith('--log-grad-terms 5: its backward passes would repeat the forward pass of --grad-checkp')
 
 
 @pytest.mark.slow
@@ -356,7 +356,7 @@ def test_a_tracker_that_fails_ends_no_run(digits_folder, tmp_path, monkeypatch, 
         folder = run(digits_folder, tmp_path, '--log-tensorboard')
     assert len(rows(folder)) == 2
     [line] = [record.getMessage() for record in caplog.records if 'TensorBoard' in record.getMessage()]
-    assert line == 'TensorBoard: no space left; the run goes on without it'
+    assert line == 'TensorBoard: no space left; the run continues without it'
 
 
 @pytest.mark.parametrize('name, package', [('tensorboard', 'tensorboard'), ('wandb', 'wandb')])

@@ -190,7 +190,7 @@ def test_classes_by_name(capsys, digits_folder, tmp_path):
     validate(capsys, tmp_path / 'model', digits_folder, '--class-map', tmp_path / 'map.txt', '--results-file', path)
     assert results(path)[0]['top1'] == wanted
     (tmp_path / 'map.txt').write_text('\n'.join(['x', 'y', 'z', 'class1', 'class3', 'class0', 'class2']))
-    assert 'has the label 6, none of the 6 classes' in validate(
+    assert 'has the label 6, not one of the 6 classes' in validate(
         capsys, tmp_path / 'model', digits_folder, '--class-map', tmp_path / 'map.txt', status=1)
 
     shutil.rmtree(tmp_path / 'model')
@@ -300,7 +300,7 @@ def test_real_labels_of_other_images(capsys, imagenet_part, digits_folder, tmp_p
     shutil.copytree(root / 'val', tmp_path / 'val')
     shutil.copy(next((root / 'val').rglob('*.JPEG')), next((tmp_path / 'val').iterdir()) / 'more.JPEG')
     error = validate(capsys, root / 'model', tmp_path / 'val', '--real-labels', status=2)
-    assert "1 of 18 images are none of ImageNet's validation set, more.JPEG" in error
+    assert "1 of 18 images are not in ImageNet's validation set, more.JPEG" in error
     (tmp_path / 'few.json').write_text('[[1], [2]]')
     error = validate(capsys, root / 'model', root / 'val', '--real-labels', tmp_path / 'few.json', status=2)
     assert 'not a JSON list of the labels of 50000 images' in error
@@ -359,7 +359,7 @@ def test_figures_of_a_run_are_those_of_its_summary(capsys, digits_folder, run_di
     assert sorted(row['images'] for row in rows) == ['17'] * 4 + ['99'] * 6
     assert [row for row in run_dir.iterdir() if row.suffix == '.tmp'] == []
     path.write_text('a,b\n1,2\n')
-    assert 'not a file of results' in validate(capsys, run_dir, digits_folder, status=1)
+    assert 'not a results file' in validate(capsys, run_dir, digits_folder, status=1)
     assert path.read_text() == 'a,b\n1,2\n'
     path.unlink()
 
@@ -425,18 +425,18 @@ def test_one_tar_or_folder_of_classes(capsys, digits_folder, run_dir, tmp_path):
 
 
 @pytest.mark.parametrize('model, options, message', [
-    ('RUN', ['--results-file', 'x.txt'], 'ends neither in .csv nor in .json'),
+    ('RUN', ['--results-file', 'x.txt'], 'expected a file name that ends in .csv or .json'),
     ('RUN', ['--results-file', 'none/x.csv'], 'no such folder'),
     ('RUN', ['--real-labels', 'none.json'], '--real-labels none.json: no such file'),
     ('RUN', ['--real-labels'], "does not name its classes by ImageNet's wnids"),
-    ('RUN', ['--mean', '0.5', '0.5'], '--mean: 2 values, the images of test_resnet have 3 channels'),
-    ('RUN', ['--in-chans', '1'], 'test_resnet: can not take images of size (1, 32, 32)'),
+    ('RUN', ['--mean', '0.5', '0.5'], '--mean: 2 values, but the images of test_resnet have 3 channels'),
+    ('RUN', ['--in-chans', '1'], 'test_resnet: cannot take images of size (1, 32, 32)'),
     ('RUN', ['--device', 'nosuch'], '--device nosuch'),
     ('RUN', ['--nosuch'], 'unknown option --nosuch'),
     ('RUN', ['--split', 'test'], '--val-split test: no such folder'),
     ('RUN', ['--data-dir', 'none'], 'does not exist'),
     ('RUN', ['--imagenet-v2'], "has a class 'class0', which is not a number from 0 to 999"),
-    ('RUN', ['--imagenet-v2', '--class-map', __file__], 'can not go with --class-map'),
+    ('RUN', ['--imagenet-v2', '--class-map', __file__], 'cannot be combined with --class-map'),
     ('none/model', [], 'no such file or folder'),
     ('test_vitt', [], 'did you mean test_vit'),
     ('.', [], 'no checkpoint in this folder'),
@@ -476,7 +476,7 @@ def test_images_that_lie_in_both_splits(capsys, digits_folder, tmp_path, kind):
         options.append('train.tar')
         wanted = [line.replace('train/', 'train.tar/') for line in wanted]
     lines = check_lines(capsys, *options)
-    assert lines[0].endswith(f'2 of 17 images lie in the split {"train.tar" if kind == "tar" else "train"!r} too')
+    assert lines[0].endswith(f'2 of 17 images are also in the split {"train.tar" if kind == "tar" else "train"!r}')
     assert lines[1:] == wanted
     if kind == 'folder':
         assert '--check-data other: no such folder' in validate(capsys, *options, 'other', status=2)

@@ -19,19 +19,19 @@ from .terms import BaseLoss, ContrastiveLoss, Term, base_term, is_distributed_st
 class StagedLoss(nn.Module):
     """Weighted sum of terms, each on at its own epochs.
 
-    `criterion(output, target)` is the scalar total for a PairOutput; `criterion.terms(output, target)` the dict of
-    its parts, unweighted, absent when off, and 'loss', the total. A weight of 0 switches a term off. All arithmetic
-    is on float32 or float64, whatever autocast says; TF32 rounds matrix products where torch is told to use it.
+    `criterion(output, target)` is the scalar total for a PairOutput; `criterion.terms(output, target)` the dict of its
+    parts, unweighted, absent when off, and 'loss', the total. A weight of 0 switches a term off. All arithmetic is on
+    float32 or float64, whatever autocast says; TF32 rounds matrix products if torch is set to use it.
 
     Args:
         terms: The terms in the order in which they are logged. Modules among their functions are its submodules; those
-            that functions hold otherwise follow it to its device. Functions that pickle knows let it be pickled.
+            that functions hold otherwise follow it to its device. It can be pickled if its functions can.
         phases: Branches that learn in each optimizer phase of a batch, 'ab' for both at once.
-        views: 2 for one network that gives two outputs for a batch, in the places of the branches.
+        views: 2 for one network that gives two outputs for a batch, as if they were the two branches.
 
     Raises:
-        ValueError: Two terms of one name, a name that doesn't end in '_loss', a negative or non-finite weight, a
-            term of a phase that there is not, trainable parameters that nothing would train.
+        ValueError: Two terms of one name, a name that doesn't end in '_loss', a negative or non-finite weight, a term
+            of a phase that does not exist, trainable parameters that nothing would train.
 
     Attributes:
         accuracies: Of what gates compare: 'a', 'b', 'teacher' and 'average', on images that are not trained on; the
@@ -54,7 +54,7 @@ class StagedLoss(nn.Module):
         names = [term.name for term in terms]
         for term in terms:
             if names.count(term.name) > 1 or not term.name.endswith('_loss') or term.name == 'loss':
-                raise ValueError(f"term {term.name!r}: names are unique and end in '_loss'")
+                raise ValueError(f"term {term.name!r}: a name must be unique and end in '_loss'")
             if not math.isfinite(term.weight) or term.weight < 0:
                 raise ValueError(f'{term.name}: weight is {term.weight}, expected a finite number of at least 0')
             if not 0 <= term.phase < len(phases):
@@ -151,7 +151,7 @@ class StagedLoss(nn.Module):
             output: What the pair computed.
             target: Class indices (N,) or soft targets (N, C).
             phase: Only the terms of this optimizer phase; None for all.
-            wrapped: What to call in the place of a term's function, by its name: it in its DistributedDataParallel.
+            wrapped: Replacements for terms' functions, by name: each function in its DistributedDataParallel.
 
         Raises:
             ValueError: No PairOutput, or a target of another length.
@@ -198,10 +198,10 @@ class VPLLoss(StagedLoss):
 
     L = L_CE-a + L_CE-b + w_c L_CL [first (100 - y) % of the epochs] + w_k L_KL [last (100 - x) %]
 
-    The contrastive term moves only branch b (and the affine layer), the KL term only branch a, unless
-    `contrastive_to` and `kl_to` say otherwise: 'both' is the same expression without a stop-gradient, kl_to='b' is
-    KL(p_a || p_b). With 'gather' the negatives are those of all processes, in training only; with gradient
-    accumulation those of the micro-batch.
+    The contrastive term trains only branch b (and the affine layer), the KL term only branch a, unless `contrastive_to`
+    and `kl_to` say otherwise: 'both' is the same expression without a stop-gradient, kl_to='b' is KL(p_a || p_b). With
+    'gather' the negatives are those of all processes, in training only; with gradient accumulation those of the
+    micro-batch.
 
     Args:
         epochs: Number of epochs that the learning rate scheduler runs.

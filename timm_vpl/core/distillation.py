@@ -94,7 +94,7 @@ def dkd(
         binary.append(torch.cat([log_p.gather(-1, classes[:, None]), others], dim=-1))
         among.append((log_p - others).masked_fill(is_target, 0.))
     of_target = torch.linalg.vecdot(binary[1].exp(), binary[1] - binary[0])
-    of_others = torch.linalg.vecdot(among[1].exp(), among[1] - among[0])  # the target's place adds nothing
+    of_others = torch.linalg.vecdot(among[1].exp(), among[1] - among[0])  # the target class adds nothing
     divergences: torch.Tensor = temperature ** 2 * (alpha * of_target + beta * of_others)
     return divergences
 
@@ -177,8 +177,9 @@ def map_distances(
 
     The maps (N, d, h, w) and (N, d, H, W) are brought to one grid, and normalised:
 
-    'layer': both by LayerNorm over the channels of a place (Bootstrapping ViTs, arXiv 2112.03552, eq. 3);
-    'batch': the leader's by channel, over the images and places of the batch; 'none': as they are (locality guidance,
+    'layer': both by LayerNorm over the channels of a position (Bootstrapping ViTs, arXiv 2112.03552, eq. 3);
+    'batch': the leader's by channel, over the images and positions of the batch; 'none': as they are (locality
+        guidance,
     arXiv 2207.10026, eq. 4).
 
     Args:

@@ -9,18 +9,18 @@ from ..compat import children_of, lerp_, tensor_places
 
 
 class Ema(ModelEmaV3):
-    """ModelEmaV3 that remembers where the tensors of both models lie, until a submodule is replaced.
+    """ModelEmaV3 that remembers where the tensors of both models are, until a submodule is replaced.
 
     The walk takes the host longer than the update: for ResNet-50 and ViT-Base some 800 tensors, twice a step. The
     arguments are timm's.
 
     Raises:
-        RuntimeError: At an update, the model has other tensors than its average.
+        RuntimeError: At an update, the model and its average have different tensors.
     """
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
         super().__init__(model, *args, **kwargs)
-        # Of a model and its average: where each tensor lies in both; each module's children, now and when last seen.
+        # Of a model and its average: where each tensor is in both; each module's children, now and when last seen.
         self._places: tuple[nn.Module, list[Any], list[Any]] | None = None
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
@@ -44,8 +44,8 @@ class Ema(ModelEmaV3):
         places = tensor_places(self.module), tensor_places(model)
         if [slots[name].shape for slots, name in places[0]] != [slots[name].shape for slots, name in places[1]]:
             raise RuntimeError(
-                'the model has other tensors than its moving average: a submodule of another shape was put in, '
-                'set up the average after that (setup_ema)')
+                'the model and its moving average have different tensors: a submodule was replaced; call setup_ema() '
+                'after that')
         children = [children_of(each) for root in (self.module, model) for each in root.modules()]
         return model, list(zip(*places, strict=True)), [(now, dict(now)) for now in children]
 

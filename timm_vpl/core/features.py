@@ -12,7 +12,8 @@ def stages_of(model: Any) -> dict[str, str]:
     """Return the modules of a model's stages by name, 'stage1' to 'stage4', the last next to the head.
 
     A hierarchical network has a stage for each resolution, of which the last four count. In a network of one
-    resolution, such as a plain ViT, a stage ends with each quarter of the blocks. timm's `feature_info` tells.
+    resolution, such as a plain ViT, a stage ends with each quarter of the blocks. The stages follow timm's
+    `feature_info`.
     """
     info = getattr(model, 'feature_info', None) or ()
     last: dict[Any, str] = {each['reduction']: each['module'] for each in getattr(info, 'info', info)}
@@ -27,7 +28,7 @@ def find_module(model: Any, name: str, where: str) -> nn.Module:
     """Return the module whose output is a feature: of a stage, or of a module's own name; errors begin with `where`.
 
     Raises:
-        ValueError: The model has none of this name.
+        ValueError: The model has no feature of this name.
     """
     stages = stages_of(model)
     try:
@@ -50,12 +51,12 @@ def as_map(model: Any, name: str, outputs: Sequence[Any], size: tuple[int, int])
         model: The model.
         name: Of the feature.
         outputs: What the module gave: (N, d, h, w); (N, h, w, d) where the model's `output_fmt` is 'NHWC' or the
-            proportions of the image tell; such a map with other things in a tuple; or tokens (N, L, d) of a grid that
-            has the proportions of the image.
+            proportions match those of the image; such a map with other things in a tuple; or tokens (N, L, d) of a grid
+            that has the proportions of the image.
         size: Height and width of the image.
 
     Raises:
-        ValueError: It is none of these.
+        ValueError: The output is none of these.
     """
     output: torch.Tensor | Any = outputs[-1] if outputs else None
     if type(output) is tuple:  # PiT: the map and the tokens of classes

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 
 class InputTransform(nn.Module):
-    """Normalise images anew and resize them, each only where the two configurations differ.
+    """Normalise images again and resize them, each only where the two configurations differ.
 
     With equal configurations it returns its input. Nothing of it is in a state_dict.
 

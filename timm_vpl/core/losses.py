@@ -1,6 +1,6 @@
 """The terms of the pair losses as pure functions, each under its equation, and the gather of embeddings.
 
-All take float32 or float64 tensors. Stop-gradients are the caller's: a term moves what it is not given detached.
+All take float32 or float64 tensors. Stop-gradients are the caller's: a term trains whatever it gets undetached.
 """
 
 from typing import Any
@@ -121,7 +121,7 @@ def contrastive(
         padding = (torch.arange(gather_rows, device=counts.device) >= counts[:, None]).flatten()
         share = len(embed_a) * len(counts) / (2 * counts.sum())  # half of it, times the processes: 0.5 in even batches
 
-    # own[i, j]: column j is anchor i itself; dropped: neither negative nor positive; positive: beside the partner
+    # own[i, j]: column j is anchor i itself; dropped: neither negative nor positive; positive: besides the partner
     own = torch.arange(len(all_a), device=embed_a.device) == (
         torch.arange(len(embed_a), device=embed_a.device) + first)[:, None]
     dropped, positive = padding, None

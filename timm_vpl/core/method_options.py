@@ -1,4 +1,4 @@
-"""The options of the methods, a row each. Importing this costs nothing."""
+"""The options of the methods, a row each. Importing this is cheap."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +50,7 @@ class ContrastiveOptions:
         'negative', "other images of the anchor's class in the contrastive term (paper: negative)",
         choices=SAME_CLASS, idle=_NO_CONTRASTIVE)
     gather: bool = option(
-        True, 'take the negatives of all processes, not the own ones only (not given in the paper)',
+        True, 'take negatives from all processes, not only from its own (not given in the paper)',
         idle=_NO_CONTRASTIVE)
 
 
@@ -84,7 +84,7 @@ class VPLOptions(ContrastiveOptions, KLOptions):
 class DMLOptions(KLOptions):
     """Options of deep mutual learning."""
     dml_joint: bool = option(
-        False, 'deep mutual learning with one update of both branches a batch, not one after the other',
+        False, 'deep mutual learning with one joint update of both branches per batch, not one after the other',
         resume='fixed')
 
 
@@ -95,7 +95,7 @@ class TeacherOptions:
         None, "frozen teacher of distill and deit: a run's folder or checkpoint, an exported folder, hf-hub:ID or a "
         'timm name', metavar='SOURCE', resume='fixed', card=False)
     teacher_branch: str | None = option(
-        None, 'branch to take, where the teacher was trained in a pair', shown="not the student's side", choices=SIDES,
+        None, 'branch to use if the teacher was trained in a pair', shown="not the student's side", choices=SIDES,
         resume='fixed')
 
 
@@ -123,7 +123,8 @@ class DeiTOptions(TeacherOptions):
 class PairOptions(TeacherOptions):
     """Options of terms by name."""
     terms: tuple[TermText, ...] = option(
-        (), f'a term of pair, again for each: NAME,learner=SIDE,option=value,... with NAME one of {", ".join(TERMS)} '
+        (), 'a term of --method pair, repeated for each: NAME,learner=SIDE,option=value,... with NAME one of '
+        f'{", ".join(TERMS)} '
         '(docs/terms.md)', '--term', metavar='TERM', repeats=True, resume='fixed')
 
     @property
@@ -136,4 +137,4 @@ class PairOptions(TeacherOptions):
 class CosubOptions:
     """Options of cosub."""
     drop_path_skip: bool = option(
-        False, "let cosub run a block only on the images that keep it, where the block's structure allows")
+        False, "let cosub run a block only on the images that keep it, if the block allows it")

@@ -1,6 +1,6 @@
 """The methods: what each computes for a batch, as data that the options, the build and the report read.
 
-The training loop knows none of them. Nothing heavy is imported here.
+The training loop does not depend on them. Nothing heavy is imported here.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -30,7 +30,7 @@ class Setting(NamedTuple):
     """What a method's criterion is made for.
 
     Args:
-        sides: The branches that there are.
+        sides: The branches.
         epochs: Epochs that the learning rate scheduler runs.
         base_loss: base_loss(logits, target) of the labels, by default cross-entropy.
         student: The branch that has a distillation token.
@@ -56,19 +56,19 @@ class Method(NamedTuple):
         criterion: `criterion(own, setting)` -> StagedLoss, `own` an instance of `options`; its terms say who learns
             what, in which optimizer phase, from one view of an image or two.
         passes: Forwards for an image in a training step, over all networks, by the options and the branches.
-        options: Dataclass of the options of its own, a row each (`option`).
+        options: Dataclass of its own options, a row each (`option`).
         updates: Optimizer updates a batch, by the options.
         projects: Whether a term compares embeddings, which may need the affine layer, by the options.
         teacher: Whether a frozen network teaches: 'never', 'always', 'alone', when one model is named, or 'asked', when
-            --teacher is given. It stands in the place of the other branch, or beside two.
-        distilled: Branches of which one trains a head of its own for what it is taught (DeiT's distillation token), by
+            --teacher is given. It replaces the other branch, or teaches two.
+        distilled: Branches of which one trains a separate head for the teacher's labels (DeiT's distillation token), by
             the options; the last that has such a head.
         uniform_drop_path: Whether every block of a network has the rate --drop-path.
         bce: Whether the labels' loss is binary cross-entropy.
         key: Of its paper, in the package's citations; '' for none.
-        follows_teacher: Whether a term reads the teacher's logits, by the options and the branches, so that it has to
-            know the classes.
-        gated: Whether a term has a gate, by the options: images are kept back from training for it.
+        follows_teacher: Whether a term reads the teacher's logits, by the options and the branches, so that it needs
+            the same classes.
+        gated: Whether a term has a gate, by the options: images are held out from training for it.
         check: `check(own, sides)` raises ValueError where its options contradict each other.
 
     Examples:
@@ -179,8 +179,8 @@ def _pair(own: PairOptions, setting: Setting) -> 'StagedLoss':
     asked = complete(own.asked, setting.sides)
     for name, term in asked:
         if not Span(setting.epochs, term.start, term.end).length:
-            raise ValueError(f'{name},learner={term.learner}: none of {setting.epochs} epochs lies from start='
-                             f'{term.start:g} to end={term.end:g}')
+            raise ValueError(f'{name},learner={term.learner}: none of {setting.epochs} epochs is between start='
+                             f'{term.start:g} and end={term.end:g}')
     return criterion.StagedLoss([
         terms.Term(
             name,
@@ -193,7 +193,7 @@ def _pair(own: PairOptions, setting: Setting) -> 'StagedLoss':
         for name, term in zip(column_names(asked, setting.sides), asked, strict=True)])
 
 
-#: The methods by name (`--method NAME`). A method of one's own is one more entry.
+#: The methods by name (`--method NAME`). Your own method is one more entry.
 METHODS: dict[str, Method] = {
     'vpl': Method(
         'Vision Pair Learning',

@@ -1,4 +1,4 @@
-"""Names and defaults that the options and the loss share; importing this costs nothing."""
+"""Names and defaults that the options and the loss share; importing this is cheap."""
 
 SIDES = ('a', 'b')
 SIMILARITIES = ('cosine', 'dot')

@@ -1,4 +1,4 @@
-"""An option as a row: a field of a dataclass that carries every fact about it. Importing this costs nothing."""
+"""An option as a row: a field of a dataclass that carries every fact about it. Importing this is cheap."""
 import argparse
 import math
 import types
@@ -13,27 +13,27 @@ ABSENT: Any = object()  # timm has no such option
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of an option beside its name, its type and its default.
+    """The facts of an option besides its name, type and default.
 
     Args:
         help: What it does; '' hides it.
         flags: Further spellings on the command line, such as '-b'.
-        shown: How the default reads, if not as its value.
+        shown: Text for the default, if not its value.
         timm: timm's default, where ours differs; ABSENT where its train script has no such option.
         why: Why it differs.
         default_b: Default of branch b, where it differs from that of branch a.
-        choices: The values that are taken.
+        choices: The allowed values.
         metavar: Name of the value in the help.
         const: Value of a flag that is given without one.
         null: What `null` in a recipe means, if not 'not given'.
         repeats: Whether it may be given several times, each for further values.
         positional: Whether it is an argument without a flag.
-        own_only: Whether each branch has it for itself alone: no form sets both.
-        resume: Whether a run that goes on may have another value: 'fixed', where it changes what is built, refuses;
-            'free' allows; 'warned' warns, as '' does but for a `how`.
-        how: Whether it says how or where a run is done, not what is trained: no row of a report tells it.
+        own_only: Whether it can be set per branch only, not for both branches at once.
+        resume: Whether a resumed run may have another value: 'fixed' is refused, since it changes what is built; 'free'
+            is allowed; 'warned' gives a warning. By default a `how` is free and all others are warned.
+        how: Whether it concerns how or where a run is done, not what is trained; reports do not compare it.
         recipe: Whether it is part of a run's recipe (`args.yaml`).
-        card: Whether a public card may show it, not what names files of a machine; None: unless it is a `how`.
+        card: Whether a public card may show it, which must not name local files; None for all but a `how`.
         idle: Reasons for which it can have no effect.
     """
     help: str
@@ -58,7 +58,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Idle:
-    """Why options have no effect: the reason, and `applies(options)`, which holds where they have none."""
+    """A reason why options have no effect: its text, and `applies(options)`, whether it holds."""
     reason: str
     applies: Callable[[Any], bool]
 

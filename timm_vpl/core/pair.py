@@ -48,12 +48,12 @@ class PairOutput(NamedTuple):
 
 
 class Tap:
-    """Keeps what passes a model's layers while it is on. It does not hold the model, so both can be copied."""
+    """Records inputs and outputs of a model's layers while it is on; it does not hold the model."""
 
     def __init__(self) -> None:
         self.on = False
         self.kept: list[Any] = []
-        self.version = 0  # of the last output, by which a change in place can be told
+        self.version = 0  # of the last output, which changes with an in-place operation
 
     def take(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """Keep the input of a layer, as its forward pre-hook."""
@@ -73,7 +73,7 @@ class Tap:
 
 
 def _version(output: Any) -> int:
-    """Return how often a tensor was changed in place, 0 where that can't be told."""
+    """Return how often a tensor was changed in place, 0 where torch does not know."""
     if torch.compiler.is_compiling() or not isinstance(output, torch.Tensor) or output.is_inference():
         return 0
     return output._version
@@ -132,7 +132,7 @@ class Branch(nn.Module):
         self._handles = [
             module.register_forward_hook(self._features[name].take_output) for name, module in modules.items()]
         if self._compiled is not None:
-            self.compile(**self._compiled)  # torch.compile does not look for hooks that come or go
+            self.compile(**self._compiled)  # torch.compile does not notice new or removed hooks
 
     @property
     def classifies(self) -> bool:
@@ -164,8 +164,8 @@ class Branch(nn.Module):
     def _embedding(self, taps: list[torch.Tensor]) -> torch.Tensor:
         if len(taps) != len(self.layers):
             raise ValueError(
-                f'model_{self.side} ({type(self.model).__name__}): of its {len(self.layers)} last layer(s) {len(taps)} '
-                f'ran, the embedding is the input of each; use a model that classifies in each forward')
+                f'model_{self.side} ({type(self.model).__name__}): {len(taps)} of its {len(self.layers)} last layer(s) '
+                f'ran, but the embedding is the input of all of them; use a model that runs them in each forward')
         embeds = [self._flat(tap) for tap in taps]
         return embeds[0] if len(embeds) == 1 else torch.cat(embeds, dim=1)
 
@@ -220,11 +220,11 @@ class PairWrapper(nn.Module):
     Branches'). One of the models may be None (training alone).
 
     Args:
-        model_a: Model with `get_classifier()`, as timm's have it. A model that is assigned later runs in its place.
+        model_a: Model with `get_classifier()`, as timm's have it. A model that is assigned later replaces it.
         model_b: Likewise.
         affine_side: Side of the affine layer, 'a' or 'b' (not given in the paper).
         partner_dim: Width of the embedding of a partner that is not part of the pair, such as a frozen teacher; the
-            affine layer is then on the side that there is.
+            affine layer is then on the side of the only branch.
         affine: Whether embeddings are compared; without that there is no affine layer.
 
     Raises:
@@ -276,7 +276,7 @@ class PairWrapper(nn.Module):
             side = name[-1]
             if side not in self._branches:
                 raise ValueError(f'{name}: the pair was built without it, build a new PairWrapper')
-            branch = Branch(value, side)  # a new one: who wrapped the old one can tell
+            branch = Branch(value, side)  # a new object, so that those who wrapped the old one notice
             branch.memory_format = self._branches[side].memory_format
             if len(self.parts) > 1 and (got := branch.interface) != (want := self._branches[side].interface):
                 raise ValueError(
@@ -410,7 +410,7 @@ class PairWrapper(nn.Module):
     def extra_repr(self) -> str:
         return '' if self.affine is None else f'affine_side={self.affine_side!r}'
 
-    # What timm's tools ask of a model. Each answer gives every parameter what it would get in its branch alone.
+    # The methods that timm's tools call. Each parameter gets what it would get in its branch alone.
 
     @property
     def num_classes(self) -> int | None:
@@ -492,7 +492,7 @@ def _first_head(classifier: Any) -> list[nn.Module]:
 
 
 def _last_layer(classifier: Model) -> nn.Module:
-    """Return the last fully connected layer of a classifier, or the classifier where none can be told."""
+    """Return the last fully connected layer of a classifier, or the classifier if none is found."""
     if hasattr(classifier, 'head_dist'):  # RepViT's, with a second head inside
         classifier = classifier.head
     layers = [module for module in classifier.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]

@@ -1,4 +1,4 @@
-"""The processes of a command, as each of them finds out."""
+"""The processes of a command, as each of them sees them."""
 import os
 from typing import Any, NamedTuple
 
@@ -12,12 +12,12 @@ class Processes(NamedTuple):
 
     @property
     def distributed(self) -> bool:
-        """Whether there are others."""
+        """Whether there are other processes."""
         return self.world_size > 1
 
 
 def launched() -> Processes:
-    """Return the place that torchrun or SLURM gave this process, before it has joined the others: without a device."""
+    """Return the rank that torchrun or SLURM gave this process, before it has joined the others: without a device."""
     def number(*names: str, default: int) -> int:
         return next((int(os.environ[name]) for name in names if name in os.environ), default)
     return Processes(

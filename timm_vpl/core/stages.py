@@ -20,7 +20,7 @@ class Span:
         over: 'constant', 'fade' or 'ramp'.
 
     Raises:
-        ValueError: epochs < 1; a percentage that is none; another course.
+        ValueError: epochs < 1; an invalid percentage; an unknown course.
     """
 
     def __init__(self, epochs: int, start: float | Fraction = 0, end: float | Fraction = 100, over: str = 'constant'):

@@ -38,11 +38,11 @@ _BRANCHES: dict[type[nn.Module], dict[str, tuple[str, ...]]] = {
 
 
 class SampleDropPath(DropPath):
-    """Drop path with a mask from torch's default CPU generator, so that no device is waited for.
+    """Drop path with a mask from torch's default CPU generator, so that the host never waits for a device.
 
-    Where it is told a branch's first module, it skips: a hook gives that module only the rows that are kept, and the
-    drop path puts the branch's output back to their places, which equals masking. If all are dropped, the first row
-    runs with a weight of 0: modules don't take empty batches, and every parameter gets a gradient.
+    Given a branch's first module, it skips: a hook gives that module only the rows that are kept, and the drop path
+    scatters the branch's output back to those rows, which equals masking. If all are dropped, the first row runs with a
+    weight of 0: modules don't take empty batches, and every parameter gets a gradient.
     """
 
     def __init__(self, drop_prob: float, scale_by_keep: bool = True):
@@ -92,7 +92,7 @@ def _with_layout(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tens
 
 
 def _drop_paths(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Yield block and attribute of each drop path, or of what timm has in its place where the rate is 0."""
+    """Yield block and attribute of each drop path, or of what timm has instead where the rate is 0."""
     for block in model.modules():
         for name, child in {**vars(block), **children_of(block)}.items():
             none = child is None or type(child) is nn.Identity
@@ -103,7 +103,7 @@ def _drop_paths(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 def _first_of_branch(block: nn.Module, name: str) -> nn.Module | None:
     """Return the first module of the branch that a drop path ends, or None if the branch can't skip."""
     modules = [getattr(block, module) for module in _BRANCHES.get(type(block), {}).get(name, ())]
-    # BatchNorm, and what else keeps running statistics, looks at all rows
+    # BatchNorm, and any other running statistics, need all rows
     if any(hasattr(part, 'running_var') for module in modules for part in module.modules()):
         return None
     return modules[0] if modules else None
@@ -138,7 +138,7 @@ def set_uniform_drop_path(model: nn.Module, rate: float, skip: bool = False) -> 
     for block, _ in places:
         if type(block).__module__ in [f'timm.models.{name}' for name in _REFUSED]:
             raise ValueError(
-                f'{type(model).__name__}: drop path of {type(block).__name__} is not one of whole residual branches; '
+                f'{type(model).__name__}: drop path of {type(block).__name__} is not at the end of a residual branch; '
                 f'families that work: {_FAMILIES}')
     masked = []
     for block, name in places:

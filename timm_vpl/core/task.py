@@ -20,19 +20,19 @@ _logger = logging.getLogger(__name__)
 
 
 class PairTask(TrainingTask):
-    """Training of a pair, in the place of timm's ClassificationTask.
+    """Training of a pair, instead of timm's ClassificationTask.
 
-    timm's own loop knows nothing of stages and tells a task of its progress only by `update_ema(step=...)`, after each
-    optimizer update. So that call moves the stage too, also without an EMA; the count is part of the checkpoint. A loop
-    that counts epochs calls `set_epoch` and leaves `updates_per_epoch` out.
+    timm's own loop knows nothing of stages and reports its progress to a task only by `update_ema(step=...)`, after
+    each optimizer update. So that call updates the stage too, also without an EMA; the count is part of the checkpoint.
+    A loop that counts epochs calls `set_epoch` and leaves `updates_per_epoch` out.
 
     Args:
         pair: The pair to train.
         criterion: VPLLoss or another StagedLoss.
-        updates_per_epoch: Optimizer updates in an epoch; None: the stages are the loop's to set (`set_epoch`).
-        streams: Seeds each branch's dropout and drop path for a batch, whose place the loop sets before it
+        updates_per_epoch: Optimizer updates in an epoch; None: the loop sets the stages (`set_epoch`).
+        streams: Seeds each branch's dropout and drop path for a batch, whose position the loop sets before it
             (`streams.set_position`); None leaves the generators alone.
-        teacher: Frozen network, in the place of the branch that the pair has not or beside a pair.
+        teacher: Frozen network, instead of a missing branch or beside a pair.
         device: Device for task tensors/buffers.
         dtype: Dtype for task tensors/buffers.
         verbose: Enable info logging.
@@ -85,7 +85,7 @@ class PairTask(TrainingTask):
             _logger.info(f'Epoch {epoch}: {self.criterion.describe()}')
 
     def _count(self, num_updates: int) -> None:
-        """Take note of the optimizer updates done, and enter the epoch that they have reached."""
+        """Record the optimizer updates done, and enter the epoch that they have reached."""
         self.num_updates = num_updates
         if self.updates_per_epoch is not None and num_updates // self.updates_per_epoch != self._epoch:
             self.set_epoch(num_updates // self.updates_per_epoch)
@@ -105,18 +105,18 @@ class PairTask(TrainingTask):
         return self
 
     def settle(self, input: Images, autocast: Callable[[], Any] = contextlib.nullcontext) -> None:
-        """Run each part and each term that has layers forward and backward once, on images that do not matter.
+        """Run each part and each term that has layers forward and backward once, on arbitrary images.
 
-        A layer of a term that gets no gradient is refused. After its first backward DistributedDataParallel arranges
-        its buckets anew, which changes the order in which three or more processes sum a gradient: a run that was
-        resumed would differ from one that went on. Nothing is learnt here; running statistics are put back.
+        A layer of a term that gets no gradient is refused. After its first backward DistributedDataParallel rearranges
+        its buckets, which changes the order in which three or more processes sum a gradient: a resumed run would differ
+        from an uninterrupted one. Nothing is learnt here; running statistics are restored.
 
         Args:
             input: Images of the shape of the training batches.
             autocast: Context of the forward passes.
 
         Raises:
-            ValueError: A term does not train what it has.
+            ValueError: A term does not train its own layers.
         """
         pair = self.trainable_module
         buffers = [(buffer, buffer.clone()) for buffer in [*pair.buffers(), *self.criterion.buffers()]]
@@ -185,7 +185,7 @@ class PairTask(TrainingTask):
         return self.trainable_module_ema
 
     def update_ema(self, step: int | None = None) -> None:
-        """Update the EMA, if there is one, and the stage, which has no other call in timm's loop.
+        """Update the EMA, if there is one, and the stage: timm's loop calls nothing else.
 
         Args:
             step: Optimizer updates done so far, counted over the whole run; None counts the calls.
@@ -194,7 +194,7 @@ class PairTask(TrainingTask):
         self._count(self.num_updates + 1 if step is None else step)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """Return the optimizer updates done, which decide the stage, and what the terms have of their own."""
+        """Return the optimizer updates done, which decide the stage, and the state of the terms."""
         if ema:
             return {}
         state: dict[str, Any] = {'num_updates': self.num_updates}
@@ -211,7 +211,7 @@ class PairTask(TrainingTask):
             module: nn.Module | None = None,
             ema: bool = False,
     ) -> None:
-        """Restore the number of updates and with it the stage, and what the terms have of their own."""
+        """Restore the number of updates and with it the stage, and the state of the terms."""
         if state and not ema:
             self.criterion.accuracies = dict(state.get('accuracies', {}))
             self.criterion.load_state_dict(state.get('criterion', {}), strict=strict and bool(self.criterion.parts))
@@ -301,7 +301,7 @@ class PairTask(TrainingTask):
 
     @torch.no_grad()
     def _refresh(self, output: PairOutput, sides: str, input: Images) -> PairOutput:
-        """Return the output with what these branches say after their update, in training mode."""
+        """Return the output with new logits and embeddings of these branches after their update, in training mode."""
         fields = {}
         for side in sides:
             if self.streams is not None:
@@ -331,7 +331,7 @@ class PairTask(TrainingTask):
             that is on, unweighted.
 
         Raises:
-            RuntimeError: The method has several phases and the loop names none.
+            RuntimeError: The method has several phases and the loop gives none.
         """
         if phase is None and len(self.phases) > 1:
             raise RuntimeError(f'this method has {len(self.phases)} optimizer phases a batch: call task(input, target, '
@@ -339,7 +339,7 @@ class PairTask(TrainingTask):
         if not phase:
             output = self._outputs(input)._replace(sample_ids=sample_ids)
         elif self._output is None:
-            raise RuntimeError(f'phase {phase} of a batch follows on phase {phase - 1}, which was not run')
+            raise RuntimeError(f'phase {phase} of a batch comes after phase {phase - 1}, which was not run')
         else:
             output = self._refresh(self._output, self.phases[phase - 1], input)
         # The graph of a branch that learns later waits for its phase.
@@ -360,7 +360,7 @@ def _resting_statistics(model: nn.Module) -> Iterator[None]:
     """Let BatchNorm normalise by the batch, as in training, and leave its running statistics alone."""
     norms: list[Any] = [module for module in model.modules() if hasattr(module, 'running_var')]
     tracking = [module for module in norms if getattr(module, 'track_running_stats', False)]
-    # Norms of timm's own that know no such switch.
+    # timm's own norms have no such switch.
     others = [(buffer, buffer.clone()) for module in norms if not hasattr(module, 'track_running_stats')
               for buffer in module.buffers(recurse=False)]
     for module in tracking:

@@ -1,4 +1,4 @@
-"""A frozen teacher: what it says of a batch that was prepared for its student."""
+"""A frozen teacher: its outputs for a batch that was prepared for its student."""
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +17,7 @@ class Teacher(nn.Module):
 
     Args:
         model: The trained model.
-        side: 'a' or 'b', whose place it takes, or 'teacher' beside a pair.
+        side: 'a' or 'b', the branch that it replaces, or 'teacher' beside a pair.
         data_config: Data configuration of the model.
         input_config: Data configuration of the images that it will get.
 

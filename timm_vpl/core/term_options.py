@@ -1,4 +1,4 @@
-"""The terms by name, each with the options that it takes. Importing this costs nothing.
+"""The terms by name, each with the options that it takes. Importing this is cheap.
 
 A term is written `NAME,option=value,...`, several values of one option joined by `+`.
 """
@@ -21,7 +21,7 @@ _STAGES = ('stage2', 'stage3', 'stage4')
 
 def _check_maps(names: Sequence[str]) -> None:
     if 'embed' in names:
-        raise ValueError('features: embed is no feature map, the terms embed and contrastive compare it')
+        raise ValueError('features: embed is not a feature map; use the term embed or contrastive')
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TermOptions:
     weight: NonNegative = option(1., 'its weight')
     start: Percent = option(0., 'percent of the epochs before it starts')
     end: Percent = option(100., 'percent of the epochs at its end')
-    over: str = option('constant', 'course of its weight from start to end', choices=('constant', 'fade', 'ramp'))
+    over: str = option('constant', 'schedule of its weight from start to end', choices=('constant', 'fade', 'ramp'))
 
     def __post_init__(self) -> None:
         if self.start >= self.end:
@@ -47,7 +47,7 @@ class FollowOptions(TermOptions):
         FollowOptions(learner='a', weight=1.0, start=20, end=100.0, over='constant', leader='average', when='always')
         >>> FollowOptions(weight=0)
         Traceback (most recent call last):
-        ValueError: weight=0 leaves it untrained, leave the term out
+        ValueError: weight=0 would train nothing; leave the term out
     """
     leader: str | None = option(
         None, 'what it follows: a branch, the frozen teacher, or the average of both branches', shown='the partner',
@@ -59,7 +59,7 @@ class FollowOptions(TermOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.weight:
-            raise ValueError('weight=0 leaves it untrained, leave the term out')
+            raise ValueError('weight=0 would train nothing; leave the term out')
         if self.when != 'always' and self.learner == 'both':
             raise ValueError(f'when={self.when} needs one learner')
 
@@ -102,7 +102,7 @@ class KLTerm(LogitTerm, SharedOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.hard and (self.learner == 'both' or self.temperature != 1 or self.standardize):
-            raise ValueError('hard=true needs one learner, and takes no temperature and no standardize')
+            raise ValueError('hard=true needs one learner and cannot be combined with temperature or standardize')
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def _projection(kind: str, own: Any, setting: 'Setting', name: str, led: str) ->
 
 _LOGITS = (*SIDES, 'teacher', 'average')
 
-#: The terms by name (`--term NAME,...`). A term of one's own is one more entry.
+#: The terms by name (`--term NAME,...`). Your own term is one more entry.
 TERMS: dict[str, TermKind] = {
     'ce': TermKind("the labels' loss", _ce, TermOptions, (*SIDES, 'both'), ()),
     'contrastive': TermKind(
@@ -321,7 +321,7 @@ def parse_term(text: str) -> Asked:
     """Return the term that a text asks for.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is not a valid term.
     """
     name, *pairs = text.split(',')
     if name not in TERMS:
@@ -333,7 +333,7 @@ def parse_term(text: str) -> Asked:
     for pair in pairs:
         key, equals, spelled = pair.partition('=')
         if not equals or key not in rows:
-            raise ValueError(f'{pair!r} is no option of the term {name}; it has {", ".join(rows)}')
+            raise ValueError(f'{pair!r} is not an option of the term {name}; it has {", ".join(rows)}')
         if key in values:
             raise ValueError(f'{key} is given twice')
         try:
@@ -359,7 +359,7 @@ def _value(annotation: Any, spelled: str) -> Any:
 
 
 def term_text(text: str) -> str:
-    """Return the text of a term as all spell it: what is not at its default, in the order of the options."""
+    """Return a term in canonical form: the options that differ from their defaults, in a fixed order."""
     try:
         name, own = parse_term(text)
     except ValueError as e:
@@ -392,7 +392,7 @@ def complete(asked: Sequence[Asked], sides: Sequence[str]) -> list[Asked]:
         if alpha is not None:
             own = replace(own, weight=own.weight * alpha)
             labels[own.learner] = replace(labels[own.learner], weight=labels[own.learner].weight * (1 - alpha))
-        # A teacher of one branch stands in the place of the other.
+        # The teacher of a single branch replaces the other branch.
         leader = partner_of(own.learner) if len(sides) == 1 else leader_of(own, sides)
         others.append(Asked(name, replace(own, leader=leader)))
     return [*(Asked('ce', own) for own in labels.values()), *others]
@@ -403,7 +403,7 @@ def check_terms(asked: Sequence[Asked], sides: Sequence[str], has_teacher: bool)
 
     Args:
         asked: The terms.
-        sides: The branches that there are.
+        sides: The branches.
         has_teacher: Whether there is a frozen teacher.
     """
     there = [*sides, *(['teacher'] if has_teacher else []), *(['average'] if len(sides) == 2 else [])]
@@ -422,10 +422,10 @@ def check_terms(asked: Sequence[Asked], sides: Sequence[str], has_teacher: bool)
     if has_teacher and not any(leader_of(term.own, sides) == 'teacher' for term in asked if term.name != 'ce'):
         raise ValueError('--teacher: no term follows it (leader=teacher)')
     if sum(term.kind.distilled for term in asked) > 1:
-        raise ValueError('token: one branch learns by its token')
+        raise ValueError('token: only one branch can learn through its token')
     names = column_names(asked, sides)
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f'two terms have the name {twice}: a kind of term, a learner and a leader make one term')
+        raise ValueError(f'two terms have the name {twice}; give only one term for each kind, learner and leader')
 
 
 def _is_always_on(own: TermOptions) -> bool:
@@ -450,7 +450,7 @@ def _check_leader(term: Asked, leader: str, there: Sequence[str]) -> None:
 
 
 def leader_of(own: Any, sides: Sequence[str]) -> str:
-    """Return whom a term follows: the partner, for which a teacher stands where there is one branch."""
+    """Return the leader of a term: by default the partner, or the teacher where there is only one branch."""
     if own.leader is not None:
         return str(own.leader)
     return 'teacher' if len(sides) == 1 else 'b' if own.learner == 'both' else partner_of(own.learner)

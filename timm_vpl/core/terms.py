@@ -1,4 +1,4 @@
-"""The terms of a loss: functions of a pair's output and the labels, each of which knows who learns from it."""
+"""The terms of a loss: functions of a pair's output and the labels, each with its learner."""
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -121,7 +121,7 @@ class ContrastiveLoss(nn.Module):
         self._gathered_rows: int | None = None
 
     def start_epoch(self) -> None:
-        """Let the processes agree on a batch size anew, at the next batch."""
+        """Let the processes agree on a new batch size at the next batch."""
         self._gathered_rows = None
 
     def forward(self, output: PairOutput, target: torch.Tensor) -> torch.Tensor:
@@ -243,7 +243,7 @@ class LogitLoss:
             target: torch.Tensor,
             logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the term; `logits` (N, C), where given, follow in the place of the learner's."""
+        """Return the term; `logits` (N, C), if given, replace the learner's."""
         said = self._said(output, self.learner) if logits is None else logits
         logits = self._standardized(said)
         if self.leader == 'average':
@@ -402,7 +402,7 @@ def submodel_loss(side: str, sum_classes: bool = False) -> TermFunction:
     B(o_side, stop_gradient(sigmoid(o_other))), B the binary cross-entropy with logits.
 
     Args:
-        side: Place of the submodel that learns.
+        side: Side of the submodel that learns.
         sum_classes: Sum over classes, not mean, as the labels' loss does with --bce-sum.
     """
     return partial(_submodel_loss, side, sum_classes)

@@ -1,4 +1,4 @@
-"""Folders of images: where a split lies, what is in it, and which classes its folders are."""
+"""Folders of images: where a split is, what is in it, and which classes its folders are."""
 import logging
 import os
 from collections import Counter, defaultdict
@@ -16,14 +16,14 @@ from ..text import one_line
 
 _logger = logging.getLogger(__name__)
 
-# What of a folder is not read, beside files by their ending.
+# What is not read in a folder, besides files by their ending.
 HIDDEN = 'hidden (a name that begins with a dot)'
 LOOSE = 'outside the class folders'
 SPECIAL = 'pipes or devices'
 
 
 def find_split(data_dir: str, split: str, flag: str, whole: bool, endings: str | None) -> tuple:
-    """Return the folder or tar of a split, and of a folder the images by folder and what is not read.
+    """Return the folder or tar of a split, and for a folder its images by folder and what is not read.
 
     Args:
         data_dir: Folder of the splits.
@@ -33,7 +33,7 @@ def find_split(data_dir: str, split: str, flag: str, whole: bool, endings: str |
         endings: Those of images, with `;` between them; by default timm's.
 
     Raises:
-        UsageError: It has none of its own, or can't be read.
+        UsageError: The split has no folder or tar of its own, or can't be read.
     """
     root = search_split(data_dir, split) if os.path.isdir(data_dir) else data_dir
     own = Path(root) != Path(data_dir)
@@ -45,7 +45,7 @@ def find_split(data_dir: str, split: str, flag: str, whole: bool, endings: str |
         not_read = +not_read
     if own or whole and not any(os.sep in folder for folder in images or ()):
         return root, images, not_read
-    # timm falls back to all that is there, which would train and validate on the same images.
+    # timm falls back to all images, and would train and validate on the same ones.
     if os.path.isfile(root):
         raise UsageError(
             f'--data-dir {root}: one tar for all splits; give its folder, and each split its own tar '
@@ -63,7 +63,7 @@ def scan_folder(root: str, types: set[str], flag: str = '--data-dir') -> tuple[d
         flag: Option or argument that names it.
 
     Raises:
-        UsageError: A folder can't be read, or holds itself by a link, which timm would read 40 times.
+        UsageError: A folder can't be read, or contains itself by a link, which timm would read 40 times.
     """
     images: dict[str, list[str]] = {}
     not_read: Counter[str] = Counter()
@@ -75,7 +75,7 @@ def scan_folder(root: str, types: set[str], flag: str = '--data-dir') -> tuple[d
                 status = os.stat(folder)
                 here = (status.st_dev, status.st_ino)
                 if here in above:
-                    raise UsageError(f'{flag}: {folder} is a link to a folder that it lies in; remove it')
+                    raise UsageError(f'{flag}: {folder} is a link to a folder that contains it; remove it')
                 paths = images[os.path.relpath(folder, root)] = []
                 with os.scandir(folder) as entries:
                     for entry in entries:
@@ -86,13 +86,13 @@ def scan_folder(root: str, types: set[str], flag: str = '--data-dir') -> tuple[d
                             pending.append((entry.path, (*above, here)))
                         elif (extension := os.path.splitext(name)[1].lower()) not in types:
                             not_read[extension or 'without an ending'] += 1
-                        elif kind == SPECIAL:  # reading it would wait for ever
+                        elif kind == SPECIAL:  # reading it would hang
                             not_read[SPECIAL] += 1
                         else:
                             paths.append(entry.path)
                 shown.update(len(paths))
     except OSError as e:
-        raise UsageError(f'{flag}: {e.filename} can not be read ({e.strerror})') from e
+        raise UsageError(f'{flag}: {e.filename} cannot be read ({e.strerror})') from e
     return images, not_read
 
 
@@ -104,14 +104,14 @@ def find_images(path: str, flag: str) -> list[str]:
         flag: Argument that names it.
 
     Raises:
-        UsageError: The folder holds no image, or can't be read.
+        UsageError: The folder contains no images, or can't be read.
     """
     if not os.path.isdir(path):
         return [path]
     images, not_read = scan_folder(path, get_img_extensions(as_set=True), flag)
     found = sorted((each for paths in images.values() for each in paths), key=lambda path: (natural_key(path), path))
     if not found:
-        raise UsageError(f'{flag} {path}: holds no image; not read: {dict(not_read)}')
+        raise UsageError(f'{flag} {path}: contains no images; not read: {dict(not_read)}')
     return found
 
 
@@ -129,11 +129,12 @@ def check_folders(root: str, images: dict[str, list[str]], not_read: dict[str, i
     """Raise UsageError where a folder that was scanned has no image, or one of its class folders has none."""
     filled = {folder.split(os.sep)[0] for folder, paths in images.items() if paths}
     if not filled:
-        raise UsageError(f'--data-dir: Found 0 images in the folders of {root}; not read: {dict(not_read)}')
+        raise UsageError(f'--data-dir: no images in the folders of {root}; not read: {dict(not_read)}')
     empty = sorted(folder for folder in images if os.sep not in folder and folder not in filled)
     if empty and not allow_empty:
-        raise UsageError(f'--data-dir: class folder {os.path.join(root, empty[0])} holds no image; remove it from '
-                         f'every split or fill it')
+        raise UsageError(
+            f'--data-dir: class folder {os.path.join(root, empty[0])} contains no images; remove it from every split '
+            f'or fill it')
 
 
 def number_classes(
@@ -142,16 +143,16 @@ def number_classes(
         class_map: dict[Any, int] | None = None,
         file: str = '',
 ) -> dict[Any, int]:
-    """Return the index of each class, the name of a folder that holds images: timm's, but in a total order.
+    """Return the index of each class, the name of a folder with images: as timm's, but in a total order.
 
     Args:
         folders: The folders with images, as paths in the root.
         root: Folder or tar of the data, for messages.
-        class_map: Indices that are given.
+        class_map: The given indices.
         file: Their file.
 
     Raises:
-        UsageError: The class map misses folders, or what lies in them is not one class a folder.
+        UsageError: The class map misses folders, or the folders are not one class each.
     """
     folders = set(folders)
     if class_map is not None:
@@ -167,14 +168,14 @@ def number_classes(
         above = next((str(path) for path in Path(folder).parents if str(path) in folders), None)
         if above:
             raise UsageError(
-                f'--data-dir: {root}: the folder {folder} would be a class beside {above}, which it lies in; move its '
-                f'images, or name both in a --class-map')
+                f'--data-dir: {root}: the folder {folder} would be a class besides {above}, which contains it; move '
+                f'its images, or name both in a --class-map')
     several = [f'{name} in {", ".join(each[:3])}' for name, each in paths.items() if len(each) > 1]
     if several and len(paths) == 1:
         raise UsageError(
-            f'--data-dir: {root}: its {len(folders)} folders with images have one name, so that all would be one '
+            f'--data-dir: {root}: its {len(folders)} folders with images share one name, so that all would be one '
             f'class: {several[0]}; move the images up')
     if several:
         _logger.warning(one_line(
-            f'{root}: {len(several)} classes are each of several folders of one name: {"; ".join(several[:3])}'))
+            f'{root}: {len(several)} classes combine several folders of one name: {"; ".join(several[:3])}'))
     return {name: index for index, name in enumerate(sorted(paths, key=lambda name: (natural_key(name), name)))}

@@ -1,4 +1,4 @@
-"""What tells the data of a run from others, without reading an image."""
+"""The identity of the data of a run, without reading an image."""
 import hashlib
 import os
 from itertools import zip_longest
@@ -6,11 +6,11 @@ from typing import Any
 
 from .images import Split
 
-IDENTITY_VERSION = 1  # of what is hashed
+IDENTITY_VERSION = 1  # of the hashed content
 
 
 def data_identity(dataset: Split, class_names: list[str] | None) -> dict[str, Any]:
-    """Return what tells the data of a split from others, without reading an image.
+    """Return the identity of the data of a split, without reading an image.
 
     Args:
         dataset: Data set of one split.

@@ -1,4 +1,4 @@
-"""Images and labels: what stands in for an image that can't be read, and which labels are refused."""
+"""Images and labels: which image replaces one that can't be read, and which labels are refused."""
 import copy
 import logging
 import random
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from ..core.processes import Processes
 from ..core.seeding import derive_seed, seed_all
 from ..errors import RunError, UsageError, first_line
-from .order import Place, deal, shuffled
+from .order import SampleDraw, part_of, shuffled
 from .sources import Source
 
 _logger = logging.getLogger(__name__)
@@ -26,9 +26,9 @@ _logger.setLevel(logging.WARNING)  # on every process: each reads files that the
 
 MAX_SKIPPED = 10  # unreadable images in a row, after which a run ends
 MAX_WARNINGS = 10  # of unreadable images, by each process that reads
-MAX_WORKERS = 1024  # whose reading is looked at
+MAX_WORKERS = 1024  # whose reading is monitored
 
-# What a reader raises for one file that can't be read; other errors are not of an image.
+# What a reader raises for one file that can't be read; other errors are not about an image.
 READ_ERRORS = (
     OSError, EOFError, SyntaxError, TypeError, ValueError, struct.error, tarfile.TarError, zlib.error,
     Image.DecompressionBombError)
@@ -36,9 +36,9 @@ READ_ERRORS = (
 
 @dataclass(eq=False)
 class Images(Dataset):
-    """The images of a split in one mode, where the next image stands in for one that can't be read.
+    """The images of a split in one mode, where the next image replaces one that can't be read.
 
-    `replaced` tells for each image whether another stood in for it since `replaced` was zeroed; workers share it.
+    `replaced` says for each image whether another replaced it since `replaced` was zeroed; workers share it.
 
     Args:
         reader: The reader of the split.
@@ -49,7 +49,7 @@ class Images(Dataset):
         num_classes: Classes that labels can have after it, None for any.
 
     Raises:
-        RunError: MAX_SKIPPED images in a row can't be read, or a label is none of the classes.
+        RunError: MAX_SKIPPED images in a row can't be read, or a label is not one of the classes.
     """
     reader: Any
     source: Source
@@ -76,7 +76,7 @@ class Images(Dataset):
         return item
 
     def being_read(self) -> str:
-        """Return what is being read at present, for the line of a batch that does not come, '' for nothing."""
+        """Return what is being read now, for the message about a missing batch; '' for nothing."""
         return _being_read(self._reading, self._describe)
 
     def _item(self, index):
@@ -129,7 +129,7 @@ class Images(Dataset):
 
 
 class LoneImages(Images):
-    """Images without labels, for none of which another stands in: one that can't be read is blank, and `replaced`."""
+    """Images without labels. One that can't be read is blank and marked in `replaced`, not replaced by another."""
 
     def __getitem__(self, index):
         try:
@@ -145,14 +145,14 @@ class LoneImages(Images):
             self._read(index)
         except READ_ERRORS as e:
             return _cause(e)
-        return 'it could be read only later'
+        return 'the first attempt failed, a later one succeeded'
 
 
 class StreamImages(IterableDataset):
-    """The images of a stream, of which each worker of each process has its own part, in order.
+    """The images of a stream, split into one part per worker and process, in order.
 
-    In training a part is shuffled, begins again where it is short, and ends with the last batch; images come with their
-    Place. Attributes are those of `Images`; `replaced` counts by worker what could not be read and was left out.
+    In training a part is shuffled, starts again if it is short, and ends with the last batch; images come with their
+    SampleDraw. Attributes are those of `Images`; `replaced` counts by worker what could not be read and was left out.
 
     Args:
         reader: The reader of the split.
@@ -167,13 +167,15 @@ class StreamImages(IterableDataset):
         self.transform = self.label_map = self.num_classes = None
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers persist
         self._num_warnings = 0
-        self.deal(0, Processes(None))
+        self.distribute(0, Processes(None))
 
     def __len__(self):
         return self.reader.num_samples or 0
 
-    def deal(self, workers: int, processes: Processes, seed: int = 0, batches: int = 0, batch_size: int = 1) -> None:
-        """Deal the images to the workers of all processes.
+    def distribute(
+            self, workers: int, processes: Processes, seed: int = 0, batches: int = 0, batch_size: int = 1,
+    ) -> None:
+        """Distribute the images over the workers of all processes.
 
         Args:
             workers: Workers of a process.
@@ -196,7 +198,7 @@ class StreamImages(IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of training."""
         self.epoch.fill_(epoch)
-        self.reader.set_epoch(epoch)  # of one that deals its samples itself
+        self.reader.set_epoch(epoch)  # of a reader that distributes its samples itself
 
     def __iter__(self) -> Iterator:
         info = get_worker_info()
@@ -219,13 +221,13 @@ class StreamImages(IterableDataset):
                 seed_all(self.seed, 'sample', epoch, position)
             if self.transform is not None:
                 image = self.transform(image)
-            yield (image, label, Place(epoch, position, 0)) if self.batches else (image, label)
+            yield (image, label, SampleDraw(epoch, position, 0)) if self.batches else (image, label)
 
     def _read(self, first, last, whole, worker):
-        """Yield where a sample lies, its image and its target, of a part: once, in training again and again."""
+        """Yield the location, image and target of each sample of a part: once, in training repeatedly."""
         shards, failed = self.source.shards, 0  # in a row
         if shards is None:
-            # In validation timm makes the shares equal by their last image, again and again.
+            # In validation timm makes the shares equal by repeating their last image.
             own = len(range(first, len(self), whole)) if len(self) and not self.batches else None
             for image, target in islice(self.reader, own):
                 yield 'a sample of the stream', image, target
@@ -249,12 +251,12 @@ class StreamImages(IterableDataset):
                 yield where, *decoded
 
     def _samples(self, shards, reader, first, last, whole, worker):
-        """Yield where a sample lies, and the sample, encoded; in training again and again."""
+        """Yield the location of each sample and the encoded sample; in training repeatedly."""
         listed, epoch = shards.find(reader), int(self.epoch)
         order = list(range(len(listed)))
         if self.batches:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(listed)).tolist()
-        pieces = deal(first, last, whole, [listed[shard][1] for shard in order])
+        pieces = part_of(first, last, whole, [listed[shard][1] for shard in order])
 
         def once():
             for piece in pieces:
@@ -273,15 +275,14 @@ class StreamImages(IterableDataset):
             for sample in shuffled(once(), shards.buffer(reader), rng):
                 found = True
                 yield sample
-        raise RunError(f'data: a worker finds no image in its part of the {len(listed)} shards; fewer --workers '
-                       f'have larger parts')
+        raise RunError(f'data: a worker has no images in its part of the {len(listed)} shards; use fewer --workers')
 
     @staticmethod
     def name(index: int) -> None:
         """Return None: images of a stream have no names."""
 
     def being_read(self) -> str:
-        """Return which shards are being read, for the line of a batch that does not come."""
+        """Return which shards are being read, for the message about a missing batch."""
         names = self.source.shards and [name for name, _ in self.source.shards.find(self.reader)]
         return _being_read(self._reading, names.__getitem__) if names else ', while a stream is read'
 
@@ -295,21 +296,21 @@ def _being_read(reading: torch.Tensor, describe: Callable[[int], str]) -> str:
 
 
 def _cause(error: Exception) -> str:
-    return 'no image that Pillow knows' if isinstance(error, UnidentifiedImageError) else first_line(error)
+    return 'not an image that Pillow can read' if isinstance(error, UnidentifiedImageError) else first_line(error)
 
 
 def _no_image(error: Exception) -> str:
-    """Return what an error says that is not of one broken image."""
+    """Return the cause in an error that is not about one broken image."""
     return {
-        KeyError: f'no {error} among the columns of the data, or in --class-map',
-        MemoryError: 'the memory ran out (fewer --workers need less)',
+        KeyError: f'{error} is not a column of the data, or not in --class-map',
+        MemoryError: 'out of memory (use fewer --workers)',
     }.get(type(error), f'{type(error).__name__} {first_line(error)}')
 
 
 def _warn_skipped(where: str, cause: str, number: int) -> None:
-    """Warn of the sample that is the so many-th to be skipped by this process, but of few."""
+    """Warn of the first few samples that this process skips."""
     if number <= MAX_WARNINGS:
-        last = '; further ones are only counted' if number == MAX_WARNINGS else ''
+        last = '; further ones are counted, but not logged' if number == MAX_WARNINGS else ''
         _logger.warning(f'Skipped {where}: {cause}{last}')
 
 
@@ -318,7 +319,7 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode[0] in 'FI' and mode[0] not in 'FI':
         values = np.asarray(image)
         if image.mode == 'F' or values.min() < 0 or values.max() > 0xffff:
-            raise ValueError(f'pixels of mode {image.mode}, whose white is not known')
+            raise ValueError(f'pixels of mode {image.mode}, which has no known value for white')
         image = Image.fromarray((values >> 8).astype(np.uint8))
     return image.convert(mode)
 
@@ -333,5 +334,5 @@ def class_index(target, num_classes: int | None, transform: Callable[[int], int]
                 return label
     except (IndexError, KeyError, OverflowError, TypeError, ValueError):
         pass
-    classes = 'no class index' if num_classes is None else f'none of the {num_classes} classes, 0 to {num_classes - 1}'
-    raise ValueError(f'the label {target!r}, {classes}')
+    known = f'not one of the {num_classes} classes, 0 to {num_classes - 1}' if num_classes else 'not a class index'
+    raise ValueError(f'the label {target!r}, {known}')

@@ -1,4 +1,4 @@
-"""Loaders: torch's, with timm's transforms, mixup and prefetching; every draw is seeded by its place in the run."""
+"""Loaders: torch's, with timm's transforms, mixup and prefetching; every draw is seeded by its position in the run."""
 import copy
 import math
 import multiprocessing
@@ -25,8 +25,8 @@ from .order import SeededCollate, SeededDataset, SeededErasing, SeededSampler
 
 
 def init_worker(worker_id: int) -> None:
-    """Let a worker outlive the signals of its process group: the main process decides what they mean."""
-    signal.set_wakeup_fd(-1)  # that of the main process, where this is a fork of it
+    """Let a worker ignore the signals of its process group, which the main process handles."""
+    signal.set_wakeup_fd(-1)  # the main process's, if this is a fork of it
     for name in ('SIGINT', 'SIGUSR1'):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -65,9 +65,9 @@ class TrainLoader(PrefetchLoader):
     `skipped` is the number of images in the batches that `epoch` has yielded that could not be read, and are replaced,
     on this process.
 
-    Every draw (order, augmentation, mixup, erasing) is a function of the seed and its place in the run, not of a
-    generator's state: independent of the number of workers, and the same when an epoch is entered at a later batch. A
-    stream is entered at its beginning, and its order depends on the workers.
+    Every draw (order, augmentation, mixup, erasing) is a function of the seed and its position in the run, not of a
+    generator's state: independent of the number of workers, and the same when an epoch is resumed at a later batch. A
+    stream always starts at its beginning, and its order depends on the workers.
 
     Args:
         options: Options of the run.
@@ -88,7 +88,7 @@ class TrainLoader(PrefetchLoader):
                 len(images), size, options.run.seed, processes.rank, processes.world_size,
                 options.augmentation.aug_repeats)
         else:
-            images.deal(options.loader.workers, processes, options.run.seed, self._num_batches, size)
+            images.distribute(options.loader.workers, processes, options.run.seed, self._num_batches, size)
         batches = _batches(
             options.loader, dataset, batch_size=size, sampler=self.order, drop_last=True,
             collate_fn=SeededCollate(collate, options.run.seed, options.augmentation.mixup_off_epoch))
@@ -107,7 +107,7 @@ class TrainLoader(PrefetchLoader):
         """
         self.skipped = 0
         if self.random_erasing is not None:
-            self.random_erasing.place = (epoch, first_batch)  # type: ignore[attr-defined]
+            self.random_erasing.position = (epoch, first_batch)  # type: ignore[attr-defined]
         self.images.replaced.zero_()
         if isinstance(self.images, StreamImages):
             self.images.set_epoch(epoch)
@@ -132,7 +132,7 @@ def create_train_loader(
     """Create the training loader from timm's options.
 
     Raises:
-        UsageError: An augmentation policy that timm does not know, or fewer images than a batch.
+        UsageError: An unknown augmentation policy, or fewer images than a batch.
     """
     asked = options.augmentation
     guard_posterize()
@@ -173,13 +173,13 @@ def create_train_loader(
     )
     if not len(loader):
         raise UsageError(
-            f'--batch-size {options.loader.batch_size}: {processes.world_size} batch(es) of it are more than the '
-            f'{len(images)} training images')
+            f'--batch-size {options.loader.batch_size}: {processes.world_size} batch(es) of that size are more than '
+            f'the {len(images)} training images')
     return loader
 
 
 class EvalLoader(PrefetchLoader):
-    """Validation batches (images, target): each image once, in order, dealt to the processes in turn.
+    """Validation batches (images, target): each image once, in order, assigned to the processes in turn.
 
     After a pass `dataset.replaced` holds the images that could not be read on this process. Of a stream a process has
     some batches more or fewer than its length.
@@ -236,8 +236,8 @@ def create_eval_loader(
     images.transform = create_transform(**data_config, use_prefetcher=True)
     size = loader.validation_batch_size or loader.batch_size
     if isinstance(images, StreamImages):
-        images.deal(loader.workers, processes)
-    else:  # none that would find no batch left, as with one image to predict
+        images.distribute(loader.workers, processes)
+    else:  # no worker without a batch, as with one image to predict
         loader = replace(loader, workers=min(loader.workers, math.ceil(len(images) / size)))
     batches = _batches(
         loader,

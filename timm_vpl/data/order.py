@@ -1,4 +1,4 @@
-"""The order of an epoch and every draw in it, as functions of the seed and the place in the run; who reads what."""
+"""The order of an epoch and every draw in it, as functions of the seed and the position in the run; who reads what."""
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from torch.utils.data import Dataset, Sampler
 from ..core.seeding import seed_all
 
 
-class Place(NamedTuple):
-    """Where in a run a sample is drawn: what its augmentation is seeded with."""
+class SampleDraw(NamedTuple):
+    """A sample's position in the run, which seeds its augmentation."""
     epoch: int
     position: int  # in the order of the epoch over all processes
     index: int  # type: ignore[assignment]  # in the data set
@@ -22,10 +22,10 @@ class Place(NamedTuple):
 
 @dataclass(eq=False)
 class SeededSampler(Sampler):
-    """The order of an epoch, from (seed, epoch) alone: whole batches, dealt to the processes in turn.
+    """The order of an epoch, from (seed, epoch) alone: whole batches, assigned to the processes in turn.
 
-    Global batch k holds the same samples for any number of processes. With `repeats` an image stands that many times
-    in a row, its copies with different processes where there are several, and an epoch keeps its length (timm's
+    Global batch k holds the same samples for any number of processes. With `repeats` an image occurs that many times in
+    a row, its copies with different processes where there are several, and an epoch keeps its length (timm's
     RepeatAugSampler).
 
     Args:
@@ -61,20 +61,20 @@ class SeededSampler(Sampler):
     def __len__(self):
         return self.num_samples // (self.batch_size * self.world_size) * self.batch_size
 
-    def __iter__(self) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[SampleDraw]:
         for i in range(self.first_batch * self.batch_size, len(self)):
-            yield Place(self.epoch, i * self.world_size + self.rank, int(self._indices[i]))
+            yield SampleDraw(self.epoch, i * self.world_size + self.rank, int(self._indices[i]))
 
 
 @dataclass(eq=False)
 class SeededDataset(Dataset):
-    """A map-style data set, read at a Place, whose transforms draw from generators seeded for that place."""
+    """A map-style data set, read by SampleDraw, whose transforms draw from generators that it seeds."""
     dataset: Dataset
     seed: int
 
-    def __getitem__(self, place: Place):
-        seed_all(self.seed, 'sample', place.epoch, place.position)
-        return (*self.dataset[place.index], place)
+    def __getitem__(self, draw: SampleDraw):
+        seed_all(self.seed, 'sample', draw.epoch, draw.position)
+        return (*self.dataset[draw.index], draw)
 
     def __len__(self):
         return len(self.dataset)
@@ -82,7 +82,7 @@ class SeededDataset(Dataset):
 
 @dataclass
 class SeededCollate:
-    """A collate function that draws (mixup in the workers) from generators seeded for the batch's first place.
+    """A collate function that draws (mixup in the workers) from generators seeded for the batch's first sample.
 
     Args:
         collate: The collate function.
@@ -97,7 +97,7 @@ class SeededCollate:
         epoch, position, _ = batch[0][2]
         seed_all(self.seed, 'batch', epoch, position)
         if isinstance(self.collate, Mixup) and self.mixup_off_epoch:
-            # Here, since a worker that persists never sees what the main process sets later.
+            # Here, since a persistent worker never sees what the main process sets later.
             self.collate.mixup_enabled = epoch < self.mixup_off_epoch
         return self.collate([sample[:2] for sample in batch])
 
@@ -112,11 +112,11 @@ class SeededErasing:
     seed: int
     rank: int
     device: torch.device
-    place: tuple[int, int] = (0, 0)  # epoch, batch
+    position: tuple[int, int] = (0, 0)  # epoch, batch
 
     def __call__(self, input):
-        epoch, batch = self.place
-        self.place = (epoch, batch + 1)
+        epoch, batch = self.position
+        self.position = (epoch, batch + 1)
         seed_all(self.seed, 'erase', epoch, batch, self.rank, device=self.device)
         return self.erasing(input)
 
@@ -126,22 +126,23 @@ _STEP = 2654435769  # of a unit, the golden ratio: however few multiples fill th
 
 
 class Piece(NamedTuple):
-    """What one reader has of a shard: the samples whose places lie between two bounds."""
+    """One reader's part of a shard: the samples whose positions are between two bounds."""
     shard: int
     first: int
     last: int
 
     def holds(self, index):
-        """Return whether it has a sample, by its number in the shard (or an array of them)."""
-        place = index * _STEP % _UNIT
-        return (self.first <= place) & (place < self.last)
+        """Return whether it has a sample, by its number in the shard (or an array of numbers)."""
+        position = index * _STEP % _UNIT
+        return (self.first <= position) & (position < self.last)
 
 
-def deal(first: int, last: int, whole: int, lengths: Sequence[int]) -> list[Piece]:
-    """Return what a reader has of a stream: [first, last) of `whole` equal parts.
+def part_of(first: int, last: int, whole: int, lengths: Sequence[int]) -> list[Piece]:
+    """Return a reader's part of a stream: [first, last) of `whole` equal parts.
 
-    Readers whose parts adjoin share the shard at their border, of which each sample is one's own: who reads all parts
-    reads each sample once, whatever the lengths. Where there are more shards than readers, most have one reader.
+    Readers whose parts adjoin share the shard at their border, and each sample of it has one reader. So all parts
+    together hold each sample once, whatever the lengths. If there are more shards than readers, most shards have one
+    reader.
 
     Args:
         first: First part.

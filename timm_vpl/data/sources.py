@@ -1,13 +1,13 @@
-"""The kinds of data sets, in one table: how each opens a split, as a reader of timm's, and what tells it from others.
+"""The kinds of data sets, in one table: how each opens a split, as a timm reader, and what identifies it.
 
-A further kind is a row of SOURCES; its `open` raises UsageError, also for options that it does not take (--class-map,
---input-key, --target-key), or what readers of files raise. Beside timm's `reader[index]` (a file or an image, and its
-label; --check-data needs files), `len(reader)` and `reader.filename(index)` (None where images have no name, which
---real-labels needs), these attributes of a reader are used:
+A further kind is a row of SOURCES; its `open` raises UsageError, also for options that it does not support
+(--class-map, --input-key, --target-key), or any error of a file reader. Besides timm's `reader[index]` (a file or an
+image, and its label; --check-data needs files), `len(reader)` and `reader.filename(index)` (None where images have no
+name, which --real-labels needs), these attributes of a reader are used:
 
-    class_to_idx: Index of each class, empty where the data does not name its classes.
-    root: Folder or file of the images, None or absent where only the data set's name says where they are.
-    targets: Labels of the images in order, whole numbers from 0, absent where they are not known without reading.
+    class_to_idx: Index of each class, empty if the data does not name its classes.
+    root: Folder or file of the images, None or absent if only the data set's name locates them.
+    targets: Labels of the images in order, whole numbers from 0, absent if they are not known without reading.
     not_read: Number of files that are not read, by reason; absent for none.
 
 A stream (`is_stream`) is read by its `Shards`, and its reader has `num_samples`, None where that is not known.
@@ -38,7 +38,7 @@ _DIGITS_TRAIN = 1437  # first 80 %; the pictures are in the order of their write
 
 
 class Request(NamedTuple):
-    """What is asked for: a split, as the options of the data set say."""
+    """A requested split, by the options of the data set."""
     data: Any  # the options
     split: str
     batch_size: int
@@ -51,7 +51,7 @@ class Request(NamedTuple):
 
     @property
     def where(self) -> str:
-        """The option that says where the data is."""
+        """The option that locates the data."""
         return f'--data-dir {self.data.data_dir}' if self.data.data_dir else f'--dataset {self.data.dataset}'
 
     def find(self) -> tuple:
@@ -105,7 +105,7 @@ class DigitsReader(Reader):
 
 
 class FolderReader(ReaderImageFolder):
-    """timm's reader of a folder that was walked.
+    """timm's reader, of a folder that was scanned.
 
     Args:
         root: The folder.
@@ -123,7 +123,7 @@ class FolderReader(ReaderImageFolder):
 
 
 class TarReader(ReaderImageInTar):
-    """timm's reader of a tar, without what is hidden or in no folder.
+    """timm's reader of a tar, without hidden images and those in no folder.
 
     Args:
         root: The tar.
@@ -187,7 +187,7 @@ def _open_files(request: Request) -> Any:
     data, (root, images, not_read) = request.data, request.find()
     for key, value in (('--target-key', data.target_key), ('--input-key', images is None and data.input_key)):
         if value:
-            raise UsageError(f'{key} {value}: has no meaning for {root}')
+            raise UsageError(f'{key} {value}: does not apply to {root}')
     number = partial(number_classes, root=root, class_map=request.class_map, file=data.class_map)
     if images is None:
         return TarReader(root, number)
@@ -209,7 +209,8 @@ def _open_torchvision(request: Request) -> Any:
     hidden = [name for name in getattr(dataset, 'classes', ()) if isinstance(name, str) and name.startswith('.')]
     if hidden:
         raise UsageError(
-            f'{request.where}: split {request.split!r} has a hidden folder {hidden[0]}, which is no class; remove it')
+            f'{request.where}: split {request.split!r} has a hidden folder {hidden[0]}, which is not a class; remove '
+            f'it')
     samples = getattr(dataset, 'samples', None)
     return FolderReader(dataset.root, samples, dataset.class_to_idx) if samples else ArrayReader(dataset)
 
@@ -219,7 +220,7 @@ def _open_timm(request: Request) -> Any:
 
 
 def _open_shards(request: Request) -> Any:
-    """Open shards with a webdataset that gives no address to a shell; their _info.json may be somebody else's."""
+    """Open shards with a webdataset that passes no address to a shell; their _info.json may be untrusted."""
     try:
         from webdataset import __version__ as version
     except ImportError as e:
@@ -228,7 +229,7 @@ def _open_shards(request: Request) -> Any:
         raise UsageError(
             f"--dataset {request.data.dataset}: needs webdataset 1.0 or later (pip install 'timm-vpl[wds]'), found "
             f"{version}")
-    reader = _open_timm(request)  # nothing is read yet but _info.json
+    reader = _open_timm(request)  # reads only _info.json
     where, names = f'{request.where}: split {request.split!r} of _info.json:', reader.split_info.filenames
     if not names or not isinstance(reader.num_samples, int):
         raise UsageError(f'{where} {len(names)} shards, {reader.num_samples!r} samples')
@@ -236,12 +237,12 @@ def _open_shards(request: Request) -> Any:
         check_shards(where, name)
         if '://' in request.data.data_dir and os.path.isabs(name):
             raise UsageError(f'{where} {name}: not below the address')
-    reader.is_training, reader.dist_num_replicas = False, 1  # its samples are dealt here
+    reader.is_training, reader.dist_num_replicas = False, 1  # its samples are distributed here
     return reader
 
 
 class _One(list):
-    """One sample, in the place of the data that timm's reader goes through to make images and labels of them."""
+    """One sample, instead of the data that timm's reader iterates over to make images and labels."""
 
     def set_epoch(self, epoch):
         """Have no epochs."""
@@ -283,7 +284,7 @@ def _open_rows(request: Request) -> Any:
 
 
 def _read_rows(reader, shard: int) -> Iterator[dict]:
-    # Not its iterator, which in a worker leaves out what are other workers' by its own rule.
+    # Not its iterator, which in a worker skips other workers' samples by its own rule.
     for rows in reader.rows.shard(reader.rows.num_shards, shard).iter(64):
         yield from (dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True))
 
@@ -315,7 +316,7 @@ def _stream_entries(reader) -> Iterator[str]:
 
 
 class Shards(NamedTuple):
-    """How a stream is read shard by shard, so that its samples can be dealt to workers."""
+    """How a stream is read shard by shard, so that its samples can be distributed over workers."""
     find: Callable[[Any], list[tuple[str, int]]]  # name and samples of each shard; 1 where these are not known
     read: Callable[[Any, int], Iterable]  # the samples of a shard, encoded
     decode: Callable[[Any, Any], tuple | None]  # image and target of a sample, None where timm leaves it out
@@ -325,10 +326,10 @@ class Shards(NamedTuple):
 class Source(NamedTuple):
     """A kind of data set."""
     open: Callable[[Request], Any]  # returns a reader
-    # Lines that tell a split from others, of the whole reader: the default knows images by name and label alone.
+    # Lines that identify a split, from its reader: by default only the names and labels of the images.
     entries: Callable[[Any], Iterator[str]] = _image_entries
     is_stream: bool = False  # images come in an order of the reader's own
-    shards: Shards | None = None  # of a stream; without them the reader deals its samples itself
+    shards: Shards | None = None  # of a stream; without them the reader distributes its samples itself
 
 
 # By the kind of --dataset KIND/NAME; options.DATASET_KINDS names them too.

@@ -1,4 +1,4 @@
-"""Splits: opened as the options say, described, and compared."""
+"""Splits: opened by the options, described, and compared."""
 import contextlib
 import hashlib
 import logging
@@ -69,10 +69,10 @@ def create_split(
 
 
 def image_mode(mode: str | None, in_chans: int) -> str:
-    """Return the mode of images of so many channels, the one that is asked for (--input-img-mode) if any.
+    """Return the mode of images of so many channels, by default; or --input-img-mode.
 
     Raises:
-        UsageError: It has other channels.
+        UsageError: The mode has another number of channels.
     """
     mode = mode or ('L' if in_chans == 1 else 'RGB')
     try:
@@ -80,16 +80,16 @@ def image_mode(mode: str | None, in_chans: int) -> str:
     except ValueError as e:
         raise UsageError(f'--input-img-mode {mode}: not an image mode (L, RGB, RGBA, CMYK, ...)') from e
     if bands != in_chans:
-        raise UsageError(f'--in-chans {in_chans}: images of mode {mode} have {bands}; name another --input-img-mode')
+        raise UsageError(f'--in-chans {in_chans}: images of mode {mode} have {bands}; give another --input-img-mode')
     return mode
 
 
 def split_card(dataset: Split) -> dict[str, Any]:
-    """Return what a split holds, as far as it tells without reading images.
+    """Return what a split contains, as far as it is known without reading images.
 
     Returns:
-        'images', a number or None; 'classes', the images of each in the order of their indices; 'not_read', the number
-        of files by the reason why, or by their ending.
+        'images', their number or None; 'classes', the number of images of each class in the order of their indices;
+        'not_read', the number of files by reason, or by ending.
     """
     reader, names = dataset.reader, class_names(dataset)
     counts = _class_counts(dataset, len(names or ()))
@@ -110,7 +110,7 @@ def class_weights(asked: str, train: Split) -> torch.Tensor:
         train: The training images; their `num_classes` is known.
 
     Raises:
-        UsageError: A class has no image, the data do not tell, or a file that does not hold the weights.
+        UsageError: A class has no images, their numbers are not known, or a file does not contain the weights.
     """
     where, number = f'--class-weights {asked}', train.num_classes or 0
     names = class_names(train) or []
@@ -118,9 +118,10 @@ def class_weights(asked: str, train: Split) -> torch.Tensor:
     if asked == 'balanced':
         counts = _class_counts(train, number)
         if not any(counts):
-            raise UsageError(f'{where}: the data set does not tell the images of each class; a file gives weights')
+            raise UsageError(
+                f'{where}: the data set does not give the number of images per class; use a file of weights')
         if 0 in counts:
-            raise UsageError(f'{where}: class {names[counts.index(0)]} has no training image')
+            raise UsageError(f'{where}: class {names[counts.index(0)]} has no training images')
         weights = torch.tensor([sum(counts) / (number * count) for count in counts])
     else:
         try:
@@ -128,16 +129,16 @@ def class_weights(asked: str, train: Split) -> torch.Tensor:
         except (ArithmeticError, OSError, RuntimeError, TypeError, ValueError) as e:
             raise UsageError(f'{where}: {first_line(e)}') from e
         if len(weights) != number:
-            raise UsageError(f'{where}: {len(weights)} weights, the data has {number} classes')
+            raise UsageError(f'{where}: {len(weights)} weights, but the data has {number} classes')
     if not weights.any():
-        raise UsageError(f'{where}: all weights are 0, so that nothing would be learnt from the labels')
+        raise UsageError(f'{where}: all weights are 0, so nothing would be learnt from the labels')
     least, most = int(weights.argmin()), int(weights.argmax())
     _logger.info(one_line(f'{where}: {weights[least]:.3g} ({names[least]}) to {weights[most]:.3g} ({names[most]})'))
     return weights
 
 
 def _class_counts(dataset: Split, number: int) -> list[int]:
-    """Return the images of at least so many classes; [] or zeros where the data set does not tell."""
+    """Return the number of images of each class, of at least so many classes; [] or zeros where it is not known."""
     targets = np.asarray(getattr(dataset.reader, 'targets', ()))
     known = targets.ndim == 1 and targets.dtype.kind in 'iu'
     return np.bincount(targets, minlength=number).tolist() if known else []
@@ -153,7 +154,7 @@ def _log_card(where, split, card):
     if not_read:
         text += f'; not read: {", ".join(f"{count} {reason}" for reason, count in sorted(not_read.items())[:8])}'
     if not_read.keys() & Image.registered_extensions().keys():
-        text += '; --input-key names the endings that are read'
+        text += '; --input-key sets the endings that are read'
     _logger.log(logging.WARNING if not_read else logging.INFO, one_line(text))
 
 
@@ -161,7 +162,7 @@ def read_class_map(path: str, root: str = '') -> dict[Any, int]:
     """Return the class indices of a class map, a file at a path or in the folder of the data.
 
     Raises:
-        UsageError: It is damaged, or gives no index from 0 on.
+        UsageError: It is damaged, or its indices do not start at 0.
     """
     try:
         class_map = {
@@ -196,7 +197,7 @@ def class_names(dataset: Split) -> list[str] | None:
 def resolve_classes(options: Options, train: Split, held_out: Split) -> tuple[int, list[str] | None]:
     """Return how many classes two splits have, by --num-classes or by their names, and the names if any.
 
-    From now on the splits refuse other labels.
+    After that the splits refuse other labels.
 
     Args:
         options: Options.
@@ -212,10 +213,10 @@ def resolve_classes(options: Options, train: Split, held_out: Split) -> tuple[in
         raise UsageError(
             f'--data-dir: {len(names)} classes in {options.data.train_split!r} and {len(eval_names)} in '
             f'{options.data.val_split!r} are not the same (only in the first: {missing}, only in the second: '
-            f'{extra}), so labels would disagree')
+            f'{extra}), so their labels would differ')
     number = options.input.num_classes or len(names or ())
     if not number:
-        raise UsageError('--num-classes: needed, the data set does not name its classes')
+        raise UsageError('--num-classes: required, since the data set does not name its classes')
     if names and len(names) > number:
         raise UsageError(f'--num-classes {number}: the data has {len(names)} classes')
     if names and len(names) < number:
@@ -225,14 +226,14 @@ def resolve_classes(options: Options, train: Split, held_out: Split) -> tuple[in
 
 
 def withhold(images: Split, percent: float) -> tuple[Images, Images]:
-    """Keep a part of the training images back, at least MIN_WITHHELD: by their number alone, the same for any seed.
+    """Hold out a part of the training images, at least MIN_WITHHELD: by their number alone, the same for any seed.
 
     Args:
         images: The images.
-        percent: Percentage of them to keep back.
+        percent: Percentage of them to hold out.
 
     Returns:
-        The images to train on, and those that are kept back.
+        The images to train on, and those that are held out.
 
     Raises:
         UsageError: A stream, or too few images.
@@ -241,7 +242,7 @@ def withhold(images: Split, percent: float) -> tuple[Images, Images]:
     if isinstance(images, StreamImages) or 2 * number > len(images):
         why = 'of a stream' if isinstance(images, StreamImages) else f'of {len(images)} images, more than half'
         raise UsageError(
-            f'--gate-pct {percent:g}: {number} {why}, can not be kept back; --gate-split NAME takes others')
+            f'--gate-pct {percent:g}: {number} {why}, cannot be held out; use --gate-split NAME')
     order = np.random.default_rng(0).permutation(len(images))
     rest, kept = (
         Images(Part(images.reader, np.sort(part).tolist()), images.source, images.mode, num_classes=images.num_classes)

@@ -1,4 +1,4 @@
-"""The one place where errors of others become a line: what, where in the run, what to try."""
+"""The one boundary where foreign errors become a line: what happened, where in the run, what to try."""
 import contextlib
 import re
 import sys
@@ -11,13 +11,14 @@ from ..errors import RunError, UsageError, first_line
 
 # What the error says, and what to try.
 ADVICE = (
-    (r'Communication with the workers|(?s:</torch_.*open files)', 'raise ulimit -n, or take fewer --workers'),
-    (r'</torch_|signal: Bus error', 'enlarge /dev/shm, or take fewer --workers'),
-    (r'signal: Killed', 'probably the memory ran out: fewer --workers need less'),
-    (r'^\[Errno \d+\] Connection reset by peer', 'probably a worker was killed: fewer --workers need less memory'),
+    (r'Communication with the workers|(?s:</torch_.*open files)', 'raise ulimit -n, or use fewer --workers'),
+    (r'</torch_|signal: Bus error', 'enlarge /dev/shm, or use fewer --workers'),
+    (r'signal: Killed', 'probably out of memory: use fewer --workers'),
+    (r'^\[Errno \d+\] Connection reset by peer',
+     'probably a worker ran out of memory and was killed: use fewer --workers'),
     (r'DataLoader worker \(pid|in pin memory thread|Pin memory thread exited|connection to a loader worker',
-     'what it printed is above; with --workers 0 the cause shows'),
-    (r'out of memory|DefaultCPUAllocator', 'a smaller --batch-size, --grad-checkpointing or --amp needs less'),
+     'see its output above; --workers 0 shows the cause'),
+    (r'out of memory|DefaultCPUAllocator', 'use a smaller --batch-size, --grad-checkpointing or --amp'),
     (r'does not have a deterministic implementation|use_deterministic_algorithms', 'leave out --deterministic'),
     (r'No space left on device', 'make room on the disk'),
 )
@@ -43,14 +44,14 @@ def as_line(
 
     Args:
         error: The error.
-        place: Where in the run it came, '' before.
-        what: What has happened, where the error itself says little.
+        place: Where in the run it occurred, '' if before it.
+        what: What has happened, if the error itself is unclear.
         folder: Folder of the traceback; None for a temporary file.
         show: Print the traceback too.
     """
     if isinstance(error, (ConnectionError, EOFError)):
         try:
-            time.sleep(2)  # a worker may have died while it sent a batch: torch is about to raise what killed it
+            time.sleep(2)  # a worker may have died while it sent a batch: torch is about to raise the reason
         except RuntimeError as e:
             error = e
     if show:
@@ -58,7 +59,7 @@ def as_line(
     if isinstance(error, (RunError, UsageError)):
         return error if 'Traceback' not in str(error) else type(error)(
             _said(error).removeprefix(f'{RunError.__module__}.RunError: '))
-    # While a batch is awaited, torch says what killed a worker only as the cause.
+    # While a batch is awaited, torch gives what killed a worker only as the cause.
     causes = [each for each in (error.__cause__, error) if each is not None]
     cause, advice = next(
         ((each, advice) for each in causes for pattern, advice in ADVICE if re.search(pattern, str(each))),
@@ -75,7 +76,7 @@ def _said(error: BaseException) -> str:
 
 
 def _write(error: BaseException, folder: str | None) -> str:
-    """Write an error's traceback to a file of its own and return the path."""
+    """Write an error's traceback to a new file and return the path."""
     for where in (folder, None):
         try:
             file = tempfile.NamedTemporaryFile(

@@ -1,4 +1,4 @@
-"""Checkpoints in timm's format, written so that an interruption leaves files that load; reading them back."""
+"""Checkpoints in timm's format, written atomically, and read back."""
 import argparse
 import contextlib
 import dataclasses
@@ -29,12 +29,12 @@ EXTENSION = '.pth.tar'
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """The bookkeeping of a run's folder, by the names of its files."""
+    """The metrics of the checkpoints in a run's folder, by file name."""
     files: dict[str, float | None] = dataclasses.field(default_factory=dict)  # metric of each checkpoint-N, best first
     bests: dict[str, tuple[float, int]] = dataclasses.field(default_factory=dict)  # metric and epoch of the others
 
     def add(self, epoch: int, metrics: dict[str, float], max_history: int, decreasing: bool) -> 'Ranks':
-        """Return the bookkeeping with one more epoch, ranked as timm does: of two equal ones the earlier is better.
+        """Return the metrics with one more epoch, ranked as in timm: of two equal ones the earlier is better.
 
         Epochs without a metric follow the others, the newest first.
 
@@ -58,7 +58,7 @@ class Ranks:
         return Ranks(dict(sorted(files.items(), key=rank)[:max_history]), bests)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of it, in timm's words."""
+        """Return its entry in a checkpoint, with timm's keys."""
         bests = dict(self.bests)
         best_metric, best_epoch = bests.pop('model_best', (None, None))
         return {
@@ -70,7 +70,7 @@ class Ranks:
 
     @classmethod
     def from_state(cls, state: dict[str, Any], sides: Iterable[str]) -> 'Ranks':
-        """Return that of a checkpoint, without names that lead out of its folder: what it names, a run deletes.
+        """Return that of a checkpoint, without names outside its folder, since a run deletes old files by these names.
 
         Raises:
             RunError: It is none.
@@ -93,7 +93,7 @@ class Saver:
     """Writes the checkpoints of a run into its folder.
 
     A checkpoint is written under another name and flushed to disk, gets all its names but `last` as hard links, and
-    then the name `last`: a run that is killed before that goes on from the one before, and does the epoch again.
+    then the name `last`: a run that is killed before that resumes from the previous one, and repeats the epoch.
 
     Args:
         folder: The folder.
@@ -105,7 +105,7 @@ class Saver:
         decreasing: A lower metric is better.
         max_history: Numbered checkpoints to keep.
         milestones: Numbers of completed epochs whose checkpoints are kept for good.
-        check: Raises RunError where the folder is another process's by now.
+        check: Raises RunError if another process owns the folder now.
     """
 
     folder: str
@@ -128,14 +128,14 @@ class Saver:
         last = self._path('last')
         self._temporary = temporary(last)
         found = _by_saves([last, *recovery_files(self.folder)])
-        self._saves = found[-1][0] if found else 0  # of the folder, whatever checkpoint the run goes on from
+        self._saves = found[-1][0] if found else 0  # of the folder, whichever checkpoint the run resumes from
         self.newest = os.path.basename(found[-1][-1]) if found else ''  # the name that was saved last
         self._recoveries = [path for *_, path in found if path != last]
         for path in filter(is_temporary, os.listdir(self.folder)):  # of an earlier attempt that was killed
             os.unlink(os.path.join(self.folder, path))
 
     def save(self, epoch: int, state: dict[str, Any], metrics: dict[str, float | None]) -> None:
-        """Save a completed epoch; where that fails, say so and keep the older files.
+        """Save a completed epoch; if that fails, log it and keep the older files.
 
         Args:
             epoch: The epoch.
@@ -157,7 +157,7 @@ class Saver:
             self.ranks, self.failed = ranks, False
 
     def save_recovery(self, epoch: int, batch: int, state: dict[str, Any]) -> bool:
-        """Save within an epoch, after `batch` of its batches; return whether that went well."""
+        """Save within an epoch, after `batch` of its batches; return whether that succeeded."""
         name = f'recovery-{epoch}-{max(batch - 1, 0)}'
         path = self._path(name)
         if self._recovered == (epoch, batch) and os.path.exists(path):
@@ -173,7 +173,7 @@ class Saver:
         return saved
 
     def resume(self, state: dict[str, Any], source: str, epoch: int | None) -> None:
-        """Take up the bookkeeping of a checkpoint, and give it the names that an interruption kept it from having.
+        """Restore the metrics of a checkpoint, and give it the names that an interruption left out.
 
         Args:
             state: Its entry 'saver'.
@@ -196,7 +196,7 @@ class Saver:
         self.newest = name + EXTENSION
 
     def _names(self, ranks: Ranks, epoch: int) -> list[str]:
-        """Return the names that the checkpoint of an epoch has, beside `last`."""
+        """Return the names that the checkpoint of an epoch has, besides `last`."""
         numbered = [name for name in ranks.files if name == f'checkpoint-{epoch}']
         bests = [name for name, (_, best) in ranks.bests.items() if best == epoch]
         return numbered + bests + [f'milestone-{epoch + 1}'] * (epoch + 1 in self.milestones)
@@ -209,20 +209,21 @@ class Saver:
 
     @contextlib.contextmanager
     def _attempt(self) -> Iterator[None]:
-        """Make the folder again if it was removed; where the saving fails, say so."""
+        """Make the folder again if it was removed; log an error if the saving fails."""
         recipe = os.path.join(self.folder, RECIPE)
         try:
             if self._recipe is not None and not os.path.exists(recipe):
                 with replacing(recipe, 'wb') as file:
                     file.write(self._recipe)
-                _logger.error(f'{self.folder}: was removed, made again; it will hold what is saved from now on')
+                _logger.error(
+                    f'{self.folder}: was removed and made again; it will contain what is saved from now on')
                 self._forget_missing()
             self.check()
             yield
         except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into a RuntimeError
             with contextlib.suppress(OSError):
                 os.unlink(self._temporary)
-            _logger.error(f'Not saved: {self.folder}: {_cause(e)}; the run goes on, older checkpoints are kept')
+            _logger.error(f'Not saved: {self.folder}: {_cause(e)}; the run continues, older checkpoints are kept')
 
     def _write(self, state: dict[str, Any]) -> str:
         """Write a checkpoint to a temporary file and return its path."""
@@ -248,7 +249,7 @@ class Saver:
         return self._temporary
 
     def _link(self, source: str, name: str) -> None:
-        """Give a file another name, in the place of what has it: a hard link where the file system has them."""
+        """Give a file another name, replacing that file: a hard link where the file system supports them."""
         other = temporary(self._path(name))
         try:
             try:
@@ -263,7 +264,7 @@ class Saver:
 
 
 def _cause(error: BaseException) -> str:
-    """Return why a file could not be written, where torch's writer hides it behind an error of its own."""
+    """Return why a file could not be written, where torch's writer hides it behind its own error."""
     while error.__context__ is not None and not isinstance(error, OSError):
         error = error.__context__
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
@@ -273,31 +274,31 @@ def recovery_files(folder: str) -> list[str]:
     """Return the recovery checkpoints of a folder."""
     return sorted(
         str(path) for path in Path(folder).glob('recovery-*')
-        if re.fullmatch(r'recovery-[0-9]+-[0-9]+\.pth\.tar', path.name))  # copies of a user's own have other names
+        if re.fullmatch(r'recovery-[0-9]+-[0-9]+\.pth\.tar', path.name))  # a user's copies have other names
 
 
 def _by_saves(paths: list[str], log: Callable[[str], None] = _logger.debug) -> list[tuple[int, float, str]]:
-    """Return (saves of its folder, time, path) of checkpoints, in this order; log which can't be read and why."""
+    """Return (saves of its folder, time, path) of checkpoints, sorted; log which can't be read and why."""
     found = []
     for path in filter(os.path.exists, paths):
         try:
             checkpoint = read_checkpoint(path, mmap=True)
             place = (checkpoint.get('saves', 0), checkpoint.get('time', os.path.getmtime(path)))
             if not all(isinstance(value, (int, float)) for value in place):
-                raise RunError(f"{path}: not a training checkpoint, its 'saves' or 'time' is no number")
+                raise RunError(f"{path}: not a training checkpoint, its 'saves' or 'time' is not a number")
             found.append((*place, path))
         except RunError as e:
-            log(f'Passed over: {e}')
+            log(f'Skipped: {e}')
     return sorted(found)
 
 
 def newest_checkpoint(folder: str) -> str | None:
     """Return the checkpoint of a run's folder that was written last, of those that can be read; None without any.
 
-    The number of saves tells, which only grows; a clock may have run behind.
+    The number of saves decides, which only grows; a clock may be wrong.
 
     Raises:
-        RunError: There are checkpoints, and none can be read: not now, or not any more.
+        RunError: There are checkpoints, but none can be read, now or after a moment.
     """
     found = _by_saves([os.path.join(folder, 'last.pth.tar'), *recovery_files(folder)], _logger.warning)
     found = found or _by_saves(sorted(map(str, Path(folder).glob('checkpoint-*.pth.tar'))), _logger.warning)
@@ -305,12 +306,12 @@ def newest_checkpoint(folder: str) -> str | None:
         _, saved, newest = found[-1]
         newer = [os.path.basename(path) for _, clock, path in found if clock > saved]
         if newer:
-            _logger.warning(f'Passed over: {", ".join(newer)}: newer by the clock, but saved before {newest}')
+            _logger.warning(f'Skipped: {", ".join(newer)}: newer by the clock, but saved before {newest}')
         return newest
     left = [path.name for path in sorted(Path(folder).glob('*.pth.tar'))]
     if left:
-        raise RunError(f'--resume auto: of the checkpoints in {folder} none can be read ({", ".join(left[:4])}); '
-                       f'for a fresh start move them away')
+        raise RunError(f'--resume auto: none of the checkpoints in {folder} can be read ({", ".join(left[:4])}); '
+                       f'move them away for a fresh start')
     return None
 
 
@@ -322,7 +323,7 @@ def read_checkpoint(path: str, mmap: bool = False) -> dict[str, Any]:
         mmap: Leave tensors on disk until they are used.
 
     Raises:
-        RunError: The file can't be read, or would need other classes.
+        RunError: The file can't be read, or contains other types.
     """
     try:
         if str(path).endswith('.safetensors'):
@@ -334,13 +335,13 @@ def read_checkpoint(path: str, mmap: bool = False) -> dict[str, Any]:
         found = re.search(r'GLOBAL (\S+)', str(e))
         raise RunError(f'{path}: refused, it is not a checkpoint of tensors and plain types'
                        f'{f" ({found[1]})" if found else ""}') from e
-    except Exception as e:  # torch's reader of a file that is something else fails in many ways
+    except Exception as e:  # torch's reader fails in many ways on other kinds of files
         size = os.path.getsize(path) if os.path.exists(path) else 0
         raise RunError(f'{path} ({size} bytes): truncated, or not a checkpoint ({first_line(e, 80)})') from e
     if not isinstance(checkpoint, dict) or not _is_state(checkpoint.get('state_dict')):
         raise RunError(f"{path}: not a training checkpoint, it has no 'state_dict' of weights")
     if not _is_state(checkpoint.get('state_dict_ema', {})):
-        raise RunError(f"{path}: not a training checkpoint, its 'state_dict_ema' holds no weights")
+        raise RunError(f"{path}: not a training checkpoint, its 'state_dict_ema' contains no weights")
     return checkpoint
 
 

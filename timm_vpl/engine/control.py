@@ -1,4 +1,4 @@
-"""What the processes of a run decide together between two updates: to go on, to save, to stop, to give up."""
+"""Decisions of the processes of a run between two updates: to continue, to save, to stop, to give up."""
 import contextlib
 import faulthandler
 import logging
@@ -24,30 +24,30 @@ GO_ON, SAVE, STOP, GIVE_UP = 0, 1, 100, 1000
 
 SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)]
 _ECHO_SECONDS = 1  # within which a signal is the same one again: Ctrl-C comes from the terminal and from torchrun
-_PATIENCE = 10  # seconds after a signal in which a batch that is awaited may still come, where there are others
-_LATE = 15  # seconds in which all have to stand still; torchrun and SLURM kill after 30
-_STALL = 60  # seconds after which a batch that is awaited is worth a line
+_PATIENCE = 10  # seconds after a signal in which an awaited batch may still come, if there are other processes
+_LATE = 15  # seconds in which all must have stalled; torchrun and SLURM kill after 30
+_STALL = 60  # seconds of waiting for a batch before a warning
 
 
 class Stalled(BaseException):
-    """A run that is to stop stands still: the batch that it awaits does not come. The message says what is read."""
+    """A run that should stop is stalled: the batch that it awaits does not come. The message names what is read."""
 
 
 class Control:
-    """Collects what each process wishes and gives all of them one decision, without making them wait for each other.
+    """Collects the requests of all processes and returns one decision to each, without making them wait for each other.
 
-    The wishes of an update travel in a group of their own (gloo, on the host) while the next update is computed; the
+    The requests of an update are sent in a separate group (gloo, on the host) while the next update is computed; the
     decision that `decide` returns is that of the update before, the same in all processes.
 
-    As a context it takes the signals SIGTERM, SIGINT and SIGUSR1 as the wish to stop (the same one again, or SIGINT,
+    As a context it takes the signals SIGTERM, SIGINT and SIGUSR1 as requests to stop (the same one again, or SIGINT,
     ends the process at once), and prints the stacks of all threads and ends the process when nothing was decided for
     `hang_timeout`.
 
     Args:
         distributed: Whether there are other processes.
         hang_timeout: Seconds, 0 for no limit.
-        recovery_minutes: Minutes between two wishes of this process to save, 0 for none.
-        give_up: Ends the run where a signal came, a batch is awaited, and not all processes stand still in time.
+        recovery_minutes: Minutes between two requests of this process to save, 0 for none.
+        give_up: Ends the run if a signal came, a batch is awaited, and not all processes stall in time.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class Control:
         self._give_up = give_up
         self._patience = _PATIENCE if distributed else 0
         self._group: Any = dist.new_group(backend='gloo') if distributed else None
-        self._pending: tuple | None = None  # (work, tensor) of the wishes under way
+        self._pending: tuple | None = None  # (work, tensor) of the requests under way
         self._signal: tuple[int, float] | None = None  # (number, time) of the first one that any process got
         self._own_signal: tuple[int, float] | None = None  # likewise, this process
-        self._awaits: float | None = None  # since when a batch is awaited, and then that all stand still
+        self._awaits: float | None = None  # since when a batch is awaited, and then that all have stalled
         self._reads: Callable[[], str] = str  # what is read for it
         self._stalled = self._warned = False
         self._saved = time.monotonic()
@@ -80,23 +80,23 @@ class Control:
                 self._handlers[number] = signal.signal(number, lambda number, frame: None)
             if hasattr(signal, 'SIGALRM'):
                 self._handlers[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._interrupt)
-            # Python runs handlers between two steps of its own: a process that waits in a collective has none. This
-            # thread hears of a signal all the same.
-            heard, speaks = socket.socketpair()
-            speaks.setblocking(False)
-            heard.settimeout(0.5)  # seconds between two looks at the batch that is awaited
-            self._wakeup = (signal.set_wakeup_fd(speaks.fileno(), warn_on_full_buffer=False), speaks)
-            threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
-            if others := peers.heard():
-                others.on_signal = self._hear
+            # Python runs handlers between two of its own instructions, which a process that waits in a collective does
+            # not reach. This thread gets a signal even then.
+            receiver, sender = socket.socketpair()
+            sender.setblocking(False)
+            receiver.settimeout(0.5)  # seconds between two checks of the awaited batch
+            self._wakeup = (signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False), sender)
+            threading.Thread(target=self._listen, args=(receiver,), daemon=True).start()
+            if others := peers.current():
+                others.on_signal = self._note_signal
         self.watch()
         return self
 
     def __exit__(self, kind, *error):
         if self._wakeup is not None:
-            before, speaks = self._wakeup
+            before, sender = self._wakeup
             signal.set_wakeup_fd(before)
-            speaks.close()  # ends the thread, once the loaders' workers have ended
+            sender.close()  # ends the thread, once the loaders' workers have ended
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if self.hang_timeout:
@@ -104,33 +104,33 @@ class Control:
         if kind is None or issubclass(kind, Stopped):  # in all processes
             self._decided()
 
-    def _listen(self, heard):
-        with heard, contextlib.suppress(ConnectionError):
+    def _listen(self, receiver):
+        with receiver, contextlib.suppress(ConnectionError):
             while True:
                 with contextlib.suppress(TimeoutError):
-                    data = heard.recv(1)
+                    data = receiver.recv(1)
                     if not data:
                         return
                     if data[0] in SIGNALS:
-                        self._take(data[0], time.monotonic())
-                self._look(time.monotonic())
+                        self._take_signal(data[0], time.monotonic())
+                self._check_batch(time.monotonic())
 
-    def _take(self, number: int, now: float) -> None:
-        """Take a signal that this process got."""
+    def _take_signal(self, number: int, now: float) -> None:
+        """Handle a signal that this process got."""
         if self._own_signal is None:
             self._own_signal = (number, now)
-            self._hear(number)
-            if others := peers.heard():
-                others.tell(peers.SIGNAL, number)
+            self._note_signal(number)
+            if others := peers.current():
+                others.announce(peers.SIGNAL, number)
         elif now - self._own_signal[1] > _ECHO_SECONDS and number in (self._own_signal[0], signal.SIGINT):
             os._exit(128 + number)
 
-    def _hear(self, number: int) -> None:
-        """Hear of a signal that a process got."""
+    def _note_signal(self, number: int) -> None:
+        """Note a signal that any process got."""
         self._signal = self._signal or (number, time.monotonic())
 
-    def _look(self, now: float) -> None:
-        """See to a batch that does not come."""
+    def _check_batch(self, now: float) -> None:
+        """Check whether the awaited batch is late."""
         awaits = self._awaits
         if awaits is None:
             return
@@ -171,34 +171,34 @@ class Control:
             yield batch
 
     def saved(self) -> None:
-        """Start the minutes to the next wish to save."""
+        """Restart the minutes until the next request to save."""
         self._saved = time.monotonic()
 
-    def decide(self, wish: int = GO_ON) -> int:
+    def decide(self, request: int = GO_ON) -> int:
         """Return what the processes decided: GO_ON, SAVE, GIVE_UP or STOP + signal.
 
         All processes call it equally often.
 
         Args:
-            wish: What this process wishes.
+            request: The request of this process.
         """
         self.watch()
         if self.recovery_minutes and time.monotonic() - self._saved >= 60 * self.recovery_minutes:
-            wish = max(wish, SAVE)
-            self.saved()  # it is on its way
+            request = max(request, SAVE)
+            self.saved()  # the request is on its way
         if self._signal is not None:
-            wish = max(wish, STOP + self._signal[0])
+            request = max(request, STOP + self._signal[0])
         if self._group is None:
-            return wish
+            return request
         decided = self._decided()
-        wishes = torch.tensor([wish])
-        self._pending = (dist.all_reduce(wishes, dist.ReduceOp.MAX, self._group, async_op=True), wishes)
+        requests = torch.tensor([request])
+        self._pending = (dist.all_reduce(requests, dist.ReduceOp.MAX, self._group, async_op=True), requests)
         return decided
 
     def decide_here(self) -> int:
-        """Return what the processes decide that all stand still, the wishes of this place among it.
+        """Return the decision once all processes have stalled, with the requests made here.
 
-        It stands for the `decide` of the next update: a process that has begun that update never comes to it.
+        It replaces the `decide` of the next update: a process that has begun that update never comes to it.
         """
         decided = max(self.decide(), self._decided())
         self._awaits = None
@@ -207,12 +207,12 @@ class Control:
     def _decided(self) -> int:
         if self._pending is None:
             return GO_ON
-        (work, wishes), self._pending = self._pending, None
+        (work, requests), self._pending = self._pending, None
         work.wait()
-        return int(wishes)
+        return int(requests)
 
     def watch(self) -> None:
-        """Say that this process is alive."""
+        """Restart the hang timeout."""
         now = time.monotonic()
         if self.hang_timeout and sys.__stderr__ is not None and now - self._watched > min(1, self.hang_timeout / 4):
             faulthandler.dump_traceback_later(self.hang_timeout, exit=True, file=sys.__stderr__)

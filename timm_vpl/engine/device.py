@@ -1,4 +1,4 @@
-"""The device of a process, how it joins the others, and what they tell each other."""
+"""The device of a process, how it joins the others, and what they exchange."""
 import ipaddress
 import os
 import socket
@@ -14,12 +14,12 @@ from . import peers
 
 
 def by_first(processes: Processes, function: Callable[[], Any]) -> Any:
-    """Let the first process do something, and return in all what it returned."""
+    """Run a function in the first process, and return its result in all."""
     return from_all(processes, function() if processes.rank == 0 else None)[0]
 
 
 def from_all(processes: Processes, value: Any) -> list:
-    """Return the values of all processes, in each of them."""
+    """Return the values of all processes, in each process."""
     values = [value] * processes.world_size
     if processes.distributed:
         torch.distributed.all_gather_object(values, value)
@@ -27,18 +27,18 @@ def from_all(processes: Processes, value: Any) -> list:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Return whether an error is one of the connection to other processes."""
+    """Return whether an error is about the connection to other processes."""
     return isinstance(error, torch.distributed.DistError) or any(
         word in str(error) for word in ('gloo', 'Gloo', 'Connection', 'TCPStore'))
 
 
 def init_device(name: str | None, workers: int = 0, deterministic: bool = False) -> Processes:
-    """Join the other processes, on the device that is named, else CUDA, MPS or the CPU; set CPU threads.
+    """Join the other processes, on the given device, else CUDA, MPS or the CPU; set CPU threads.
 
     Args:
         name: Device, as --device names it.
-        workers: Processes that load data beside this one.
-        deterministic: Let a device compute the same bits each time.
+        workers: Processes that load data besides this one.
+        deterministic: Use deterministic algorithms.
     """
     if name is None:
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
@@ -49,13 +49,13 @@ def init_device(name: str | None, workers: int = 0, deterministic: bool = False)
         if launched().world_size > 1:
             check_name()
         found = init_distributed_device_so(name)
-        if others := peers.heard():
+        if others := peers.current():
             others.joined = True
         processes = Processes(
             torch.device(found['device']), found['global_rank'], found['world_size'], found['local_rank'])
     except (AssertionError, RuntimeError, ValueError) as e:
         if is_lost(e):
-            raise RunError(f'the processes do not find each other: {first_line(e, 300)}') from e
+            raise RunError(f'the processes cannot connect to each other: {first_line(e, 300)}') from e
         raise UsageError(f'--device {name}: {first_line(e)}') from e
     if processes.device.type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
         # torch would take every core, and its threads and the loader's workers would wait for each other.
@@ -82,5 +82,5 @@ def check_name() -> None:
         address = ipaddress.ip_address('127.0.0.1')  # which gloo takes then
     if address.is_loopback:
         interfaces = [each for _, each in socket.if_nameindex() if each != 'lo']
-        raise UsageError(f'the name of this machine, {name}, is {address} (/etc/hosts), where others do not find it; '
+        raise UsageError(f'the name of this machine, {name}, is {address} (/etc/hosts), where others cannot reach it; '
                          f'set GLOO_SOCKET_IFNAME to the network that they share, one of {", ".join(interfaces)}')

@@ -1,4 +1,4 @@
-"""What the bits of a run depend on beside options and data."""
+"""What the bits of a run depend on, besides options and data."""
 import platform
 import re
 import subprocess

@@ -29,23 +29,24 @@ class RealLabelsEvaluator(ClassificationEvaluator):
 
 
 class Tally:
-    """All that is counted of one output: loss and top-k; by sets of labels too; by classes and by images too.
+    """All figures of one output: loss and top-k; optionally by sets of labels, by classes and by images.
 
     Args:
         device: Where the outputs are.
-        max_samples: Images of this process, the others pad its share.
+        max_samples: Images of this process; the rest is padding.
         real_labels: Count by sets of labels.
         per_class: Number of classes, to count each by itself.
-        per_image: Keep what is said of each image.
+        per_image: Keep the prediction of each image.
     """
 
     def __init__(
             self, device, max_samples: int | None, real_labels: bool, per_class: int | None, per_image: bool = False):
         self.plain = ClassificationEvaluator(device, max_samples=max_samples)
         self.real = RealLabelsEvaluator(device) if real_labels else None
-        # Images of each class, and those of them whose first prediction is right.
+        # Images of each class, and those of them whose top prediction is right.
         self.classes = None if per_class is None else torch.zeros(per_class, 2, dtype=torch.int64, device=device)
-        self.said: list[tuple] | None = [] if per_image else None  # label, prediction, its probability: a batch each
+        # Label, prediction and its probability, a batch each.
+        self.predictions: list[tuple] | None = [] if per_image else None
 
     def update(self, output: torch.Tensor, target: torch.Tensor, real_labels: torch.Tensor | None) -> None:
         """Count a batch of logits (N, classes) and class indices (N,)."""
@@ -54,9 +55,9 @@ class Tally:
         if self.real is not None:
             self.real.update(output, real_labels)
         target = target[:self.plain.num_samples - before]
-        if self.said is not None:
+        if self.predictions is not None:
             confidence, prediction = output[:len(target)].float().softmax(dim=-1).max(dim=-1)
-            self.said.append((target, prediction, confidence))
+            self.predictions.append((target, prediction, confidence))
         if self.classes is not None:
             right = output[:len(target)].argmax(dim=-1) == target
             self.classes.index_add_(0, target, torch.stack([torch.ones_like(target), right.long()], dim=1))
@@ -76,13 +77,13 @@ class Tally:
             figures.update((metric, math.nan) for metric in tuple(figures) if 'top' in metric)
         elif self.classes is not None:
             figures['classes'] = self.classes.cpu()
-        if self.said:
-            figures['said'] = tuple(torch.cat(part).cpu() for part in zip(*self.said, strict=True))
+        if self.predictions:
+            figures['predictions'] = tuple(torch.cat(part).cpu() for part in zip(*self.predictions, strict=True))
         return figures
 
 
 class Mean:
-    """The mean of a number of each image, as percent or whatever it is."""
+    """The mean of a number per image."""
 
     def __init__(self, device):
         dtype = torch.float32 if device.type == 'mps' else torch.float64
@@ -100,7 +101,7 @@ class Mean:
         return {'mean': (self.sum[0] / self.sum[1]).item()}
 
 
-@torch.no_grad()  # not inference mode: what a model keeps for itself here, it may need in training
+@torch.no_grad()  # not inference mode: a model may cache tensors here that it needs in training
 def evaluate(
         forward: Callable[[torch.Tensor], dict[Hashable, torch.Tensor]],
         names: Sequence[Hashable],
@@ -126,7 +127,7 @@ def evaluate(
         distributed: Sum the counts of all processes; samples that pad a process's share are left out.
         real_labels: Sets of labels [images, labels] of the whole data set in its order, padded with -1.
         per_class: Number of classes, to count each by itself.
-        per_image: Keep what each name says of each image of this process.
+        per_image: Keep the prediction of each name for each image of this process.
         means: Names of further numbers (N,) that `forward` returns, of which the 'mean' is taken.
         awaited: Yields the batches of the loader.
         after_batch: Called after each batch; as often as the loader is long, on each of the processes, though their
@@ -134,12 +135,12 @@ def evaluate(
 
     Returns:
         By name 'images', 'loss', 'top1' and 'top5' (percent); with `real_labels` also 'real_images', 'real_top1' and
-        'real_top5'; with `per_class` also 'classes' (classes, 2), images and right ones; with `per_image` also 'said':
-        label, prediction and its probability (images,) each. Logits that are no numbers predict nothing: where the loss
+        'real_top5'; with `per_class` also 'classes' (classes, 2), images and right ones; with `per_image` also
+        'predictions': label, prediction and its probability (images,) each. NaN logits predict nothing: where the loss
         is not finite, all accuracies are NaN, and there are no 'classes'.
     """
     if real_labels is not None:
-        if distributed:  # the images of a process, as timm's sampler deals them
+        if distributed:  # the images of a process, as timm's sampler assigns them
             real_labels = real_labels[torch.distributed.get_rank()::torch.distributed.get_world_size()]
         real_labels = real_labels.to(device)
     limit = evaluation_sample_limit(loader)
@@ -175,8 +176,8 @@ def _check_count(images: int, dataset: StreamImages, device: torch.device, distr
     found = images + int(left_out)
     if len(dataset) not in (0, found):
         raise RunError(
-            f'data: the stream has {found} images, not {len(dataset)}; --val-num-samples {found} says so, if no line '
-            f'before this one names a shard that could not be read')
+            f'data: the stream has {found} images, not {len(dataset)}; give --val-num-samples {found}, unless a line '
+            f'above names a shard that could not be read')
 
 
 def outputs_of(sides: Sequence[str]) -> list[str]:
@@ -187,7 +188,7 @@ def outputs_of(sides: Sequence[str]) -> list[str]:
 def gate_accuracies(
         task: PairTask, loader, device, autocast: Callable, distributed: bool, awaited: Callable[..., Iterable] = iter,
 ) -> dict[str, float]:
-    """Return the top-1 (percent) of all that the gates of a task's terms compare; the arguments are as above."""
+    """Return the top-1 (percent) of all outputs that the gates of a task's terms compare; arguments as above."""
     pair, teacher, names = task.trainable_module, task.teacher, sorted(task.criterion.gates)
 
     def forward(input):

@@ -1,4 +1,4 @@
-"""What a run says: its plan, its epochs, its result, and summary.csv; how fast it is."""
+"""The log of a run: its plan, its epochs, its result, and summary.csv; its speed."""
 import csv
 import logging
 import math
@@ -23,7 +23,7 @@ SUMMARY = 'summary.csv'
 
 
 class Clock:
-    """Times of an epoch: of all since it began, before a stop too, of its batches, and of waiting for them."""
+    """Times of an epoch: since it began, also before a stop, of its batches, and of waiting for them."""
 
     def __init__(self, run):
         self._run, self._before, self._waited = run, run.progress.seconds, run.control.waited
@@ -37,12 +37,12 @@ class Clock:
         self._run.progress.seconds = self._before + self._end - self._begun
 
     def averages(self) -> tuple[float, float]:
-        """Return the seconds that a batch took, and those that it was waited for."""
+        """Return the seconds that a batch took, and the seconds of waiting for it."""
         return (self._end - self._begun) / self._batches, (self._run.control.waited - self._waited) / self._batches
 
 
 def log_plan(run) -> None:
-    """Log what a run is about to do, and what room its checkpoints will take."""
+    """Log what a run is about to do, and how much disk space its checkpoints will take."""
     options, processes, criterion = run.options, run.processes, run.task.criterion
     lrs = learning_rates(options, processes.world_size)
     for side in run.pair.sides:
@@ -53,7 +53,8 @@ def log_plan(run) -> None:
     first, last = (run.configs[side] for side in (run.pair.sides[0], run.pair.sides[-1]))
     differing = [f'{key} {show(value)} and {show(last[key])}' for key, value in first.items() if value != last[key]]
     if differing:
-        _logger.info(f'Validation reads each image twice, as the branches want other images: {", ".join(differing)}')
+        _logger.info(
+            f'Validation reads each image twice, since the branches need different images: {", ".join(differing)}')
     if run.pair.affine is not None:
         _logger.info(
             f'Affine layer on side {run.pair.affine_side}: {run.pair.affine.in_features} -> '
@@ -68,7 +69,7 @@ def log_plan(run) -> None:
     negatives = options.loader.batch_size * (processes.world_size if getattr(criterion, 'gather', False) else 1)
     if hasattr(criterion, 'gather') and options.optimizer.grad_accum_steps > 1:
         _logger.info(
-            f'Gradient accumulation: the contrastive term sees the {negatives} images of a micro-batch, not the '
+            f'Gradient accumulation: the contrastive term uses the {negatives} images of a micro-batch, not the '
             f'{negatives * options.optimizer.grad_accum_steps} of an update')
     # Weights, their average, the optimizer's two moments.
     each = sum(tensor.nbytes for tensor in run.pair.state_dict().values()) * (1 + run.task.has_ema())
@@ -81,11 +82,12 @@ def log_plan(run) -> None:
         f'Checkpoints: about {each / 2**20:.0f} MiB each, at most {files} of them, {files * each / 2**30:.2f} GiB in '
         f'{run.output_dir} ({free / 2**30:.0f} GiB free)')
     if files * each > free:
-        _logger.warning(f'--output {run.output_dir}: the disk may become full, --checkpoint-hist keeps fewer')
+        _logger.warning(
+            f'--output {run.output_dir}: the disk may become full; --checkpoint-hist keeps fewer checkpoints')
 
 
 def seconds_left(run) -> float | None:
-    """Return about how long the run goes on, by its epochs so far; None before its first update."""
+    """Return the estimated seconds until the run ends, by its epochs so far; None before its first update."""
     progress, batches, interval = run.progress, len(run.loader_train), run.options.run.val_interval
     rows = [row for row in run.rows if row['seconds']]
     epoch = progress.seconds * batches / progress.batch if progress.batch else rows[-1]['seconds'] if rows else None
@@ -99,7 +101,7 @@ def seconds_left(run) -> float | None:
 
 
 def show_time(seconds: float | None) -> str:
-    """Return a time as h:mm:ss, '?' where it is not known."""
+    """Return a time as h:mm:ss, '?' if it is not known."""
     return '?' if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
@@ -130,7 +132,7 @@ def epoch_line(run, row: dict[str, Any]) -> str:
 
 
 def save_images(run, input: torch.Tensor) -> None:
-    """Write a batch of images as one; where that fails, say so."""
+    """Write a batch of images as one; log an error if that fails."""
     name = f'train-batch-{run.progress.batch - 1}.jpg'
     try:
         torchvision.utils.save_image(input, os.path.join(run.output_dir, name), padding=0, normalize=True)
@@ -175,7 +177,7 @@ def epoch_costs(run, skipped: int, eval_seconds: float) -> dict[str, Any]:
 
 
 def write_summary(run) -> None:
-    """Write summary.csv, a row an epoch; where that fails, say so."""
+    """Write summary.csv, one row per epoch; log an error if that fails."""
     if run.saver is None or not run.rows:
         return
     path = os.path.join(run.output_dir, SUMMARY)
@@ -185,11 +187,11 @@ def write_summary(run) -> None:
             writer.writeheader()
             writer.writerows(run.rows)
     except OSError as e:
-        _logger.error(f'{path}: can not be written ({e.strerror}); the next checkpoint that is saved has its rows too')
+        _logger.error(f'{path}: cannot be written ({e.strerror}); the next saved checkpoint contains its rows')
 
 
 def log_result(run, seconds: float) -> None:
-    """Log what each branch has come to, and where it lies."""
+    """Log the result of each branch, and where its checkpoint is."""
     metrics: dict[str, Any] = next((row for row in reversed(run.rows) if row['eval_top1'] != ''), {})
     _logger.info(f'Trained in {seconds:.0f} s.')
     bests = run.saver.ranks.bests

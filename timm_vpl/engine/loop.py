@@ -31,10 +31,10 @@ _logger = logging.getLogger('train')
 
 
 def fit(run: Run) -> None:
-    """Train and validate from where the run is to the end, saving each epoch.
+    """Train and validate from the current position to the end, saving each epoch.
 
     Raises:
-        RunError: A number went bad, or the last epoch could not be saved.
+        RunError: A number was not finite, or the last epoch could not be saved.
         Stopped: A signal came; the run is saved.
     """
     if run.scheduler is not None and run.progress.epoch > 0:
@@ -43,7 +43,7 @@ def fit(run: Run) -> None:
     write_summary(run)
     started = time.time()
     if run.progress.epoch >= run.end_epoch:
-        _logger.info(f'Nothing to train: epoch {run.progress.epoch} would come next, the run ends with epoch '
+        _logger.info(f'Nothing to train: the next epoch would be {run.progress.epoch}, but the run ends with epoch '
                      f'{run.end_epoch - 1}')
     while run.progress.epoch < run.end_epoch:
         completed = run.progress.epoch + 1
@@ -52,8 +52,8 @@ def fit(run: Run) -> None:
         if run.progress.batch < len(run.loader_train):
             decision = train_one_epoch(run)
             share_statistics(run, evaluated)
-            # Here, since validation comes next in a run that goes on from this place.
-            heed(run, max(decision, SAVE) if run.options.run.recovery_interval else decision)
+            # Here, since a run that resumes from this position continues with validation.
+            handle_decision(run, max(decision, SAVE) if run.options.run.recovery_interval else decision)
         end_epoch(run, evaluated)
     if run.saver is None:
         return
@@ -61,14 +61,14 @@ def fit(run: Run) -> None:
     if run.saver.failed:
         raise RunError(f'--output {run.output_dir}: the last epoch could not be saved, see above')
     run.control.watch()
-    run.tell('end')
+    run.notify('end')
 
 
 def train_one_epoch(run: Run) -> int:
-    """Train what is left of the present epoch, and keep account of it in `run.progress`.
+    """Train the rest of the present epoch, and track it in `run.progress`.
 
     Returns:
-        What the processes decided after the last update, for the caller to heed.
+        The decision of the processes after the last update, for the caller to handle.
     """
     progress, loader, first_batch, skipped = run.progress, run.loader_train, run.progress.batch, run.progress.skipped
     clock, decision = Clock(run), GO_ON
@@ -87,11 +87,11 @@ def train_one_epoch(run: Run) -> int:
         clock.tick()
         if stepped:
             is_last = progress.batch == len(loader)
-            run.tell('updated')
+            run.notify('updated')
             look(run, clock, batch[0])
             decision = decide(run)
             if not is_last:
-                heed(run, decision)
+                handle_decision(run, decision)
     if hasattr(run.optimizer, 'sync_lookahead'):
         run.optimizer.sync_lookahead()
     if progress.batch == first_batch:
@@ -100,7 +100,7 @@ def train_one_epoch(run: Run) -> int:
 
 
 def watch(run: Run) -> None:
-    """Have the update of the next batch measured, if it is one to be logged."""
+    """Measure the update of the next batch, if it will be logged."""
     asked, done = run.options.run, run.progress.batch // run.options.optimizer.grad_accum_steps
     terms = asked.log_grad_terms and (run.progress.epoch * run.updates_per_epoch + done) % asked.log_grad_terms == 0
     looked_at = terms or done % asked.log_interval == 0 or done + 1 == run.updates_per_epoch
@@ -109,12 +109,12 @@ def watch(run: Run) -> None:
 
 
 def look(run: Run, clock: Clock, input: torch.Tensor) -> None:
-    """Log an update, if it is one to be logged: here alone the host waits for the device."""
+    """Log an update, if it is due: only here does the host wait for the device."""
     if not run.update.measures:
         return
     seconds, waited = clock.averages()
     criterion = run.task.criterion
-    run.tell('log', {
+    run.notify('log', {
         **run.update.read(run.progress),
         **{f'weight_{term.name.removesuffix("_loss")}': criterion.weight_of(term) for term in criterion.all_terms},
         **{f'lr_{side}': lr for side, lr in branch_lrs(run.optimizer).items()},
@@ -135,13 +135,13 @@ def decide(run: Run) -> int:
     return max(decision, SAVE) if due else decision
 
 
-def heed(run: Run, decision: int, reads: str = '') -> None:
-    """Do what the processes decided.
+def handle_decision(run: Run, decision: int, reads: str = '') -> None:
+    """Handle a decision of the processes.
 
     Args:
         run: The run.
         decision: The decision.
-        reads: What is read for the batch that a run that is to stop awaits.
+        reads: What is read for the batch that a stalled run awaits.
 
     Raises:
         RunError: A loss or gradient was not finite.
@@ -157,34 +157,34 @@ def heed(run: Run, decision: int, reads: str = '') -> None:
 
 
 def stop_line(run: Run, number: int, saved: bool, reads: str) -> str:
-    """Return what is said of a run that a signal has stopped."""
+    """Return the message of a run that a signal has stopped."""
     progress, torchrun = run.progress, ' (under torchrun, as before)' if run.processes.distributed else ''
     kept = '' if saved else 'NOT saved, older checkpoints are kept'
     if run.saver is not None and not saved and run.saver.newest:
         kept += f', the newest is {run.saver.newest}'
-    go_on = f'to go on{torchrun}: {resume_command(run.options, run.output_dir)}' if run.output_dir else ''
+    go_on = f'to resume{torchrun}: {resume_command(run.options, run.output_dir)}' if run.output_dir else ''
     return (f'stopped by {signal.Signals(number).name} after epoch {progress.epoch}, batch {progress.batch} of '
             f'{len(run.loader_train)}{reads}; {"; ".join(filter(None, [kept, go_on]))}')
 
 
 def stop_here(run: Run, reads: str) -> None:
-    """Stop a run whose next batch does not come, if all processes stand still at this place.
+    """Stop a run whose next batch does not come, if all processes have stalled here.
 
     Raises:
-        Stopped: In any case that comes back; else the control ends the process.
+        Stopped: If this returns at all; else the control ends the process.
     """
     run.update.abandon(run.progress)
-    heed(run, run.control.decide_here(), reads)
+    handle_decision(run, run.control.decide_here(), reads)
 
 
 def give_up(run: Run, number: int, reads: str) -> None:
-    """End a run that a signal can not stop, since a batch does not come and not all processes stand still in time."""
+    """End a run that a signal cannot stop, since a batch does not come and not all processes stall in time."""
     line = f'{run.options.command[0]}: {stop_line(run, number, False, reads)}'
     peers.end(peers.fail(line, 128 + number))
 
 
 def save_recovery(run: Run) -> bool:
-    """Save within an epoch and return whether that went well, to all processes when it is done."""
+    """Save within an epoch and return in all processes whether that succeeded."""
     check_finite(run)
     state = run_state(run)
     saved = run.saver is not None and run.saver.save_recovery(run.progress.epoch, run.progress.batch, state)
@@ -194,7 +194,7 @@ def save_recovery(run: Run) -> bool:
 
 @torch.no_grad()
 def check_finite(run: Run) -> None:
-    """Raise RunError if this process has seen a number that was not finite; each looks before each save."""
+    """Raise RunError if this process has seen a number that was not finite; each process checks before each save."""
     run.update.read(run.progress)
     error = run.update.error
     if error is None:
@@ -204,8 +204,8 @@ def check_finite(run: Run) -> None:
         bad = [name for name, good in zip(names, finite, strict=True) if not good]
         if bad:  # by a finite gradient that was too large
             error = f'epoch {run.progress.epoch}: not finite: {bad[0]} and {len(bad) - 1} other parameters'
-    if error is not None:  # before all processes say what they have to save
-        raise RunError(f'{error}; nothing of it is saved, older checkpoints are as they were')
+    if error is not None:  # before all processes exchange what they save
+        raise RunError(f'{error}; nothing of it is saved, older checkpoints are unchanged')
 
 
 def share_statistics(run: Run, evaluated: bool) -> None:
@@ -217,7 +217,7 @@ def share_statistics(run: Run, evaluated: bool) -> None:
 
 
 def end_epoch(run: Run, evaluated: bool) -> None:
-    """Validate if it is time to, save, and go to the next epoch."""
+    """Validate if it is due, save, and go to the next epoch."""
     epoch, saver = run.progress.epoch, run.saver
     check_finite(run)
     row = {'epoch': epoch, **epoch_terms(run)}
@@ -240,20 +240,20 @@ def end_epoch(run: Run, evaluated: bool) -> None:
     _logger.info(epoch_line(run, row))
     if row['skipped']:
         is_stream = isinstance(run.loader_eval.dataset, StreamImages)
-        then = 'they are left out' if is_stream else 'others took their places'
+        then = 'they were left out' if is_stream else 'others replaced them'
         _logger.warning(f"Epoch {epoch}: {row['skipped']} images could not be read, {then}")
     ranked = {'model_best': metrics.get(run.options.run.eval_metric)}
     ranked.update((f'best_{side}', value) for side, value in branch_metrics(run, metrics).items())
     saver.save(epoch, {**state, 'metrics': dict(metrics)}, ranked)
     if not (saver.failed and epoch + 1 == run.end_epoch):
-        run.tell('validated', row)
+        run.notify('validated', row)
         write_summary(run)  # last: without its row the run is not finished
 
 
 def try_validation(run: Run) -> None:
-    """Evaluate the first validation images, so that what fails there is known before the first epoch.
+    """Evaluate the first validation images, so that errors show before the first epoch.
 
-    They are read in this process, without a draw from its generators. Images of a stream can't be read twice.
+    They are read in this process, without drawing from its generators. Images of a stream can't be read twice.
     """
     loader, images = run.options.loader, run.loader_eval.dataset
     if isinstance(images, StreamImages) or run.progress.epoch >= run.end_epoch:
@@ -274,7 +274,7 @@ def evaluate_pair(run: Run, loader: Any, ema: bool = False, **kwargs: Any) -> di
 
 
 def awaited(run: Run, loader: Any) -> Iterator:
-    """Yield the batches of a validation loader, so that a signal ends the waiting for one."""
+    """Yield the batches of a validation loader, so that a signal ends the wait for one."""
     return run.control.awaited(loader, loader.dataset.being_read)
 
 
@@ -289,14 +289,14 @@ def validate(run: Run) -> dict[str, Any]:
         found = evaluate_pair(
             run, run.loader_eval, ema, distributed=run.processes.distributed,
             awaited=partial(awaited, run),
-            after_batch=lambda: heed(run, run.control.decide()))
+            after_batch=lambda: handle_decision(run, run.control.decide()))
         prefix = 'ema_' if ema else ''
         for output, figures in found.items():
             metrics.update((f'{prefix}{output}' if metric == 'mean' else f'{prefix}{metric}_{output}', figures[metric])
                            for metric in ('mean', 'loss', 'top1', 'top5') if metric in figures)
     bad = [name for name, value in metrics.items() if 'loss' in name and not math.isfinite(value)]
     if bad:
-        _logger.warning(f'Epoch {run.progress.epoch}: not finite: {", ".join(bad)}; it is no best epoch for them')
+        _logger.warning(f'Epoch {run.progress.epoch}: not finite: {", ".join(bad)}; it is not a best epoch for them')
     branches = branch_metrics(run, metrics)
     metrics['top1'] = sum(branches.values()) / len(branches)
     return metrics

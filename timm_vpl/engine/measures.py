@@ -1,4 +1,4 @@
-"""What is measured of an update that is looked at: its gradients, and how far the branches agree."""
+"""Measurements of a logged update: its gradients, and how far the branches agree."""
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -17,7 +17,7 @@ def _norm(gradients: Iterable[torch.Tensor | None]) -> torch.Tensor:
 
 
 def _learning(task: PairTask) -> dict[str, list[torch.nn.Parameter]]:
-    """Return what each branch trains, without the affine layer and the terms' own layers, which are of no branch."""
+    """Return what each branch trains, without the affine layer and the terms' own layers, which belong to no branch."""
     pair = task.trainable_module
     return {side: [each for each in pair.branch(side).parameters() if each.requires_grad] for side in pair.sides}
 
@@ -53,10 +53,10 @@ def term_norms(task: PairTask, result: dict[str, Any], scale: torch.Tensor | flo
 
 
 def likeness(output: PairOutput) -> dict[str, torch.Tensor]:
-    """Return for each image (N,) what two branches have in common, as far as the output tells.
+    """Return the agreement of two branches for each image (N,), as far as the output allows.
 
-    `agreement` is 100 where both predict the same class, else 0, NaN where logits are no numbers; `alignment` the
-    cosine of the two embeddings.
+    `agreement` is 100 where both predict the same class, else 0, NaN for NaN logits; `alignment` the cosine of the two
+    embeddings.
     """
     found = {}
     first, second = output.logits_a, output.logits_b

@@ -1,4 +1,4 @@
-"""The one place that builds models: branches, the pair of a run, and what their images are prepared by."""
+"""The one module that builds models: branches, the pair of a run, and their data configurations."""
 import contextlib
 import functools
 import json
@@ -64,8 +64,8 @@ def resolve_data(options: Options) -> dict[str, dict[str, Any]]:
             in_chans = options.input.in_chans or 3  # as the images are read
             if not options.input.in_chans and cfg.get('input_size', (3,))[0] != in_chans:
                 raise UsageError(
-                    f'--model-{side} {options.branches[side].model} takes images of {cfg["input_size"][0]} '
-                    f'channel(s); --in-chans {cfg["input_size"][0]} reads them so')
+                    f'--model-{side} {options.branches[side].model} takes images of {cfg["input_size"][0]} channel(s); '
+                    f'use --in-chans {cfg["input_size"][0]}')
             config['input_size'] = (in_chans, *config['input_size'][1:])
         for key in ('mean', 'std'):
             config[key] = tuple(adapt_to_chs(config[key], config['input_size'][0]))
@@ -91,7 +91,7 @@ def pretrained_cfg_of(name: str, flag: str) -> dict[str, Any]:
 
 
 def _near_tag(name: str) -> str:
-    """Return ', did you mean NAME.TAG?' where timm has no weights of a model's tag, '' elsewhere."""
+    """Return ', did you mean NAME.TAG?' if timm has no weights of a model's tag, else ''."""
     names = list_pretrained(f'{name.partition(".")[0]}.*')
     return did_you_mean(name, names) if '.' in name and name not in names else ''
 
@@ -115,12 +115,13 @@ def create_named(name: str, where: str, **kwargs) -> Any:
         with hub_offline() if is_away else contextlib.nullcontext():
             model: Any = create_model(name, **kwargs)
     except LocalEntryNotFoundError as e:
-        why = f'{constants.ENDPOINT} can not be reached' if is_away else 'HF_HUB_OFFLINE is set'
+        why = f'{constants.ENDPOINT} cannot be reached' if is_away else 'HF_HUB_OFFLINE is set'
         raise UsageError(f'{where}: not in the cache of the Hub ({constants.HF_HUB_CACHE}), and {why}') from e
-    except Exception as e:  # timm checks little of what a config.json or a file of weights holds
+    except Exception as e:  # timm hardly checks a config.json or a file of weights
         if isinstance(e.__cause__, pickle.UnpicklingError):
-            raise UsageError(f'{where}: refused, a file of its weights holds more than tensors and plain types') from e
-        raise UsageError(f'{where}: can not be built: {first_line(e, 300)}{_near_tag(name)}') from e
+            raise UsageError(
+                f'{where}: refused, a file of its weights contains more than tensors and plain types') from e
+        raise UsageError(f'{where}: cannot be built: {first_line(e, 300)}{_near_tag(name)}') from e
     if ':' in name:
         _check_config(model.pretrained_cfg, where)
     return model
@@ -135,7 +136,7 @@ def _needs_hub(name: str, pretrained: bool = False, **kwargs: Any) -> bool:
 
 @functools.cache
 def hub_is_away(endpoint: str) -> bool:
-    """Return whether no connection to the Hub can be made, in three attempts; behind a proxy that is not known."""
+    """Return whether no connection to the Hub can be made, in three attempts; not tested behind a proxy."""
     if getproxies().keys() & {'http', 'https', 'all'}:
         return False
     address = urlsplit(endpoint)
@@ -166,7 +167,7 @@ _VALID = {
 
 
 def _check_config(cfg: dict[str, Any], where: str) -> None:
-    """Raise UsageError where a config.json of others says what timm would trip over later."""
+    """Raise UsageError for a foreign config.json on which timm would fail later."""
     for key, valid in _VALID.items():
         value = cfg.get(key)
         try:
@@ -174,17 +175,17 @@ def _check_config(cfg: dict[str, Any], where: str) -> None:
         except TypeError:
             good = False
         if not good:
-            raise UsageError(f'{where}: its configuration can not be right: {key} is {str(value)[:80]!r}')
+            raise UsageError(f'{where}: invalid configuration: {key} is {str(value)[:80]!r}')
 
 
-# What timm's configuration says of the weights that it would have downloaded, not of ours.
+# Entries of timm's configuration about the weights that it would download, not about ours.
 _PROVENANCE = (
     'tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes', 'label_names',
     'label_descriptions')
 
 
 def branch_config(model: Any, data_config: dict[str, Any], class_names: list[str] | None) -> dict[str, Any]:
-    """Return timm's config.json of a model: what rebuilds it and prepares its images, without its weights."""
+    """Return timm's config.json of a model: all that rebuilds it and prepares its images, but its weights."""
     cfg = model.pretrained_cfg
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'config.json'
@@ -194,7 +195,7 @@ def branch_config(model: Any, data_config: dict[str, Any], class_names: list[str
                 model, str(path), model_config={'label_names': class_names or None}, data_config=data_config)
         finally:
             model.pretrained_cfg = cfg
-        return json.loads(path.read_text())  # with lists for tuples, as whoever loads it will have it
+        return json.loads(path.read_text())  # with lists for tuples, as after loading
 
 
 def _model_kwargs(asked: Any, in_chans: int, num_classes: int) -> dict[str, Any]:
@@ -213,7 +214,7 @@ def _model_kwargs(asked: Any, in_chans: int, num_classes: int) -> dict[str, Any]
 
 
 def create_branch(options: Options, side: str, data_config: dict[str, Any], num_classes: int) -> nn.Module:
-    """Create a branch's model with timm, its weights drawn from a stream of their own.
+    """Create a branch's model with timm, its weights drawn from a separate stream.
 
     Raises:
         UsageError: timm can't build the model with these options.
@@ -232,16 +233,17 @@ def create_branch(options: Options, side: str, data_config: dict[str, Any], num_
     rate = (kwargs.pop('drop_path_rate') or 0.) if uniform else 0.
     seed_all(options.run.seed, 'init', side)
     model = create_named(name, where, **kwargs)
-    if asked.pretrained_path:  # timm takes a file of which nothing fits for one whose head is adapted
+    if asked.pretrained_path:  # timm accepts a file none of whose weights fit
         seed_all(options.run.seed, 'init', side)
         drawn = create_named(name, where, **{**kwargs, 'pretrained': False, 'checkpoint_path': None})
         if all(map(torch.equal, model.state_dict().values(), drawn.state_dict().values())):
-            raise UsageError(f'--pretrained-path-{side} {asked.pretrained_path}: none of its weights fits {name}, its '
-                             f'keys are of another model, or have a prefix')
+            raise UsageError(
+                f'--pretrained-path-{side} {asked.pretrained_path}: no weights fit {name}: its keys are those of '
+                f'another model, or have a prefix')
     with refusing(where, ValueError):  # no classifier, as where a config.json asks for features
         _initialize_head(model, asked.head_init_scale, asked.head_init_bias)
     if uniform:
-        with refusing(f'{where}: --method {options.method} can not train it', ValueError):
+        with refusing(f'{where}: --method {options.method} cannot train it', ValueError):
             set_uniform_drop_path(model, rate, skip=options.own.drop_path_skip)
     if asked.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
@@ -280,7 +282,7 @@ def create_pair(
     device = processes.device
     sync_bn = options.batch_norm.sync_bn and processes.distributed
     if options.batch_norm.sync_bn and device.type != 'cuda':
-        raise UsageError(f'--sync-bn: torch has it on CUDA devices only, this is {device.type}')
+        raise UsageError(f'--sync-bn: torch supports it on CUDA devices only, not on {device.type}')
     if options.batch_norm.sync_bn and not processes.distributed:
         _logger.warning('--sync-bn: no effect with one process')
     models: dict[str, Any] = {side: create_branch(options, side, configs[side], num_classes) for side in options.sides}
@@ -324,11 +326,11 @@ def _check_models(options, models, sync_bn):
     if len(models) == 2 and _has_attention(models['a']) and not _has_attention(models['b']):
         _logger.warning(
             f'--model-a {options.branches["a"].model} has attention and --model-b {options.branches["b"].model} has '
-            f'not: the paper has the CNN as a and the transformer as b, here their roles are swapped')
+            f'none: in the paper the CNN is a and the transformer b; here their roles are swapped')
 
 
 def create_beside(model_a: Any, name: str, args: Namespace, **kwargs) -> PairWrapper:
-    """Create branch b with timm beside a model that is there, for images that are prepared for that one.
+    """Create branch b with timm for an existing model, whose images it will share.
 
     Args:
         model_a: The model, on the CPU.
@@ -337,14 +339,14 @@ def create_beside(model_a: Any, name: str, args: Namespace, **kwargs) -> PairWra
         **kwargs: Further arguments of timm's `create_model` for branch b.
 
     Raises:
-        UsageError: timm can't build it, or the two are no pair.
+        UsageError: timm can't build it, or the two cannot be a pair.
     """
     where = f'--model-b {name}'
     source = resolve_data_config(vars(args), model=model_a)
     size = source['input_size']
     kwargs = {**_model_kwargs(args, size[0], model_a.num_classes),
               **size_kwargs(pretrained_cfg_of(name, '--model-b'), size), **kwargs}
-    with torch.random.fork_rng(devices=[]), refusing(where, ValueError):  # what is drawn next is as without b
+    with torch.random.fork_rng(devices=[]), refusing(where, ValueError):  # later draws are as without b
         pair = PairWrapper(model_a, create_named(name, where, **kwargs))
     try_images(pair.eval(), size, where)
     target = {**resolve_data_config(vars(args), model=pair.model_b), 'input_size': size}
@@ -353,23 +355,23 @@ def create_beside(model_a: Any, name: str, args: Namespace, **kwargs) -> PairWra
 
 
 def check_pretrained_classes(options: Options, pair: PairWrapper, class_names: list[str] | None) -> None:
-    """Warn where a pretrained branch keeps a classifier of as many other classes."""
+    """Warn if a pretrained branch keeps a classifier of as many, but different classes."""
     for side in pair.sides:
         model: Any = pair.branch(side)
         names = model.pretrained_cfg.get('label_names') if options.branches[side].starts_trained else None
         difference = first_difference(names, class_names)
         if len(names or ()) == len(class_names or ()) and difference:
             _logger.warning(
-                f'--model-{side} {options.branches[side].model}: its classifier knows other classes, {difference}; '
-                f'training begins with it all the same')
+                f'--model-{side} {options.branches[side].model}: its classifier has different classes ({difference}); '
+                f'training starts from it anyway')
 
 
 def first_difference(names: Sequence[str] | dict | None, class_names: list[str] | None) -> str | None:
-    """Return in what class a model's names of the classes are not those of the data, None where they agree."""
+    """Return the first class whose name differs between a model and the data, None if they agree."""
     names = names_of(names) if isinstance(names, dict) else names
     for i, (known, there) in enumerate(zip(names or (), class_names or (), strict=False)):
         if known != there:
-            return f'class {i} is {known!r} to it and {there!r} in the data'
+            return f'class {i} is {known!r} in the model and {there!r} in the data'
     return None
 
 
@@ -377,7 +379,7 @@ def _freeze(options, pair, side):
     depth = options.branches[side].freeze_depth
     if depth:
         if not options.branches[side].starts_trained:
-            _logger.warning(f'--freeze-depth-{side} {depth}: freezes layers that were never trained (no --pretrained)')
+            _logger.warning(f'--freeze-depth-{side} {depth}: freezes untrained layers (no --pretrained)')
         with refusing(f'--freeze-depth-{side}', ValueError):
             pair.freeze(side, depth)
 
@@ -400,12 +402,12 @@ def student_of(options: Options, models: dict[str, Any]) -> str | None:
 
 @torch.no_grad()
 def try_images(forward: Callable, input_size: tuple[int, ...], what: str) -> None:
-    """Run a model once on a blank image on the CPU, so that one that can't take it is named before the run.
+    """Run a model once on a blank image on the CPU, so that a model that can't take it is reported before the run.
 
     Raises:
-        UsageError: It can't; the message begins with `what`.
+        UsageError: The model can't take it; the message begins with `what`.
     """
-    refused = f'{what}: can not take images of size {tuple(input_size)}'
+    refused = f'{what}: cannot take images of size {tuple(input_size)}'
     with refusing(refused, AssertionError, IndexError, RuntimeError, ValueError):
         forward(torch.zeros(1, *input_size))
 
@@ -438,9 +440,9 @@ def feature_width(
 def training_flops(task: PairTask, configs: dict[str, dict[str, Any]]) -> int:
     """Return the floating-point operations that training takes for an image, as torch counts them.
 
-    Forward and backward of each branch that learns, with what gradient checkpointing computes again; the further
-    forward of a branch that is asked again after its update; the forward of a frozen teacher. Pair terms, optimizer and
-    what skipping stochastic depth saves are not counted.
+    Forward and backward of each branch that learns, with the recomputation of gradient checkpointing; the second
+    forward of a branch after its update; the forward of a frozen teacher. Pair terms, optimizer and what skipping
+    stochastic depth saves are not counted.
 
     Args:
         task: The task, not yet distributed.
@@ -461,7 +463,7 @@ def training_flops(task: PairTask, configs: dict[str, dict[str, Any]]) -> int:
 def _count_flops(model: nn.Module, input_size: tuple[int, ...]) -> tuple[int, int]:
     """Return the operations of one image's forward pass, and of forward and backward."""
     device = next(model.parameters()).device
-    # The counter knows attention by its matrix products, not by every fused kernel.
+    # The counter counts attention by its matrix products, but does not support every fused kernel.
     with torch.enable_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         output = model(torch.zeros(1, *input_size, device=device))
         forward = counter.get_total_flops()

@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
 
 
 def learning_rates(options: Options, world_size: int) -> dict[str, float]:
-    """Return each branch's learning rate: as given, or its base scaled to the global batch by timm's rule."""
+    """Return each branch's learning rate: the given one, or its base scaled to the global batch by timm's rule."""
     global_batch = options.loader.batch_size * world_size * options.optimizer.grad_accum_steps
     ratio = global_batch / options.schedule.lr_base_size
     adaptive = any(name in options.optimizer.opt.lower() for name in ('ada', 'lamb'))
@@ -49,7 +49,7 @@ def learning_rates(options: Options, world_size: int) -> dict[str, float]:
 
 
 def check_optimizer(asked: Optimizer) -> None:
-    """Raise UsageError where timm has no such optimizer, its package is missing, or it has other betas."""
+    """Raise UsageError where timm has no such optimizer, its package is missing, or it has another number of betas."""
     name, names = asked.opt.lower().split('_')[-1], list(map(str, list_optimizers()))  # without timm's lookahead_
     if name not in names:
         raise UsageError(f'--opt {asked.opt}: timm has no optimizer of this name{did_you_mean(name, names)}')
@@ -112,10 +112,10 @@ def create_optimizer(
     """Create the one optimizer of both branches, and of the layers that terms have.
 
     Raises:
-        UsageError: An optimizer that timm does not know, or options that it does not take.
+        UsageError: An unknown optimizer, or options that it does not support.
     """
     asked = options.optimizer
-    kwargs = optimizer_kwargs(Namespace(**vars(asked), lr=None, weight_decay=0.))  # the groups have theirs
+    kwargs = optimizer_kwargs(Namespace(**vars(asked), lr=None, weight_decay=0.))  # the groups have their own
     del kwargs['lr']
     is_adam = asked.opt.removeprefix('lookahead_').lower() in ('adam', 'adamw')
     if is_adam and not {'foreach', 'capturable', 'differentiable'} & set(asked.opt_kwargs):
@@ -124,7 +124,8 @@ def create_optimizer(
     with refusing(f'--opt {asked.opt}', AssertionError, TypeError, ValueError):
         optimizer = create_optimizer_v2(param_groups(options, pair, lrs, criterion), lr=max(lrs.values()), **kwargs)
     if getattr(optimizer, 'is_second_order', False):
-        raise UsageError(f'--opt {asked.opt}: not available, fused attention and the gather have no second derivative')
+        raise UsageError(
+            f'--opt {asked.opt}: not available, since fused attention and the gather have no second derivative')
     clips = [key for key in ('max_grad_norm', 'grad_clip_norm') if optimizer.defaults.get(key)]
     if clips and len(pair.sides) > 1 and METHODS[options.method].updates(options.own) == 1:
         _logger.warning(
@@ -137,7 +138,7 @@ def create_optimizer(
 
 @contextlib.contextmanager
 def only(optimizer: torch.optim.Optimizer, sides: str) -> Iterator[None]:
-    """Let the optimizer have the groups of these branches alone."""
+    """Let the optimizer see the groups of these branches only."""
     groups = optimizer.param_groups
     optimizer.param_groups = [group for group in groups if group['side'] in sides]
     try:
@@ -158,7 +159,7 @@ def create_scheduler(options: Options, optimizer: torch.optim.Optimizer, updates
     """Create the learning rate scheduler and return it (None for --sched none) with the epochs that it runs.
 
     Raises:
-        UsageError: Options that timm's scheduler does not take.
+        UsageError: Options that timm's scheduler does not support.
     """
     with refusing(f'--sched {options.schedule.sched}', AssertionError, ValueError):
         kwargs = {**scheduler_kwargs(options.schedule), 'noise_seed': options.run.seed}

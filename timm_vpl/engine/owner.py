@@ -1,4 +1,4 @@
-"""Who trains in a folder: one process, which says so in a file there and touches it as long as it lives."""
+"""Ownership of a run's folder: one process, which keeps a file there and touches it as long as it lives."""
 import contextlib
 import logging
 import os
@@ -16,14 +16,15 @@ _logger = logging.getLogger('train')
 
 FILE = 'owner'
 BEAT = 5  # seconds between two touches
-STALE = 30  # seconds without one after which an owner that can't be looked up is dead
+STALE = 30  # seconds without one after which an owner on another machine counts as dead
 
 
 class Owner:
     """Makes a folder this process's own, for as long as it lives.
 
-    All of it holds on network file systems too: a file is created that must not be there, renamed, and opened anew to
-    be read. Clocks do not matter: a process of this machine is looked up, of another the file is watched for a change.
+    All of it works on network file systems too: a file is created that must not exist, renamed, and opened again to be
+    read. Clocks do not matter: a process of this machine is looked up; for another machine the file is watched for a
+    change.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,7 @@ class Owner:
                     self._path = path
                 except FileExistsError:
                     _take_over(path)
-        except OSError:  # nothing can be written there; whoever tries to says so
+        except OSError:  # not writable; the first attempt to write will report it
             return
         threading.Thread(target=self._beat, args=(path,), daemon=True).start()
 
@@ -55,7 +56,7 @@ class Owner:
         """Make sure that the folder is still this process's own.
 
         Raises:
-            RunError: Another process has taken it over, which took this one for dead.
+            RunError: Another process has taken it over, after this one seemed dead.
         """
         if self._path is None:
             return
@@ -63,8 +64,9 @@ class Owner:
             self._write(self._path)  # where the folder was removed and made again
         found = self._path.read_text()
         if found != self._card:
-            raise RunError(f'{self._path.parent}: {_name(found)} trains there now; this one stood still too long, and '
-                           f'leaves the folder to it')
+            raise RunError(
+                f'{self._path.parent}: {_name(found)} trains there now; this process hung too long and gives up the '
+                f'folder')
 
     def release(self) -> None:
         """Let others own the folder."""
@@ -94,12 +96,13 @@ def _take_over(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):  # it has gone meanwhile
         seen, beat = path.read_text(), path.stat().st_mtime_ns
         if not _is_dead(seen):
-            _logger.warning(f'{path.parent}: {_name(seen)} trained there; looking for up to {STALE} s whether it lives')
+            _logger.warning(
+                f'{path.parent}: {_name(seen)} trained there; waiting up to {STALE} s to see whether it is alive')
             begun = time.monotonic()
             while time.monotonic() - begun < STALE:
                 time.sleep(BEAT / 5)
                 if (path.read_text(), path.stat().st_mtime_ns) != (seen, beat):
-                    raise UsageError(f'--output {path.parent}: {_name(seen)} trains there; end it, or take another '
+                    raise UsageError(f'--output {path.parent}: {_name(seen)} is training there; end it, or use another '
                                      f'--experiment')
         stale = Path(temporary(path))
         path.rename(stale)
@@ -110,7 +113,7 @@ def _take_over(path: Path) -> None:
 
 
 def _parse(card: str) -> tuple[str, int, str] | None:
-    """Return host, process and machine of a card; None where it says something else."""
+    """Return host, process and machine of a card; None if it has another format."""
     try:
         host, process, machine, _ = card.split()
         return host, int(process), machine
@@ -138,8 +141,8 @@ def _is_dead(card: str) -> bool:
 
 
 def _machine() -> str:
-    """Return a name of this machine since it has started, as far as processes are numbered together."""
+    """Return a name of this machine since it has started, within one process namespace."""
     try:
         return Path('/proc/sys/kernel/random/boot_id').read_text().strip() + os.readlink('/proc/self/ns/pid')
     except OSError:
-        return uuid.uuid4().hex  # it can't be told
+        return uuid.uuid4().hex  # unknown

@@ -1,7 +1,7 @@
-"""How the processes of a command end together: what one of them tells, the others hear over torch's store.
+"""How the processes of a command end together: they exchange failures and signals over torch's store.
 
-None of this is a collective. One of a process that has failed would wait for the others, and theirs for it, and under
-NCCL `destroy_process_group` does too.
+No collective is used. After a failure the processes would wait for each other in it; under NCCL so does
+`destroy_process_group`.
 """
 import contextlib
 import json
@@ -21,42 +21,42 @@ import torch.distributed as dist
 from ..core.processes import launched
 from ..errors import RunError, Stopped, first_line
 
-LOST = 'another process ended or can not be reached, see the lines before this one, of the other machines too'
+LOST = 'another process ended or cannot be reached, see the lines before this one, of the other machines too'
 
 # Keys of the store: the first signal, the first failure, how many have done their work, how many are ending.
 SIGNAL, END, DONE, ENDING = (f'timm_vpl/{name}' for name in ('signal', 'end', 'done', 'ending'))
-HEARS_AFTER = 0.5  # seconds between two looks at it
+POLL_SECONDS = 0.5  # seconds between two checks of the store
 JOIN_SECONDS = 1800  # that the other processes have to start, as torch gives them
-LINGER, JOINING = 5, 120  # seconds that the others have to hear of a failure; those that are still starting have more
+LINGER, JOINING = 5, 120  # seconds that the others have to notice a failure; more for those that are still starting
 
 
 class Peers:
-    """Hears of the other processes in a thread, from before they have joined until all have done their work."""
+    """Exchanges messages with the other processes in a thread, from before they join until all have done their work."""
 
     def __init__(self) -> None:
         _, self.rank, self.world_size, local_rank = launched()
         self.machine = self.rank - local_rank  # by its first process
         self.joined = False
-        self.on_signal: Callable[[int], None] | None = None  # called with the first one that a process tells of
+        self.on_signal: Callable[[int], None] | None = None  # called with the first signal that a process announces
         self._store: Any = None
-        self._shown = threading.Lock()  # taken once it is settled who shows the line of the failure
+        self._shown = threading.Lock()  # taken once it is decided who shows the failure
         self._connected, self.ending, self._left = (threading.Event() for _ in range(3))
-        self.thread = threading.Thread(target=self._hear, daemon=True)
+        self.thread = threading.Thread(target=self._listen, daemon=True)
         self.thread.start()
 
-    def tell(self, key: str, what: Any) -> None:
-        """Tell all processes, this one too; who tells first is heard."""
+    def announce(self, key: str, what: Any) -> None:
+        """Announce something to all processes, this one included; only the first announcement counts."""
         def send():
             self._connected.wait()
             with contextlib.suppress(RuntimeError):
                 self._store.compare_set(key, '', json.dumps(what))
-        threading.Thread(target=send, daemon=True).start()  # the network may stand still
+        threading.Thread(target=send, daemon=True).start()  # the network may hang
 
     def leave(self) -> None:
         """Wait until all have done their work, end the groups, and leave with the others.
 
-        A process that leaves early breaks connections that the others may be using, and with the first one the store
-        goes.
+        A process that leaves early breaks connections that the others may be using, and the first process takes the
+        store with it.
         """
         self._meet(DONE, math.inf if self.rank else 60)  # the first one may have an export to make
         self._left.set()
@@ -64,7 +64,7 @@ class Peers:
         dist.destroy_process_group()
         self._meet(ENDING, 10)
 
-    def _hear(self) -> None:
+    def _listen(self) -> None:
         try:
             # Where torchrun does not serve the store, the first process does; init_process_group shares it.
             serves = self.rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
@@ -72,14 +72,14 @@ class Peers:
                 os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=serves,
                 timeout=timedelta(seconds=JOIN_SECONDS), wait_for_workers=False, multi_tenant=True)
             self._connected.set()
-            while not self._left.wait(HEARS_AFTER):
+            while not self._left.wait(POLL_SECONDS):
                 if self.on_signal is not None and self._store.check([SIGNAL]):
                     self.on_signal(json.loads(self._store.get(SIGNAL)))
                     self.on_signal = None
                 if self._store.check([END]):
                     self._end(**json.loads(self._store.get(END)))
         except (LookupError, RuntimeError, ValueError) as e:
-            if self.joined:  # else the main thread finds out by itself
+            if self.joined:  # else the main thread notices by itself
                 self.show(f'timm-vpl: error: {LOST} ({first_line(e)})')
                 end(RunError.exit_status)
 
@@ -93,12 +93,12 @@ class Peers:
         end(status)
 
     def show(self, line: str) -> None:
-        """Show the line of a failure, if it is not settled yet which one is shown and by whom."""
+        """Show a failure, unless one is shown already or another process shows it."""
         if self._shown.acquire(blocking=False):
             print(line, file=sys.stderr, flush=True)
 
     def _meet(self, key: str, seconds: float) -> None:
-        """Wait until all processes are as far as this, and see it."""
+        """Wait until all processes have reached this point."""
         deadline = time.monotonic() + seconds
         ready = self._store.add(key, 1)
         while ready < self.world_size and time.monotonic() < deadline:
@@ -110,16 +110,16 @@ class Peers:
 _peers: Peers | None = None
 
 
-def heard() -> Peers | None:
-    """Return the other processes, if this one hears of them."""
+def current() -> Peers | None:
+    """Return the connection to the other processes, if there is one."""
     return _peers
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Hear of the other processes, if there are any; leave with them when all are done, or stopped by a signal.
+    """Connect to the other processes, if there are any; leave with them when all are done, or stopped by a signal.
 
-    After an error nothing is waited for: `fail` tells the others.
+    After an error there is no waiting: `fail` informs the others.
     """
     global _peers
     _peers, stop = Peers() if launched().world_size > 1 else None, None
@@ -147,17 +147,17 @@ def fail(line: str, status: int) -> int:
         peers = _peers or Peers()
         line = f'{line} (process {peers.rank} on {socket.gethostname()})'
         seconds = LINGER if peers.joined else JOINING
-        peers.tell(END, {
+        peers.announce(END, {
             'line': line, 'status': status, 'seconds': seconds, 'rank': peers.rank, 'machine': peers.machine})
         peers.ending.wait(3)
-        peers.show(line)  # if the store has not settled that
+        peers.show(line)  # unless the store has decided it
         peers.thread.join(seconds + 2)
         end(status)
     return status
 
 
 def end(status: int) -> None:
-    """End this process at once, with its loaders' workers: what is waited for in it would wait for other processes."""
+    """End this process at once, with its loaders' workers: its exit handlers would wait for other processes."""
     for child in multiprocessing.active_children():
         child.kill()
     with contextlib.suppress(OSError, ValueError):

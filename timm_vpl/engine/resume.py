@@ -1,4 +1,4 @@
-"""Going on: what a run saves of itself beside weights and optimizer, and how it continues from that exactly."""
+"""Resuming: what a run saves besides weights and optimizer, and how it continues exactly from that."""
 import logging
 import os
 from dataclasses import dataclass, replace
@@ -24,17 +24,17 @@ _logger = logging.getLogger('train')
 @dataclass(frozen=True)
 class Start:
     """Where a run begins."""
-    path: str = ''  # of the checkpoint that it goes on from
-    auto: bool = False  # it goes on in its own folder
-    epoch: int | None = None  # restart by hand, with this epoch
-    optimizer: bool = True  # go on with that of the checkpoint
+    path: str = ''  # of the checkpoint to resume from
+    auto: bool = False  # it continues in its own folder
+    epoch: int | None = None  # manual restart at this epoch
+    optimizer: bool = True  # resume the state of the optimizer
 
 
 def find_start(options: Options, processes: Processes, owner: Owner) -> Start:
-    """Return where all processes begin.
+    """Return where all processes start.
 
     The checkpoint is that of --resume; with --resume auto or a folder, and where torchrun has restarted the processes,
-    the newest one of the run's folder, which is this run's own from then on.
+    the newest one of the run's folder, which belongs to this run from then on.
     """
     # torchrun counts only the restarts for which a process of the same machine has failed.
     restarted = any(from_all(processes, os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'))
@@ -44,15 +44,16 @@ def find_start(options: Options, processes: Processes, owner: Owner) -> Start:
 def _find_start(options, restarted, owner):
     if restarted and not options.run.experiment:
         _logger.warning(
-            'Restarted by torchrun, from the beginning: only a run with --experiment NAME goes on by itself')
+            'Restarted by torchrun, from the beginning: only a run with --experiment NAME resumes automatically')
     folder, auto = os.path.join(output_of(options), options.run.experiment), is_auto(options.run.resume)
     if int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)):
         if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
-            # Its store keeps the addresses of processes that have ended, which a restart then tries to reach.
-            _logger.warning('torchrun --max-restarts: start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or the '
-                            'processes of a restart will not find each other')
+            # Its store keeps the addresses of ended processes, which a restart then tries to reach.
+            _logger.warning(
+                'torchrun --max-restarts: start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or the restarted '
+                'processes cannot connect to each other')
         if options.run.experiment and not options.run.resume:
-            auto = True  # a restart could not tell an older run of this name from its own
+            auto = True  # a restart could not distinguish an older run of this name from its own
     by_hand = Start(options.run.resume, auto, options.run.start_epoch, not options.run.no_resume_opt)
     if not auto and not (restarted and options.run.experiment):
         return by_hand
@@ -63,7 +64,7 @@ def _find_start(options, restarted, owner):
     _logger.info(f'--resume auto: {path}' if path else f'--resume auto: nothing to resume in {folder}, a fresh start')
     if path is None:
         return replace(by_hand, path='') if auto else by_hand
-    # What was given by hand held for the first start, which has saved since.
+    # The options of a manual restart were for the first start, which has saved since.
     return Start(path, True) if restarted else replace(by_hand, path=path, auto=True)
 
 
@@ -76,22 +77,22 @@ def load_checkpoint(start: Start) -> dict[str, Any]:
     """Return the checkpoint of --resume.
 
     Raises:
-        RunError: It can't be read, or lacks what a run needs to go on.
+        RunError: It can't be read, or lacks what a run needs to resume.
     """
     if not os.path.exists(start.path):
-        raise RunError(f'--resume {start.path}: not there for a process; all machines read the same folder')
+        raise RunError(f'--resume {start.path}: does not exist for one process; all machines need the same folder')
     checkpoint = read_checkpoint(start.path)
     missing = [key for key, needed in (
         ('epoch', start.epoch is None), ('optimizer', start.optimizer)) if needed and key not in checkpoint]
     if missing:
         raise RunError(
-            f'--resume {start.path}: holds weights, but no {" and no ".join(missing)}; --no-resume-opt and '
-            f'--start-epoch N go on without')
+            f'--resume {start.path}: has weights, but no {" and no ".join(missing)}; --no-resume-opt and --start-epoch '
+            f'N resume without')
     return checkpoint
 
 
 def resume(run, checkpoint: dict[str, Any]) -> None:
-    """Restore a run from a checkpoint, but for what each process has of its own.
+    """Restore a run from a checkpoint, but for the state of each process.
 
     Args:
         run: The run, as built.
@@ -99,7 +100,7 @@ def resume(run, checkpoint: dict[str, Any]) -> None:
 
     Raises:
         RunError: The checkpoint is one of other models.
-        UsageError: The run would not be the one that it was.
+        UsageError: The run differs from that of the checkpoint.
     """
     task, start = run.task, run.start
     try:
@@ -116,24 +117,24 @@ def resume(run, checkpoint: dict[str, Any]) -> None:
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
         raise RunError(f'--resume {start.path}: does not fit this pair ({first_line(e)})') from e
     _logger.info(
-        f'Resumed {start.path}: goes on with epoch {run.progress.epoch}, batch {run.progress.batch} of '
+        f'Resumed {start.path}: continues with epoch {run.progress.epoch}, batch {run.progress.batch} of '
         f'{len(run.loader_train)}')
 
 
 def _place(checkpoint, num_batches) -> Progress:
-    """Return where a checkpoint stands, without what each process has of its own."""
+    """Return the progress of a checkpoint, without the state of each process."""
     place = checkpoint.get('progress') or {}
     progress = Progress(
         checkpoint.get('epoch', -1) + 1, place.get('batch', 0), seconds=place.get('seconds', 0.),
         lrs=place.get('lrs', {}))
     whole = isinstance(progress.epoch, int) and isinstance(progress.batch, int)
     if not (whole and progress.epoch >= 0 <= progress.batch <= num_batches):
-        raise ValueError(f'it stands at epoch {progress.epoch}, batch {progress.batch}')
+        raise ValueError(f'its progress is epoch {progress.epoch}, batch {progress.batch}')
     return progress
 
 
 def _load_optimizer(run, checkpoint):
-    # How an optimizer computes is not part of the run; what a restart by hand gives holds.
+    # How an optimizer computes is not part of the run; a manual restart keeps its own options.
     keys = ['fused', 'foreach', *(['lr'] if run.scheduler is None else [])]
     if run.start.epoch is not None:
         keys += ['lr', 'initial_lr', 'lr_scale', 'weight_decay', 'betas', 'eps', 'momentum']
@@ -147,7 +148,7 @@ def _load_optimizer(run, checkpoint):
     for i, state in states.items():
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == parameters[i].shape:
-                # In the memory layout of the parameter, which fused kernels go by.
+                # In the memory layout of the parameter, which fused kernels rely on.
                 state[key] = torch.empty_like(parameters[i], dtype=value.dtype, device=value.device).copy_(value)
     run.optimizer.load_state_dict(saved)
     if run.update.scaler is not None and 'amp_scaler' in checkpoint:
@@ -155,7 +156,7 @@ def _load_optimizer(run, checkpoint):
 
 
 def _check_states(optimizer, states: dict[int, dict[str, Any]], parameters: dict[int, torch.Tensor]) -> None:
-    """Raise ValueError where torch's kernels would read past a state, or miss one."""
+    """Raise ValueError if torch's kernels would read beyond a state, or miss one."""
     if not type(optimizer).__module__.startswith('torch.optim.'):
         return
     kinds = {tuple(sorted(state)) for state in states.values() if state}
@@ -165,11 +166,11 @@ def _check_states(optimizer, states: dict[int, dict[str, Any]], parameters: dict
     tensors = {
         (key, isinstance(value, torch.Tensor)) for state in states.values() for key, value in state.items()}
     if len(kinds) > 1 or not fits or len(tensors) > len({key for key, _ in tensors}):
-        raise ValueError('its optimizer has not the same state for each parameter')
+        raise ValueError('its optimizer does not have the same state for each parameter')
 
 
 def _check_same_run(run, checkpoint):
-    """Refuse what would make a continued run another one, warn of what changes its course."""
+    """Refuse changes that would make a resumed run another one, and warn of those that change its course."""
     options, start, world_size = run.options, run.start, run.processes.world_size
     then = checkpoint.get('run', {})
     processes, batch_size = then.get('processes'), checkpoint['args'].get('batch_size') if then else None
@@ -186,15 +187,16 @@ def _check_same_run(run, checkpoint):
     accepted = options.run.accept_data_change and not (checkpoint.get('progress') or {}).get('batch')
     (warned if accepted else refused).extend(others)
     for name, value in _lengths(run).items():
-        if then.get(name, value) != value and not (refused or others):  # else that is why
+        if then.get(name, value) != value and not (refused or others):  # else that is the reason
             refused.append(f'{then[name]} {name} before, now {value}')
     if refused == others and others and start.epoch is None:
-        raise UsageError(f'--resume {start.path}: {"; ".join(others)}; --accept-data-change goes on with them from a '
-                         f'checkpoint at the end of an epoch')
+        raise UsageError(
+            f'--resume {start.path}: {"; ".join(others)}; --accept-data-change continues with them from a checkpoint '
+            f'at the end of an epoch')
     if refused and start.epoch is None:
         raise UsageError(
-            f'--resume {start.path}: not the run that it was: {"; ".join(refused)}; a run goes on as it began '
-            f'(--start-epoch {checkpoint.get("epoch", -1) + 1} restarts by hand with other options)')
+            f'--resume {start.path}: {"; ".join(refused)}; these cannot change on resume (--start-epoch '
+            f'{checkpoint.get("epoch", -1) + 1} restarts with other options)')
     for line in refused + warned:
         _logger.warning(f'--resume: changed: {line}')
 
@@ -207,18 +209,19 @@ def _lengths(run) -> dict[str, Any]:
 
 
 def _check_data(run, checkpoint: dict[str, Any]) -> list[str]:
-    """Return in what the images are not those of the checkpoint, which the run's record of them keeps.
+    """Return the differences of the images from those of the checkpoint; the run's record keeps them.
 
     Raises:
-        UsageError: The classes are others, so that labels would mean something else.
+        UsageError: The classes differ, so the labels have another meaning.
     """
     lines = []
     for role, then in checkpoint.get('data', {}).items():
         now = run.data[role]
         changes = data_changes(then, now)
         if 'classes' in changes:
-            raise UsageError(f'--resume {run.start.path}: {role} data: {changes["classes"]}; the weights have learnt '
-                             f'the classes of before')
+            raise UsageError(
+                f'--resume {run.start.path}: {role} data: {changes["classes"]}; the weights were trained on the old '
+                f'classes')
         if changes:
             lines.append(f'{role} data: {next(iter(changes.values()))}')
         earlier = [*then.get('earlier', ()), *([then['files']] if changes else ())]
@@ -228,7 +231,7 @@ def _check_data(run, checkpoint: dict[str, Any]) -> list[str]:
 
 
 def _own_tensors(run) -> list[torch.Tensor]:
-    """Return what a process has of its own: BatchNorm's statistics, of the EMA too, and the sums of the epoch."""
+    """Return the state of this process: BatchNorm's statistics, of the EMA too, and the sums of the epoch."""
     ema = run.task.get_trainable_module(ema=True)
     modules = [run.pair, *([] if ema is None else [ema.module])]
     sums, kept = run.progress.sums, run.progress.kept
@@ -240,7 +243,7 @@ def _own_tensors(run) -> list[torch.Tensor]:
 
 
 def restore_ranks(run, checkpoint: dict[str, Any]) -> None:
-    """Give each process what it had of its own; where their number has changed, the mean of all."""
+    """Restore the state of each process; if their number has changed, the mean of all."""
     rows = checkpoint.get('ranks')
     if rows is None:
         return
@@ -260,12 +263,12 @@ def restore_ranks(run, checkpoint: dict[str, Any]) -> None:
         tensor.copy_(values.view_as(tensor))
     progress.skipped = int(skipped)
     if 0 < progress.batch < len(run.loader_train) and isinstance(run.loader_train.images, StreamImages):
-        _logger.warning(f'A stream can not be entered in its middle: epoch {progress.epoch} begins anew')
+        _logger.warning(f'A stream cannot be resumed in mid-epoch: epoch {progress.epoch} starts again')
         run.progress = Progress(progress.epoch)
 
 
 def run_state(run) -> dict[str, Any]:
-    """Return what a checkpoint needs, beside weights and optimizer, to go on exactly; all processes call it."""
+    """Return what a checkpoint needs besides weights and optimizer for an exact resume; all processes call it."""
     progress = run.progress
     row = torch.cat([
         *(tensor.flatten().to(run.device) for tensor in _own_tensors(run)),

@@ -31,15 +31,15 @@ _logger = logging.getLogger('train')
 
 
 class Run:
-    """The parts of a training run, but for what the processes do together and what writes to disk.
+    """The parts of a training run, except for collectives and what writes to disk.
 
     Args:
         options: Options.
         processes: The processes of the run.
-        start: Where it begins.
+        start: Where it starts.
 
     Raises:
-        UsageError: The options can't be right.
+        UsageError: The options are invalid.
     """
 
     def __init__(self, options: Options, processes: Processes, start: Start):
@@ -146,15 +146,15 @@ class Run:
         """Where the run is, for an error."""
         return f'epoch {self.progress.epoch}, batch {self.progress.batch}'
 
-    def tell(self, event: str, *values: Any) -> None:
-        """Tell the observers that know this event of it."""
+    def notify(self, event: str, *values: Any) -> None:
+        """Notify the observers that handle this event."""
         for observer in self.observers if self.saver is not None else ():
             if hasattr(observer, event):
                 getattr(observer, event)(self, *values)
 
 
 def create_run(options: Options, processes: Processes, start: Start | None = None) -> Run:
-    """Build a run from its options, from the beginning unless `start` says otherwise."""
+    """Build a run from its options, to start at the beginning unless `start` differs."""
     return Run(options, processes, start or Start())
 
 
@@ -163,8 +163,9 @@ def _gate_images(options: Options, train: Split) -> tuple[Split, Split | None]:
     data, gated = options.data, METHODS[options.method].gated(options.own)
     if gated and data.gate_split:
         if data.gate_split == data.val_split:
-            _logger.warning(f'--gate-split {data.gate_split} is --val-split too: its labels choose what is trained, so '
-                            f'that its top-1 is not that of unseen images')
+            _logger.warning(
+                f'--gate-split {data.gate_split} is also --val-split: its labels influence training, so its top-1 is '
+                f'not that of unseen images')
         gate = create_split(data, data.gate_split, options.input.channels, flag='--gate-split')
         gate.num_classes = train.num_classes
         return train, gate
@@ -174,7 +175,7 @@ def _gate_images(options: Options, train: Split) -> tuple[Split, Split | None]:
 
 
 def _check_compile(options: Options, device: torch.device, networks: int) -> None:
-    """Raise UsageError where torch can't compile so, or what one compiled network has said would be lost to another."""
+    """Raise UsageError if torch can't compile so, or if one compiled network would overwrite another's outputs."""
     backend, mode, modes = options.input.torchcompile, options.input.torchcompile_mode, compile_modes()
     graphs = {'--torchcompile': backend == 'cudagraphs', '--torchcompile-mode': modes.get(mode or '', False)}
     for flag, value, known in (
@@ -183,18 +184,18 @@ def _check_compile(options: Options, device: torch.device, networks: int) -> Non
     ):
         if value not in known:
             raise UsageError(f'{flag} {value}: expected one of {", ".join(filter(None, known))}')
-        # Each call of a compiled function may overwrite what those before it returned, unless a backward is to come.
+        # Each call of a compiled function may overwrite earlier outputs, unless a backward pass is pending.
         if graphs[flag] and device.type == 'cuda' and (networks > 1 or options.optimizer.grad_accum_steps > 1):
             raise UsageError(
-                f'{flag} {value}: its CUDA graphs overwrite the outputs of one network by those of another, and '
-                f'gradients that accumulate; --torchcompile-mode max-autotune-no-cudagraphs tunes without them')
+                f'{flag} {value}: its CUDA graphs overwrite outputs of one network with those of another, and '
+                f'accumulated gradients; use --torchcompile-mode max-autotune-no-cudagraphs')
 
 
 def _create_task(options, pair, teacher, criterion, processes) -> PairTask:
     device = processes.device
     if len(criterion.phases) > 1 and options.optimizer.grad_accum_steps > 1:
         raise UsageError(f'--grad-accum-steps {options.optimizer.grad_accum_steps}: --method {options.method} has '
-                         f'{len(criterion.phases)} optimizer phases a batch, 1 is the only value')
+                         f'{len(criterion.phases)} optimizer phases per batch; use 1')
     task = PairTask(
         pair,
         criterion,

@@ -1,4 +1,4 @@
-"""An optimizer update, from the forward passes of its batches to the step, and what is kept account of on the way."""
+"""An optimizer update, from the forward passes of its batches to the step, and its statistics."""
 import contextlib
 import logging
 from collections.abc import Callable
@@ -19,7 +19,7 @@ GRADIENTS = 'gradients'
 
 @dataclass
 class Progress:
-    """How far a run has come: the present epoch, and of it what this process has done."""
+    """The progress of a run: the present epoch, and what this process has done of it."""
     epoch: int = 0
     batch: int = 0  # batches done
     terms: list[str] = field(default_factory=list)
@@ -30,7 +30,7 @@ class Progress:
     lrs: dict[str, float] = field(default_factory=dict)  # of each branch, at its start
 
     def add(self, terms: list[str], losses: torch.Tensor, good: torch.Tensor, batches: int) -> None:
-        """Add the losses of an update, sums over its batches, if they are good."""
+        """Add the losses of an update, sums over its batches, if they are finite."""
         if self.sums is None or self.kept is None:
             self.terms = terms
             self.sums = torch.zeros_like(losses)
@@ -43,8 +43,8 @@ class Progress:
 class Update:
     """Takes the batches of a run one by one, and lets the optimizer step with the last of each update.
 
-    Losses and gradients that are not finite are counted on the device. The host looks at the counts in `read` alone: at
-    a log line, and before anything is saved.
+    Losses and gradients that are not finite are counted on the device. The host reads the counts only in `read`: for a
+    log line, and before anything is saved.
 
     Args:
         task: The task to train.
@@ -52,11 +52,11 @@ class Update:
         num_batches: Batches of an epoch.
         accum_steps: Batches of an update.
         autocast: Context of the forward passes.
-        scaler: Gradient scaler of fp16, which leaves out updates itself.
+        scaler: Gradient scaler of fp16, which skips updates itself.
         clip_limits: Limit of each branch's gradients, None for no clipping.
         clip_mode: As timm's --clip-mode.
-        skip: Leave out updates whose gradients are not finite; else the first bad number ends the run.
-        limit: Updates in a row that may be left out.
+        skip: Skip updates whose gradients are not finite; else the first such number ends the run.
+        limit: Maximum number of updates in a row that are skipped.
     """
 
     task: PairTask
@@ -69,12 +69,12 @@ class Update:
     clip_mode: str = 'norm'
     skip: bool = False
     limit: int = 10
-    error: str | None = field(default=None, init=False)  # why the run has to end
+    error: str | None = field(default=None, init=False)  # why the run must end
     measures: bool = field(default=False, init=False)  # whether the next update is measured, for `read`
     measures_terms: bool = field(default=False, init=False)  # likewise, the gradient of each term; in all processes
 
     def __post_init__(self):
-        # Looks at gradients in one pass; some torch has no such kernel for MPS.
+        # Checks gradients in one pass; some versions of torch lack this kernel for MPS.
         device = self.task.device
         self._unit = torch.amp.GradScaler(device.type, init_scale=1., enabled=self.skip or device.type != 'mps')
         self._unit.scale(torch.ones((), device=device))  # so that it has its scale
@@ -126,7 +126,7 @@ class Update:
                 if 'running_' in name or 'num_batches_tracked' in name]
 
     def abandon(self, progress: Progress) -> None:
-        """Put back what the first batches of an update have changed whose further ones do not come."""
+        """Undo the changes of an update's first batches if its other batches do not come."""
         begun = progress.batch % self.accum_steps
         if begun and progress.batch < self.num_batches:
             progress.batch -= begun
@@ -151,7 +151,7 @@ class Update:
                 self._losses[name] = self._losses[name] + value if name in self._losses else value
 
     def step(self, learners: str) -> None:
-        """Clip the gradients of the branches that learn in this phase, and let the optimizer step with theirs alone."""
+        """Clip the gradients of the branches that learn in this phase, and step the optimizer on these only."""
         scaler = self.scaler or self._unit
         with only(self.optimizer, learners):
             scaler.unscale_(self.optimizer)
@@ -169,7 +169,7 @@ class Update:
             self.optimizer.zero_grad()
 
     def _account(self, progress: Progress, size: int) -> None:
-        """Add an update to the sums and counts; put running statistics back where it was left out."""
+        """Add an update to the sums and counts; restore running statistics if it was skipped."""
         terms = list(self._losses)
         losses = torch.stack(list(self._losses.values()))
         bad = left_out = ~losses.isfinite()
@@ -195,7 +195,7 @@ class Update:
     def read(self, progress: Progress) -> dict[str, float]:
         """Return the mean losses of the last update, and what was measured of one; the host waits for the device.
 
-        What is not finite is said, in `error` if the run has to end.
+        Numbers that are not finite are logged, or set `error` if the run must end.
         """
         if self._last is None:
             return {}
@@ -207,7 +207,7 @@ class Update:
         longest = int(longest)
         most = int(max(counts))
         if most:
-            # What went bad first is bad most often.
+            # The first term to become non-finite is non-finite most often.
             names = ', '.join(name for name, count in zip(self._names, counts, strict=True) if count == most)
             line = f'epoch {progress.epoch}, up to batch {progress.batch - 1}: not finite: {names}, in {most} update(s)'
             if not self.skip:
@@ -216,7 +216,7 @@ class Update:
                 self.error = self.error or f'{line}, {longest} in a row (--nonfinite-limit {self.limit})'
             else:
                 left_out = int(counts[-1]) if GRADIENTS in self._names else most
-                _logger.warning(f'{line}; {left_out} left out, at most {longest} in a row')
+                _logger.warning(f'{line}; {left_out} skipped, at most {longest} in a row')
         self._counts.zero_()
         self._longest.copy_(self._row)
         found = dict(zip(self._names, losses, strict=False))

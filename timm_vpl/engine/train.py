@@ -40,17 +40,17 @@ _logger = logging.getLogger('train')
 
 @peers.together()
 def train(options: Options, observers: Iterable[Any] = ()) -> None:
-    """Train as the options say; they come from `options.parse_args`.
+    """Train by the options, which come from `options.parse_args`.
 
     Args:
         options: Options.
         observers: Each may have methods of these names, which the first process calls: start(run); updated(run), after
             each update; log(run, figures), every --log-interval; validated(run, row), after each epoch; end(run);
-            close(run), however the run ends; and finished(folder), whether nothing of its own is missing there.
+            close(run), however the run ends; and finished(folder), whether its output there is complete.
 
     Raises:
         RunError: Anything went wrong; the message is one line.
-        UsageError: The options can't be right.
+        UsageError: The options are invalid.
         Stopped: A signal came.
     """
     set_output(options.run.quiet, options.run.no_progress)
@@ -69,8 +69,9 @@ def train(options: Options, observers: Iterable[Any] = ()) -> None:
             resume(run, checkpoint)
         check_data(run)
         if by_first(processes, lambda: start.auto and checkpoint is not None and is_finished(run)):
-            _logger.info(f'--resume auto: nothing to train or to export, the run in {os.path.dirname(start.path)} is '
-                         f'finished; no file is changed')
+            _logger.info(
+                f'--resume auto: nothing to do, the run in {os.path.dirname(start.path)} is finished; no file is '
+                f'changed')
             return
         try_validation(run)
         run.output_dir = by_first(processes, lambda: open_folder(run, checkpoint, owner))
@@ -84,19 +85,19 @@ def train(options: Options, observers: Iterable[Any] = ()) -> None:
     except Stopped:
         raise
     except Exception as e:
-        failed = processes.distributed  # then the line comes first, and ends the processes
+        failed = processes.distributed  # then the message comes first, and ends the processes
         place, folder = (run.place, run.output_dir) if run else ('', None)
         lost = peers.LOST if failed and is_lost(e) else None
         raise as_line(e, place, lost, folder, show=options.run.traceback) from e
     finally:
         if not failed:
             if run is not None:
-                run.tell('close')
+                run.notify('close')
             owner.release()
 
 
 def check_data(run: Run) -> None:
-    """Raise UsageError in all processes if they do not see the same data."""
+    """Raise UsageError in all processes if their data differ."""
     facts: dict[str, Any] = {
         f'{role} {name}': value for role, identity in run.data.items() for name, value in identity.items()}
     facts['number of training batches'] = len(run.loader_train)
@@ -111,7 +112,7 @@ def check_data(run: Run) -> None:
 
 
 def is_finished(run: Run) -> bool:
-    """Return whether the folder of a run that goes on holds all that the run would leave there."""
+    """Return whether the folder of a resumed run already contains all output of the run."""
     folder, epochs = os.path.dirname(run.start.path), run.progress.epoch
     if epochs < run.end_epoch or any(map(is_temporary, os.listdir(folder))):
         return False
@@ -121,16 +122,16 @@ def is_finished(run: Run) -> bool:
         return written and all(
             observer.finished(folder) for observer in run.observers if hasattr(observer, 'finished'))
     except (OSError, RunError, UsageError, ValueError):
-        return False  # the run goes on and says why
+        return False  # the run continues and reports the reason
 
 
 def open_folder(run: Run, checkpoint: dict[str, Any] | None, owner: Owner) -> str:
-    """Make the run's folder, or enter it again, and all that writes to it; return the folder.
+    """Make the run's folder, or reopen it, with all that writes to it; return the folder.
 
     Args:
         run: The run.
-        checkpoint: The checkpoint that the run goes on from.
-        owner: What makes the folder this run's own.
+        checkpoint: The checkpoint that the run resumes from.
+        owner: The ownership of the folder.
     """
     data_config, recipe = models.loader_config(run.configs), recipe_values(run.options)
     run.output_dir = _create_output_dir(run, data_config, recipe, owner)
@@ -150,7 +151,7 @@ def open_folder(run: Run, checkpoint: dict[str, Any] | None, owner: Owner) -> st
     if checkpoint and os.path.samefile(os.path.dirname(run.start.path) or '.', run.output_dir):
         run.saver.resume(checkpoint.get('saver', {}), run.start.path, checkpoint.get('epoch'))
     log_plan(run)
-    run.tell('start')
+    run.notify('start')
     return run.output_dir
 
 
@@ -167,7 +168,7 @@ def _create_output_dir(run, data_config, recipe, owner) -> str:
         output_dir = get_outdir(output_of(options), name, inc=not (start.path or start.auto))
         owner.claim(output_dir)
         if start.path and not options.run.experiment:
-            _logger.info(f'New folder {output_dir}: --output and --experiment continue in the old one')
+            _logger.info(f'New folder {output_dir}: give --output and --experiment to continue in the old one')
         contents = {'train': split_card(run.loader_train.images), 'validation': split_card(run.loader_eval.dataset)}
         if run.class_weights is not None:
             names = run.class_names or map(str, range(run.pair.num_classes))
@@ -193,7 +194,7 @@ def _environments(output_dir: str) -> list[dict[str, Any]]:
 
 
 def begin(run: Run, checkpoint: dict[str, Any] | None) -> None:
-    """Join the processes of a run that is built, and give each its own part of the checkpoint."""
+    """Join the processes of a built run, and give each its part of the checkpoint."""
     options, processes, task = run.options, run.processes, run.task
     if processes.distributed:
         task.prepare_distributed(
@@ -213,11 +214,11 @@ def begin(run: Run, checkpoint: dict[str, Any] | None) -> None:
     minutes = options.run.recovery_minutes if processes.rank == 0 else 0
     run.control = Control(processes.distributed, options.run.hang_timeout, minutes, partial(give_up, run))
     if checkpoint and not run.start.auto:
-        save_recovery(run)  # so that it is this place, not a later one of the old course, that is newest
+        save_recovery(run)  # so that this position is the newest, not a later one of the old course
 
 
 def validate_teacher(run: Run, teacher: Teacher) -> None:
-    """Evaluate the frozen teacher once, on images prepared its own way, and log what it knows."""
+    """Evaluate the frozen teacher once, on images prepared for it, and log its accuracy."""
     loader = create_eval_loader(run.options.loader, run.loader_eval.dataset, teacher.data_config, run.processes)
     metrics = evaluate(
         lambda input: {'teacher': teacher.branch(input)[0]}, ['teacher'], loader, run.device, run.autocast,

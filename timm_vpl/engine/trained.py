@@ -1,4 +1,4 @@
-"""Trained models, each a plain timm model, from where they are: a run, a checkpoint, an export, the Hub, timm."""
+"""Trained models, each a plain timm model, from a run, a checkpoint, an export, the Hub or timm."""
 import json
 import logging
 import os
@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 
 
 class TrainedModel(NamedTuple):
-    """A trained model by itself, in evaluation mode on the CPU, and what its images are prepared by."""
+    """A single trained model, in evaluation mode on the CPU, with its data configuration."""
     model: Any  # timm's
     source: str  # file, folder or name that it was read from
     architecture: str
@@ -31,7 +31,7 @@ class TrainedModel(NamedTuple):
     class_names: list[str] | None = None
     side: Any = None  # of the pair that it was a branch of
     ema: bool | None = None  # whether these are averaged weights
-    checkpoint: dict[str, Any] = {}  # what else the checkpoint says: epoch, args, metrics, architectures by side
+    checkpoint: dict[str, Any] = {}  # other entries of the checkpoint: epoch, args, metrics, architectures by side
 
     @property
     def label(self) -> str:
@@ -46,13 +46,13 @@ def load_branches(source: str, sides: str | None = None, ema: bool | None = None
 
     Args:
         source: Checkpoint, or folder of a run.
-        sides: 'a', 'b' or 'ab'; None for those that there are.
+        sides: 'a', 'b' or 'ab'; None for all.
         ema: Averaged weights (True), raw ones (False), or those that the best epoch is chosen by (None): averaged
             ones where there are any, unless only the raw ones were evaluated.
 
     Raises:
-        UsageError: There is no such file; it has no such branch or no averaged weights.
-        RunError: A file can't be read or does not hold what it should.
+        UsageError: There is no such file, branch or averaged weights.
+        RunError: A file can't be read or has other contents.
     """
     loaded: list[TrainedModel] = []
     read: dict[str, dict] = {}
@@ -63,8 +63,7 @@ def load_branches(source: str, sides: str | None = None, ema: bool | None = None
         checkpoint = read[same] = read.get(same) or read_checkpoint(path)
         branches = checkpoint.get('branches')
         if not isinstance(branches, dict) or not all(isinstance(config, dict) for config in branches.values()):
-            raise RunError(f"{path}: does not say which models its weights belong to, its 'branches' are not those of "
-                           f'a run')
+            raise RunError(f"{path}: its models are not known, since its 'branches' are not those of a run")
         if side in branches:
             loaded.append(load_branch(path, checkpoint, side, ema))
     if not loaded:
@@ -81,18 +80,18 @@ def _checkpoint_files(source: str) -> dict[str, str]:
     best = {side: path for side in SIDES if os.path.isfile(path := os.path.join(source, f'best_{side}.pth.tar'))}
     if len(best) == len(SIDES):
         return best
-    # One model, or a run that was killed before its first epoch was ranked; a file half written is none.
+    # One model, or a run that was killed before its first epoch was ranked; partial files do not count.
     found = list(Path(source).glob('*.pth.tar'))
     if not found:
         raise UsageError(f'{source}: no checkpoint in this folder (best_a.pth.tar, best_b.pth.tar, last.pth.tar, ...)')
     newest = max(found, key=lambda path: (path.name == 'last.pth.tar', path.stat().st_mtime_ns))
     if not best:
-        _logger.warning(f'{source}: no branch has a best epoch yet, taking {newest.name}')
+        _logger.warning(f'{source}: no branch has a best epoch yet, using {newest.name}')
     return {side: best.get(side, str(newest)) for side in SIDES}
 
 
 def load_branch(path: str, checkpoint: dict[str, Any], side: str, ema: bool | None = None) -> TrainedModel:
-    """Load a branch of a checkpoint that is read; `path` names it, the others are as in `load_branches`."""
+    """Load a branch of a loaded checkpoint; `path` names it, the others are as in `load_branches`."""
     averaged = 'state_dict_ema' in checkpoint
     if ema and not averaged:
         raise UsageError(f'--ema: {path} has no averaged weights')
@@ -136,10 +135,10 @@ def load_branch(path: str, checkpoint: dict[str, Any], side: str, ema: bool | No
 
 
 def _as_json(value: Any, path: str, key: str) -> str:
-    """Return an entry of a checkpoint as JSON, which holds nothing but plain types.
+    """Return an entry of a checkpoint as JSON, which has only plain types.
 
     Raises:
-        RunError: It can't be.
+        RunError: It has other types.
     """
     try:
         return json.dumps(value, sort_keys=True)
@@ -156,7 +155,7 @@ def _build(config, path) -> nn.Module:
 
 
 def load_trained(source: str, ema: bool | None = None, side: str | None = None) -> list[TrainedModel]:
-    """Load what a source names, with its trained weights.
+    """Load the models that a source names, with their trained weights.
 
     Args:
         source: Folder of a run or checkpoint (each branch, or that of `side`), folder of an export (also
@@ -188,16 +187,16 @@ def create_teacher(
         num_classes: int,
         class_names: list[str] | None,
 ) -> Teacher | None:
-    """Create the frozen teacher of a method that has one: in the place of a branch, or beside two.
+    """Create the frozen teacher of a method that has one: instead of a branch, or beside two.
 
     Args:
         options: Options.
-        data_config: Data configuration of the images that the student gets.
+        data_config: Data configuration of the student's images.
         num_classes: Number of classes in the data.
         class_names: Names of the classes in the data, if they are known.
 
     Raises:
-        UsageError: The teacher can't be read, is several, or knows other classes.
+        UsageError: The teacher can't be read, is more than one model, or has other classes.
     """
     method = METHODS[options.method]
     if not method.has_teacher(options.own, options.sides):
@@ -210,17 +209,17 @@ def create_teacher(
     if len(found) > 1:
         found = [branch for branch in found if branch.side == side]
     if not found:
-        raise UsageError(f'--teacher {options.own.teacher}: holds two models, --teacher-branch names one')
+        raise UsageError(f'--teacher {options.own.teacher}: contains two models; choose one with --teacher-branch')
     [trained] = found
     if options.own.teacher_branch and trained.side is None:
-        _logger.warning('--teacher-branch: no effect, the teacher is one model')
+        _logger.warning('--teacher-branch: no effect, the teacher is a single model')
     name = f'--teacher {options.own.teacher}: {trained.label}'
     channels = trained.data_config['input_size'][0]
     if channels != data_config['input_size'][0]:
-        raise UsageError(f'{name} takes {channels} channels, the data has {data_config["input_size"][0]}')
+        raise UsageError(f'{name} takes {channels} channels, but the data has {data_config["input_size"][0]}')
     if method.follows_teacher(options.own, options.sides):
         _check_classes(name, trained, num_classes, class_names)
-    with refusing(f'{name} can not teach', ValueError):
+    with refusing(f'{name} cannot teach', ValueError):
         teacher = Teacher(trained.model, side, trained.data_config, data_config)
     try_images(teacher, data_config['input_size'], name)
     _logger.info(f'Teacher: {trained.label} of {trained.source}')
@@ -228,11 +227,11 @@ def create_teacher(
 
 
 def _check_classes(name: str, trained: TrainedModel, num_classes: int, class_names: list[str] | None) -> None:
-    """Raise UsageError unless a teacher knows the classes of the data."""
+    """Raise UsageError unless a teacher has the classes of the data."""
     known, difference = trained.model.num_classes, first_difference(trained.class_names, class_names)
     if not known:
-        raise UsageError(f'{name} has no classifier, so that only the terms tokens, embed and contrastive follow it')
+        raise UsageError(f'{name} has no classifier, so only the terms tokens, embed and contrastive can follow it')
     if difference or known != num_classes:
         what = f'other classes, {difference}' if known == num_classes else (
-            f'{known} classes, the data has {num_classes}')
-        raise UsageError(f'{name} knows {what}; --method solo --model-a {trained.architecture} trains one on these')
+            f'{known} classes, but the data has {num_classes}')
+        raise UsageError(f'{name} has {what}; --method solo --model-a {trained.architecture} trains one on these')

@@ -1,4 +1,4 @@
-"""Checks of options that are cheap: contradictions, and names of what is not there."""
+"""Cheap checks of options: contradictions, and names of things that do not exist."""
 import functools
 import math
 import os
@@ -37,8 +37,8 @@ def _check(options: 'Options', given: Mapping[str, Any]) -> None:
     _check_models(options)
     _check_method(options, given)
     if options.data.train_split == options.data.val_split:
-        raise UsageError(f'--train-split and --val-split are both {options.data.val_split}, which validates on '
-                         f'training images')
+        raise UsageError(
+            f'--train-split and --val-split are both {options.data.val_split}: validation would use training images')
     check_dataset(options.data, ('train_split', 'val_split'))
     if options.data.gate_split == options.data.train_split:
         raise UsageError(f'--gate-split {options.data.gate_split}: a gate needs images that are not trained on')
@@ -51,7 +51,7 @@ def _check(options: 'Options', given: Mapping[str, Any]) -> None:
     x, y = getattr(options.own, 'x', 0), getattr(options.own, 'y', 0)
     if Fraction(str(x)) + Fraction(str(y)) > 100:  # the decimals as written: 33.4 + 66.6 is 100
         hint = ''.join(
-            f'; --{name} is at its default, at most --{name} {100 - other:g} fits'
+            f'; --{name} is at its default, use at most --{name} {100 - other:g}'
             for name, other in (('x', y), ('y', x)) if name not in given and other <= 100)
         raise UsageError(f'--x {x:g} and --y {y:g} add up to more than 100 percent of the epochs{hint}')
 
@@ -67,8 +67,9 @@ def _check_run(options: 'Options') -> None:
             raise UsageError(f'{flag_of(dest)} {path}: no such file')
     for side, branch in options.branches.items():
         if run.log_grad_terms and branch.grad_checkpointing:  # BatchNorm would see the images again
-            raise UsageError(f'--log-grad-terms {run.log_grad_terms}: its backward passes would run the forward of '
-                             f'--grad-checkpointing-{side} again, which moves running statistics; leave one out')
+            raise UsageError(
+                f'--log-grad-terms {run.log_grad_terms}: its backward passes would repeat the forward pass of '
+                f'--grad-checkpointing-{side} and change running statistics; use only one of them')
     _check_experiment(run.experiment)
     if run.resume == 'auto' and not run.experiment:
         raise UsageError("--resume auto needs --experiment NAME: without it a run's folder has a new name each time")
@@ -83,8 +84,8 @@ def _check_images(options: 'Options') -> None:
     if augmentation.mixes and options.loader.batch_size % 2:
         raise UsageError(f'--batch-size {options.loader.batch_size} is odd, --mixup and --cutmix need an even one')
     if mode not in (None, 'L', 'RGB') and augmentation.aa and not augmentation.no_aug:
-        raise UsageError(f"--aa {augmentation.aa}: its operations know images of mode L and RGB, not --input-img-mode "
-                         f"{mode}; --aa none goes without")
+        raise UsageError(
+            f'--aa {augmentation.aa}: needs images of mode L or RGB, not --input-img-mode {mode}; use --aa none')
     channels = options.input.channels
     for flag, values in ((f'--{name}-{side}', getattr(branch, name)) for side, branch in options.branches.items()
                          for name in ('mean', 'std')):
@@ -93,7 +94,7 @@ def _check_images(options: 'Options') -> None:
 
 
 def is_auto(resume: str) -> bool:
-    """Return whether --resume names no checkpoint, but where to look for the newest one."""
+    """Return whether --resume asks for the newest checkpoint of a folder."""
     return resume == 'auto' or os.path.isdir(resume)
 
 
@@ -102,8 +103,9 @@ def _check_experiment(name: str) -> None:
     if name and (
             not name.isprintable() or re.search(r'[/\\]', name) or name[0] in '.-~' or name != name.strip()
             or len(name.encode()) > 200):
-        raise UsageError(f'--experiment {name!r}: expected the name of a folder, not a path: no / or \\, none of . - ~ '
-                         f'at its start, at most 200 bytes')
+        raise UsageError(
+            f'--experiment {name!r}: expected the name of a folder, not a path: no / or \\, no . - ~ at its start, at '
+            f'most 200 bytes')
 
 
 def _check_models(options: 'Options') -> None:
@@ -115,7 +117,7 @@ def _check_models(options: 'Options') -> None:
         wanted = 'one model' if models == (1,) else 'one or two models'
         raise UsageError(
             f"--method {options.method} needs {wanted}, --model-a or --model-b; given: {_models(options) or 'none'}"
-            " (--model-b '' drops that of a recipe)")
+            " (--model-b '' removes that of a recipe)")
     for side, branch in options.branches.items():
         check_model_name(f'--model-{side}', branch.model or '')
 
@@ -144,8 +146,9 @@ def _check_method(options: 'Options', given: Mapping[str, Any]) -> None:
     for branch in options.branches.values() if method.uniform_drop_path else ():
         rate = branch.drop_path or branch.drop_connect or 0
         if not 0 < rate < 1:
-            raise UsageError(f'--drop-path {rate:g}: --method {name} needs a rate above 0 and below 1, its two '
-                             f'submodels differ in nothing else')
+            raise UsageError(
+                f'--drop-path {rate:g}: --method {name} needs a rate above 0 and below 1, since only drop path makes '
+                f'its two submodels differ')
     if method.updates(options.own) > 1:
         _check_phases(options)
 
@@ -153,11 +156,13 @@ def _check_method(options: 'Options', given: Mapping[str, Any]) -> None:
 def _check_phases(options: 'Options') -> None:
     name, asked = options.method, options.optimizer
     if asked.grad_accum_steps > 1:
-        raise UsageError(f'--grad-accum-steps {asked.grad_accum_steps}: --method {name} updates one branch before the '
-                         f'other within a batch, 1 is the only value (or --dml-joint)')
+        raise UsageError(
+            f'--grad-accum-steps {asked.grad_accum_steps}: --method {name} updates one branch before the other within '
+            f'a batch; use 1, or --dml-joint')
     if asked.opt.startswith('lookahead'):
-        raise UsageError(f'--opt {asked.opt}: --method {name} updates one branch before the other, which Lookahead '
-                         f'would count as two steps; leave it out (or --dml-joint)')
+        raise UsageError(
+            f'--opt {asked.opt}: --method {name} updates one branch before the other, which Lookahead would count as '
+            f'two steps; use another optimizer, or --dml-joint')
 
 
 def check_trained(flag: str, name: str) -> None:
@@ -177,7 +182,7 @@ def no_token() -> str:
 
 
 def _may_have_token(name: str) -> bool:
-    """Return whether a model may have a distillation token; of one from elsewhere its configuration will tell."""
+    """Return whether a model may have a distillation token; a model that is not timm's is checked later."""
     return ':' in name or name.partition('.')[0] in distilled_model_names()
 
 
@@ -261,7 +266,7 @@ def check_dataset(source: Source, splits: Sequence[str]) -> None:
 
 def _check_folder(source: Source, kind: str, place: str | None) -> None:
     if not place:
-        wanted = f'where {source.dataset} lies' if source.dataset else 'a folder or .tar of images'
+        wanted = f'the folder of {source.dataset}' if source.dataset else 'a folder or .tar of images'
         raise UsageError(f'no data: give {wanted} (DIR or --data-dir), or try --dataset digits')
     if (kind == 'torch' and source.dataset_download) or (kind == 'wds' and '://' in place):
         return
@@ -271,7 +276,7 @@ def _check_folder(source: Source, kind: str, place: str | None) -> None:
         raise UsageError(f"data {place} is not a folder{'' if kind else ' or .tar'}")
 
 
-# What webdataset may open: a path or an address, of characters that mean nothing to a shell, wherever they stand.
+# What webdataset may open: a path or an address, of characters that a shell does not interpret anywhere.
 SHARD = re.compile(r'((https?|ftps|sftp|scp|gs|htgs|ais|file)://[\w.-]*(:\d+)?(?=/|$))?[\w.,/+=%-]*')
 MAX_SHARDS = 1_000_000  # of a split
 
@@ -290,11 +295,11 @@ def check_shards(where: str, text: str, is_split: bool = False) -> None:
         if not all(map(SHARD.fullmatch, parts)):
             shown = '' if re.search('[@?]', text) else f' {text}'  # it may hold a secret
             raise UsageError(
-                f'{where}{shown}: refused, shards are named by letters, digits and _-.,/+=% only; an address begins '
+                f'{where}{shown}: not the name of a shard: it has letters, digits and _-.,/+=% only; an address begins '
                 f'with https://, ftps://, sftp://, scp://, gs://, ais:// or file:// and has no user name, password or '
-                f'query (not pipe:, which is run in a shell; not hf://, which shows the token of the Hub)')
+                f'query (not pipe:, which runs in a shell; not hf://, which shows the token of the Hub)')
         count += math.prod(
             group.count(',') + 1 if ',' in group else abs(int(group.split('..')[0]) - int(group.split('..')[1])) + 1
             for group in parts[1::2])
     if count > MAX_SHARDS:
-        raise UsageError(f'{where} {text}: these are {count} shards, more than {MAX_SHARDS}')
+        raise UsageError(f'{where} {text}: {count} shards are more than the limit of {MAX_SHARDS}')

@@ -23,14 +23,14 @@ class Export:
     ema: bool | None = option(
         None, 'averaged weights (--no-ema: the raw ones)', shown='averaged where they were evaluated')
     out: str | None = option(
-        None, 'folder of the exported folders', shown='export, in the folder of the run', metavar='DIR')
+        None, 'folder for the exports', shown='export, in the folder of the run', metavar='DIR')
     name_a: str | None = option(None, 'name of branch a', shown='the method and the architecture', metavar='NAME')
     name_b: str | None = option(None, 'name of branch b', shown='likewise', metavar='NAME')
-    overwrite: bool = option(False, 'replace exports that exist, edited ones too')
+    overwrite: bool = option(False, 'replace existing exports, even edited ones')
     license: str = option('unknown', "licence of the weights, by the Hub's identifier", metavar='ID')
-    onnx: bool = option(False, 'write model.onnx too, compared with torch (extra: onnx)')
+    onnx: bool = option(False, 'also write model.onnx and compare its outputs with torch (extra: onnx)')
     push_to: str | None = option(
-        None, 'upload each branch to this organisation or user of the Hugging Face Hub, a repository each',
+        None, 'upload each branch to this organisation or user of the Hugging Face Hub, one repository per branch',
         metavar='ORG')
     private: bool = option(False, 'create private repositories')
 
@@ -56,13 +56,13 @@ class Forward(Output):
         None, 'channels, height, width of the images', shown="the model's")
     crop_pct: CropPct | None = option(None, 'centre crop, as a fraction', shown="the model's")
     mean: tuple[Number, ...] | None = option(None, 'mean of the pixels', shown="the model's")
-    std: tuple[Positive, ...] | None = option(None, 'deviation of the pixels', shown="the model's")
+    std: tuple[Positive, ...] | None = option(None, 'standard deviation of the pixels', shown="the model's")
     interpolation: str = option('', 'interpolation', shown="the model's", choices=('', *INTERPOLATIONS), metavar='NAME')
-    batch_size: Count = option(256, 'images a step, of each process', '-b')
+    batch_size: Count = option(256, 'images per step and process', '-b')
     channels_last: bool = option(False, 'use the channels-last memory layout')
     device: str | None = option(None, 'device', shown='cuda, then mps, then cpu', metavar='DEVICE')
     amp: bool = option(False, 'run in mixed precision')
-    amp_dtype: str = option('float16', 'the lower precision', choices=('float16', 'bfloat16'))
+    amp_dtype: str = option('float16', 'lower-precision type', choices=('float16', 'bfloat16'))
     workers: Whole = option(4, 'processes that load data', '-j')
     pin_mem: bool = option(False, 'pin the memory of the loader')
     local_rank: Whole = option(0, '', '--local_rank')
@@ -72,22 +72,22 @@ class Forward(Output):
 class Evaluation(Forward, Source):  # DIR comes after a model, and before what Forward has
     """Dataset parameters."""
     val_split: str = option('validation', 'split to validate on', '--split', metavar='NAME')
-    val_num_samples: Count | None = option(None, 'images, where the data set does not tell', '--num-samples')
-    imagenet_v2: bool = option(False, 'the folders are the class numbers 0 to 999, as ImageNet-V2 has them')
+    val_num_samples: Count | None = option(None, 'number of images, if the data set does not give it', '--num-samples')
+    imagenet_v2: bool = option(False, 'the class folders are named 0 to 999, as in ImageNet-V2')
 
 
 @dataclass(frozen=True)
 class Validate(Evaluation, _Trained):  # MODEL comes before DIR
     """Dataset parameters."""
     real_labels: str | None = option(
-        None, "score ImageNet's validation images by their ReaL labels too (timm's, or those of a JSON file)",
+        None, "also score ImageNet's validation images by their ReaL labels (timm's, or those of a JSON file)",
         const='', metavar='FILE')
     per_class: str | None = option(
-        None, "each class's accuracy too: the mean and the lowest on screen, all in a CSV file if one is named",
+        None, "also report the accuracy of each class: mean and lowest on screen, all in a CSV file if one is given",
         const='', metavar='FILE')
     check_data: str | None = option(
-        None, 'name the images that lie in the training split too, by the content of their files; of another name than '
-        "'train' if one is given", const='train', metavar='SPLIT')
+        None, "list the images that are also in the training split (SPLIT if it is not 'train'), by file content",
+        const='train', metavar='SPLIT')
     results_file: str | None = option(
         None, 'CSV or JSON file for the results', shown='validation.csv, in the folder of a run', metavar='FILE')
 
@@ -105,8 +105,8 @@ class Inspect(Evaluation, _Models):
     results_file: str | None = option(None, 'CSV or JSON file for the accuracy of each class', metavar='FILE')
     contact_sheet: str | None = option(
         None, 'PNG file for the images on which the models disagree, the most confident first', metavar='FILE')
-    html: str | None = option(None, 'file for one HTML page of all of it', metavar='FILE')
-    num_images: Count = option(24, 'images to show at most')
+    html: str | None = option(None, 'HTML file for all results', metavar='FILE')
+    num_images: Count = option(24, 'maximum number of images to show')
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Predict(Forward, _Trained):
     """Options."""
     images: tuple[str, ...] = option((), 'image, or folder to search for images', metavar='IMAGE', positional=True)
     input_img_mode: str | None = option(None, 'mode that images are converted to', shown='RGB', metavar='MODE')
-    topk: Count | None = option(None, 'classes to name of each image', shown='5, in a CSV 1')
+    topk: Count | None = option(None, 'number of classes to list per image', shown='5, in a CSV 1')
     results_file: str | None = option(
         None, 'CSV or JSON file for the results', shown='on screen, of a folder as CSV', metavar='FILE')
 
@@ -137,21 +137,21 @@ class Study(Output):
     data_dir: str | None = option(None, "folder of images; the plan's `data` names a folder in it", metavar='DIR')
     output: str | None = option(None, 'folder of all runs', shown='output/study/PLAN', metavar='PATH')
     jobs: Count = option(1, 'runs at a time')
-    nproc_per_node: Count = option(1, 'processes of a run, which torchrun starts')
-    limit_minutes: Positive | None = option(None, 'start no run that would not end in this time')
-    print_commands: bool = option(False, 'print the commands of the runs that are left, one a line, and run none')
-    dry_run: bool = option(False, 'print what the runs that are left would take, after an epoch of each row')
+    nproc_per_node: Count = option(1, 'processes per run, started by torchrun')
+    limit_minutes: Positive | None = option(None, 'start no run that would not finish within this time')
+    print_commands: bool = option(False, 'print the commands of the remaining runs, one per line, without running them')
+    dry_run: bool = option(False, 'print the estimated time of the remaining runs, measured by one epoch of each row')
 
 
 # Of each command: the class of its options, and what it does.
 COMMANDS: dict[str, tuple[type, str]] = {
     'validate': (Validate, 'Validate trained models, raw and averaged weights: loss, top-1 and top-5 accuracy.'),
-    'predict': (Predict, 'Say what trained models see in images.'),
+    'predict': (Predict, 'Classify images with trained models.'),
     'inspect': (Inspect, 'Compare two models, or the branches of a pair, image by image.'),
     'export': (
         Export, 'Write each branch of a trained pair as a folder that timm loads without this package.'),
     'report': (Report, 'Compare finished runs: accuracy over seeds, cost, speed of convergence.'),
-    'study': (Study, 'Train each row of a plan with each seed, compare them, and say which is best.'),
+    'study': (Study, 'Train each row of a plan with each seed, compare the rows, and report the best.'),
 }
 
 
@@ -162,7 +162,7 @@ def command_parser(name: str, prog: str = '') -> OptionParser:
 
 
 def parse_command(name: str, argv: Sequence[str], prog: str = '') -> Any:
-    """Return the options of a command, checked as far as that needs no data: an instance of its class.
+    """Return the options of a command, with all checks that need no data: an instance of its class.
 
     Raises:
         UsageError: The input is wrong.
@@ -171,7 +171,7 @@ def parse_command(name: str, argv: Sequence[str], prog: str = '') -> Any:
     given = name_data_dir(command_parser(name, prog).parse(argv))
     options: Any = section(**{field.name: given[field.name] for field in fields(section) if field.name in given})
     if section is Inspect and not (options.data_dir or options.dataset) and len(options.models) > 1:
-        *models, data_dir = options.models  # no option says what the data are
+        *models, data_dir = options.models  # no option names the data
         options = replace(options, models=tuple(models), data_dir=data_dir)
     for model in getattr(options, 'models', ()):
         check_trained('MODEL', model)
@@ -191,7 +191,7 @@ def _check_evaluation(options: Evaluation) -> None:
     check_dataset(options, ('val_split', *(['check_data'] if check_data else [])))
     others = {'--class-map': options.class_map != '', '--real-labels': real_labels is not None}
     for flag in [flag for flag, given in others.items() if given and options.imagenet_v2]:
-        raise UsageError(f'--imagenet-v2: says what the labels are, it can not go with {flag}')
+        raise UsageError(f'--imagenet-v2: it defines the labels and cannot be combined with {flag}')
     if real_labels and not os.path.isfile(real_labels):
         raise UsageError(f'--real-labels {real_labels}: no such file')
 
@@ -199,6 +199,6 @@ def _check_evaluation(options: Evaluation) -> None:
 def _check_file(flag: str, file: str, *suffixes: str) -> None:
     """Refuse a file to write whose name or folder can't be right."""
     if os.path.splitext(file)[1].lower() not in suffixes:
-        raise UsageError(f'{flag} {file}: ends {"neither" if suffixes[1:] else "not"} in {" nor in ".join(suffixes)}')
+        raise UsageError(f'{flag} {file}: expected a file name that ends in {" or ".join(suffixes)}')
     if not os.path.isdir(os.path.dirname(file) or '.'):
         raise UsageError(f'{flag} {file}: no such folder')

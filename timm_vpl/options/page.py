@@ -18,15 +18,15 @@ The options keep the names and the meaning of timm's train script; `timm-vpl tra
 or off has a form with `--no-`.
 
 An option of each branch, marked a, b below, sets both branches. With `-a` or `-b` at its end it sets one (`--lr-a
-0.005`), and wins. On the command line the form for both also wins over what a recipe says of one branch.
+0.005`), and wins. On the command line the form for both also wins over a recipe's value for one branch.
 
 ## From timm's train script
 
-An `args.yaml` that timm's script wrote is a recipe, too (`-c args.yaml DIR --model-b NAME`): its `model` is the
-branch that the command line does not name. What it says of folders and of the device is left out. Options that are
-refused pass there where they do nothing in timm.
+An `args.yaml` that timm's script wrote is a recipe, too (`-c args.yaml DIR --model-b NAME`): its `model` is the branch
+that the command line does not name. Its options for folders and the device are ignored. Refused options are accepted
+there if they do nothing in timm.
 
-These options are not as in timm:"""
+These options differ from timm:"""
 
 AFTER = """\
 These public commands train a pair once `--model NAME` is `--model-a NAME --model-b PARTNER` (or the other way round)
@@ -35,16 +35,16 @@ and `./distributed_train.sh 8` is `torchrun --nproc-per-node 8 train_vpl.py`: th
 ConvNeXt-T. That of a ResNet50 with the JSD loss must leave out `--aug-splits 3 --split-bn --jsd`. Give `--lr-a` and
 `--lr-b` where the partner needs another rate.
 
-A branch is validated as timm validates its model: with the model's size, crop, interpolation, mean and deviation,
-also from scratch. Where those of the branches differ, validation reads each image twice; the log says in what.
-Training reads an image once, for the branch with the larger images; for the other it is resized and normalised anew
-on the device.
+A branch is validated as timm validates its model: with the model's size, crop, interpolation, mean and deviation, also
+from scratch. Where those of the branches differ, validation reads each image twice, and the log names the difference.
+Training reads an image once, for the branch with the larger images; for the other it is resized and normalised again on
+the device.
 
 ## train
 
 Column timm: the default of timm's script, `=` where it is the same, empty where timm has no such option. Column
-resume: whether a run that goes on from a checkpoint may have another value. *fixed* is refused, since it would be
-another run; *free* is allowed; all others give a warning."""
+resume: whether a resumed run may have another value. *fixed* is refused, since it would be another run; *free* is
+allowed; all others give a warning."""
 
 
 def _table(*rows: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""From rows to a command line: a parser that returns what was given, so that a recipe can be laid under it."""
+"""From rows to a command line: a parser that returns only what is given, so that a recipe can fill in the rest."""
 import argparse
 import ast
 import dataclasses
@@ -74,7 +74,7 @@ class Entry:
 
     @property
     def resume(self) -> str:
-        """Whether a run that goes on may have another value: 'fixed', 'free' or 'warned'."""
+        """Whether a resumed run may have another value: 'fixed', 'free' or 'warned'."""
         return self.row.resume or ('free' if self.row.how else 'warned')
 
     @property
@@ -202,7 +202,7 @@ class OptionParser(argparse.ArgumentParser):
         try:
             given, unknown = self.parse_known_args(tokens)
         except argparse.ArgumentError as error:
-            message = re.sub('^ignored explicit argument (.*)$', r'takes no value, not \1', error.message)
+            message = re.sub('^ignored explicit argument (.*)$', r'takes no value, but got \1', error.message)
             raise UsageError(f'{where or error.argument_name}: {message}') from None
         for token in unknown:
             if token.startswith('-') and token != '-':

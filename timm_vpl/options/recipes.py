@@ -12,24 +12,24 @@ from ..errors import UsageError
 from .parser import Entry, OptionParser, did_you_mean, flag_of, literal
 from .refused import check_not_refused, is_inert, refusal_of
 
-# A recipe is a page of options: what is far larger is none, and could keep the reader busy for long.
+# A recipe is about a page. A far larger file is not a recipe, and could take long to read.
 MAX_RECIPE_BYTES = 100_000
 MAX_RECIPE_VALUES = 10_000  # with aliases written out
 MAX_RECIPE_DEPTH = 20
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return a file of options with the values that YAML gives them, for what is not given to the parser.
+    """Return a file of options with YAML's own values, for options that the parser does not read.
 
     Raises:
-        UsageError: It would not do as a recipe.
+        UsageError: The file is not a valid recipe.
     """
     import yaml
     read_recipe(path)  # its size and its tags
     try:
         return yaml.safe_load(path.read_bytes())
     except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError):
-        raise UsageError(f'{path}: a value is not of the kind that its tag says') from None
+        raise UsageError(f'{path}: a value does not match its YAML tag') from None
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
             raise UsageError(f'{path} is not a mapping of options to values (epochs: 100)')
         return _node_value(root, path, itertools.count())
     except OSError as error:
-        raise UsageError(f'{path} can not be read: {error.strerror}') from None
+        raise UsageError(f'{path} cannot be read: {error.strerror}') from None
     except UnicodeDecodeError:
         raise UsageError(f'{path} is not a text file in UTF-8') from None
     except RecursionError:
@@ -65,7 +65,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}{line} is not YAML: {getattr(error, 'problem', None) or error}") from None
 
 
-# The tags that YAML itself gives, and what they may stand at.
+# YAML's own tags, and the kind of node that each may have.
 _TAGS = {
     **dict.fromkeys(('null', 'bool', 'int', 'float', 'str', 'timestamp', 'value', 'merge'), 'scalar'),
     'seq': 'sequence', 'map': 'mapping'}
@@ -126,7 +126,7 @@ def _joined(name: str, mapping: dict[str, Any]) -> str:
 
 
 def option_tokens(entry: Entry, value: Any) -> list[str]:
-    """Return the command line that says what a recipe says of one option."""
+    """Return the command line of one option of a recipe."""
     flag, (kind, nargs) = entry.flag, entry.values
     if kind is bool or (entry.row.const is not None and isinstance(value, bool)):
         if not isinstance(value, bool):
@@ -176,7 +176,7 @@ def recipe_path(name: str) -> Path:
     raise UsageError(f"--config {name} is {kind}; recipes: {', '.join(near) or 'none'}")
 
 
-# What timm's script says of the machine and the folders of its run, and of its model alone.
+# Options of timm's script for the machine and folders of its run, and for its single model.
 _OF_ITS_RUN = (
     'data', 'data_dir', 'device', 'experiment', 'local_rank', 'output', 'resume', 'start_epoch', 'wandb_resume_id')
 _OF_ITS_MODEL = (
@@ -186,7 +186,7 @@ _OF_ITS_MODEL = (
 def _from_timm(path: Path, recipe: dict[str, Any], command_line: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe as that of a pair, where it is one of timm's script: its `model` is the branch that is not named.
 
-    What it says of its run is left out, what belongs to its model becomes that branch's.
+    Its options for the run are left out, those for its model become that branch's.
     """
     recipe = {key.replace('-', '_') if 'model' in recipe else key: value for key, value in recipe.items()}
     model = recipe.get('model')
@@ -216,7 +216,7 @@ def load_recipe(parser: OptionParser, path: Path, command_line: Mapping[str, Any
             continue
         check_not_refused(flag_of(dest), where)
         if dest == 'config':
-            raise UsageError(f'{where}: a recipe can not name another recipe')
+            raise UsageError(f'{where}: a recipe cannot name another recipe')
         if entry is None:
             raise UsageError(f'{where} is not an option{did_you_mean(key, parser.entries)}')
         if dest in given:
@@ -229,14 +229,14 @@ def load_recipe(parser: OptionParser, path: Path, command_line: Mapping[str, Any
     return given
 
 
-# Further arguments of a model that say which files timm reads and writes, from which addresses.
+# Further arguments of a model that set which files and addresses timm reads and writes.
 _FILES_OF_A_MODEL = ('cache_dir', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay')
 
 
 def check_foreign(path: Path, given: dict[str, Any]) -> None:
-    """Raise UsageError where a recipe, which may be somebody else's, decides what only the command line may."""
+    """Raise UsageError where a recipe, which may be untrusted, sets what only the command line may."""
     if given.get('dataset_trust_remote_code'):
-        raise UsageError(f'{path}: dataset_trust_remote_code: a recipe can not allow a data set to run code, only '
+        raise UsageError(f'{path}: dataset_trust_remote_code: a recipe cannot allow a data set to run code, only '
                          f'--dataset-trust-remote-code on the command line can')
     output = given.get('output', '')
     if os.path.isabs(output) or '..' in Path(output).parts:

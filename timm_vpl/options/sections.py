@@ -44,7 +44,8 @@ class Source:
     """Dataset parameters."""
     data: str | None = option(None, 'same as --data-dir', metavar='DIR', positional=True, how=True, recipe=False)
     data_dir: str | None = option(
-        None, 'folder or .tar of images; of a named data set, where it lies or is cached', metavar='DIR', how=True)
+        None, 'folder or .tar of images; for a named data set, the folder that holds or caches it', metavar='DIR',
+        how=True)
     dataset: str = option(
         '', f'KIND/NAME with KIND one of {", ".join(DATASET_KINDS)}; or digits, which comes with the package',
         shown='a folder or .tar', metavar='NAME', resume='fixed')
@@ -54,7 +55,7 @@ class Source:
     input_key: str | None = option(None, 'key of the images in a data set', metavar='KEY')
     target_key: str | None = option(None, 'key of the labels in a data set', metavar='KEY')
     dataset_trust_remote_code: bool = option(
-        False, 'allow a Hugging Face data set to run code of its own', how=True, recipe=False)
+        False, 'allow a Hugging Face data set to run its own code', how=True, recipe=False)
 
 
 _NO_GATE = Idle('no term has when=leader-ahead', lambda o: 'when=leader-ahead' not in ''.join(getattr(o, 'terms', ())))
@@ -69,11 +70,11 @@ class Data(Source):
         '', 'split on which terms with when=leader-ahead compare the branches', shown='a part of --train-split',
         metavar='NAME', resume='fixed', idle=(_NO_GATE,), timm=ABSENT)
     gate_pct: Positive | None = option(
-        None, 'percent of the training images that are kept for that and not trained on, at least 100 images',
+        None, 'percent of the training images that are held out for that comparison, at least 100 images',
         shown='2 where a term needs them, else 0', resume='fixed',
         idle=(Idle('--gate-split is given', lambda o: bool(o.gate_split)),), timm=ABSENT)
-    train_num_samples: Count | None = option(None, 'training samples, where the data set does not tell')
-    val_num_samples: Count | None = option(None, 'validation samples, where the data set does not tell')
+    train_num_samples: Count | None = option(None, 'number of training samples, if the data set does not give it')
+    val_num_samples: Count | None = option(None, 'number of validation samples, if the data set does not give it')
 
 
 _NO_BASE = Idle('--lr is given', lambda o: o.lr is not None)
@@ -84,22 +85,24 @@ class Branch:
     """Parameters of each branch: OPTION sets both, OPTION-a and OPTION-b set one."""
     PER_BRANCH: ClassVar[bool] = True
     model: Name = option(
-        None, 'in the paper a CNN (a) and a transformer (b): a timm name, hf-hub:ID or local-dir:PATH',
+        None, 'timm name, hf-hub:ID or local-dir:PATH; in the paper a CNN (a) and a transformer (b)',
         metavar='MODEL', own_only=True, resume='fixed')
     pretrained: bool = option(False, 'start with the pretrained weights of the model', resume='free')
     pretrained_path: str | None = option(
-        None, 'file to read the pretrained weights from, head adapted', metavar='PATH', resume='free', card=False)
+        None, 'file of pretrained weights; the head is adapted to the classes', metavar='PATH', resume='free',
+        card=False)
     initial_checkpoint: str = option(
-        '', 'file to read the initial weights from, head as it is', metavar='PATH', resume='free', card=False)
+        '', 'file of initial weights; the head is not adapted', metavar='PATH', resume='free', card=False)
     freeze_depth: Whole = option(
-        0, 'layer groups, from the input, that keep their weights: the stem is the first, then stages or blocks',
+        0, 'number of layer groups to freeze, from the input: first the stem, then stages or blocks',
         resume='fixed', timm=ABSENT)
     gp: str | None = option(None, 'global pooling: fast, avg, max, avgmax, ...', shown="the model's", metavar='POOL')
     img_size: Count | None = option(None, 'height and width of the images', shown="the model's")
     crop_pct: CropPct | None = option(
         None, 'centre crop of validation images, as a fraction', shown="the model's")
-    mean: tuple[Number, ...] | None = option(None, 'mean of the pixels (1 or 1 a channel)', shown="the model's")
-    std: tuple[Positive, ...] | None = option(None, 'deviation of the pixels (1 or 1 a channel)', shown="the model's")
+    mean: tuple[Number, ...] | None = option(None, 'pixel mean (one value, or one per channel)', shown="the model's")
+    std: tuple[Positive, ...] | None = option(
+        None, 'standard deviation of the pixels (one value, or one per channel)', shown="the model's")
     interpolation: str = option(
         '', 'interpolation of validation images', shown="the model's", choices=('', *INTERPOLATIONS), metavar='NAME')
     channels_last: bool = option(False, 'use the channels-last memory layout')
@@ -109,12 +112,13 @@ class Branch:
     head_init_bias: Number | None = option(None, 'initial bias of the classifier')
     lr: Positive | None = option(None, 'learning rate', shown='from --lr-base')
     lr_base: Positive = option(
-        0.005, 'learning rate for --lr-base-size images an update', default_b=0.002, timm=0.1,
+        0.005, 'learning rate at --lr-base-size images per update', default_b=0.002, timm=0.1,
         why='the paper (0.005 for ResNet-50, 0.002 for ViT-Base); for AdamW', idle=(_NO_BASE,))
     weight_decay: NonNegative = option(0.05, 'weight decay', timm=2e-5, why=_PAPER, resume='fixed')
     clip_grad: Positive | None = option(None, "clip the branch's gradient, by its own norm")
-    layer_decay: Positive | None = option(None, 'factor of the LR from layer to layer, downwards', resume='fixed')
-    layer_decay_min_scale: Probability = option(0., 'least factor of a layer')
+    layer_decay: Positive | None = option(
+        None, 'factor of the learning rate from each layer to the one below', resume='fixed')
+    layer_decay_min_scale: Probability = option(0., 'smallest factor of a layer')
     layer_decay_no_opt_scale: Probability | None = option(
         None, 'factor below which a layer is not trained', resume='fixed')
     drop: Probability = option(0., 'dropout rate')
@@ -151,8 +155,9 @@ class Input:
 @dataclass(frozen=True)
 class Loader:
     """Loader parameters."""
-    batch_size: Count = option(128, 'images a step, of each process', '-b', resume='free')  # judged with the processes
-    validation_batch_size: Count | None = option(None, 'the same in validation', '-vb', shown='--batch-size', how=True)
+    batch_size: Count = option(128, 'images per step and process', '-b', resume='free')  # judged with the processes
+    validation_batch_size: Count | None = option(
+        None, 'images per step and process in validation', '-vb', shown='--batch-size', how=True)
     workers: Whole = option(4, 'processes that load data', '-j', how=True)
     pin_mem: bool = option(False, 'pin the memory of the loader', how=True)
 
@@ -165,7 +170,7 @@ class Device:
         why='a machine without CUDA works without a flag', metavar='DEVICE', how=True)
     amp: bool = option(False, 'train in mixed precision')
     amp_dtype: str = option(
-        'float16', 'the lower precision', choices=('float16', 'bfloat16'),
+        'float16', 'lower-precision type', choices=('float16', 'bfloat16'),
         idle=(Idle('--amp is off', lambda o: not o.amp),))
     no_ddp_bb: bool = option(False, 'do not broadcast buffers in each step of a distributed run')
     local_rank: Whole = option(0, '', '--local_rank', how=True, recipe=False)
@@ -193,12 +198,13 @@ class Schedule:
     sched: str = option('cosine', 'schedule', choices=SCHEDULERS, metavar='SCHEDULER')
     sched_on_updates: bool = option(False, 'step the schedule with each update, not each epoch')
     lr_base_size: Count = option(
-        1600, 'images an update that --lr-base is meant for', timm=256, why='the batch size of the paper',
+        1600, 'images per update for which --lr-base is meant', timm=256, why='the batch size of the paper',
         idle=(_BASES,))
     lr_base_scale: str = option(
-        '', 'how the learning rate grows with the images an update', shown='sqrt for adaptive optimizers, else linear',
-        choices=('', 'linear', 'sqrt'), metavar='{linear,sqrt}', idle=(_BASES,))
-    lr_noise: tuple[NonNegative, ...] | None = option(None, 'parts of the run where noise is on, off')
+        '', 'how the learning rate scales with the images per update',
+        shown='sqrt for adaptive optimizers, else linear', choices=('', 'linear', 'sqrt'), metavar='{linear,sqrt}',
+        idle=(_BASES,))
+    lr_noise: tuple[NonNegative, ...] | None = option(None, 'fractions of the run at which noise starts and ends')
     lr_noise_pct: NonNegative = option(0.67, 'limit of the noise', idle=(_NO_NOISE,))
     lr_noise_std: NonNegative = option(1., 'standard deviation of the noise', idle=(_NO_NOISE,))
     lr_cycle_mul: Positive = option(1., 'factor of the length from cycle to cycle')
@@ -213,7 +219,7 @@ class Schedule:
         None, 'epochs from step to step, or of the decay of wsd and rsqrt (below 1: a fraction)',
         shown='90, of wsd and rsqrt 0.2')
     warmup_epochs: Whole = option(5, 'epochs of warm-up')
-    warmup_prefix: bool = option(False, 'add the warm-up to the epochs, do not take it from them')
+    warmup_prefix: bool = option(False, 'add the warm-up to --epochs instead of taking it from them')
     cooldown_epochs: Whole = option(0, 'epochs at the lowest learning rate after the schedule')
     decay_rate: Positive = option(0.1, 'factor of a step', '--dr')
 
@@ -227,7 +233,7 @@ _NO_MIXUP = Idle('--mixup and --cutmix are off', lambda o: not o.augmentation.mi
 @dataclass(frozen=True)
 class Augmentation:
     """Augmentation and regularization parameters."""
-    no_aug: bool = option(False, 'no augmentation at all, whatever the other options say')
+    no_aug: bool = option(False, 'turn off all augmentation, whatever the other options say')
     train_crop_mode: str | None = option(
         None, 'random crop of the training images', shown='rrc', choices=('rrc', 'rkrc', 'rkrr'), idle=(_NO_AUG,))
     scale: tuple[Positive, Positive] = option((0.08, 1.), 'area of the random crop', idle=(_NO_AUG,))
@@ -243,10 +249,10 @@ class Augmentation:
         'original', "policy: original, v0, rand-m9-mstd0.5-inc1, ...; none (or '', in a recipe also null)", timm=None,
         why='the paper (AutoAugment; this policy is that of the work that it cites)', null='', metavar='NAME',
         idle=(_NO_AUG,))
-    aug_repeats: Repeats = option(0., 'copies of an image in a batch, each augmented anew', resume='fixed')
+    aug_repeats: Repeats = option(0., 'copies of each image in a batch, each augmented separately', resume='fixed')
     bce_loss: bool = option(
         False, 'binary cross-entropy for both branches',
-        idle=(Idle('it is the loss of --method cosub anyway', lambda o: METHODS[o.method].bce),))
+        idle=(Idle('--method cosub always uses it', lambda o: METHODS[o.method].bce),))
     bce_sum: bool = option(False, 'sum the binary cross-entropy over the classes', idle=(_NO_BCE,))
     bce_target_thresh: Probability | None = option(None, 'make soft targets binary at this threshold', idle=(_NO_BCE,))
     bce_pos_weight: Positive | None = option(None, 'weight of the positive targets', idle=(_NO_BCE,))
@@ -254,21 +260,22 @@ class Augmentation:
         0.25, 'probability of Random Erasing', timm=0., why='the paper (Random Erasing; the probability is not given)',
         idle=(_NO_AUG,))
     remode: str = option(
-        'pixel', 'what Random Erasing writes', choices=('pixel', 'rand', 'const'), idle=(_NO_AUG, _NO_ERASING))
+        'pixel', 'content of the erased rectangles', choices=('pixel', 'rand', 'const'), idle=(_NO_AUG, _NO_ERASING))
     recount: Count = option(1, 'rectangles that Random Erasing erases', idle=(_NO_AUG, _NO_ERASING))
     resplit: bool = option(False, 'leave the first part of the batch unerased', idle=(_NO_AUG, _NO_ERASING))
     mixup: NonNegative = option(0., 'alpha of mixup, on if > 0')
     cutmix: NonNegative = option(0., 'alpha of cutmix, on if > 0')
-    cutmix_minmax: tuple[Probability, Probability] | None = option(None, 'ratios of cutmix, in place of alpha')
+    cutmix_minmax: tuple[Probability, Probability] | None = option(None, 'ratios of cutmix, instead of alpha')
     mixup_prob: Probability = option(1., 'probability of mixup or cutmix', idle=(_NO_MIXUP,))
     mixup_switch_prob: Probability = option(0.5, 'probability of cutmix where both are on', idle=(_NO_MIXUP,))
     mixup_mode: str = option(
-        'batch', 'one mix a batch, a pair of images or an image', choices=('batch', 'pair', 'elem'), idle=(_NO_MIXUP,))
+        'batch', 'one mix per batch, per pair of images or per image', choices=('batch', 'pair', 'elem'),
+        idle=(_NO_MIXUP,))
     mixup_off_epoch: Whole = option(0, 'epoch from which mixup and cutmix are off', shown='never', idle=(_NO_MIXUP,))
     smoothing: BelowOne = option(0.1, 'label smoothing')
     class_weights: str | None = option(
         None, "weights of the classes in the labels' loss, not in the terms between networks: balanced, images / "
-        "(classes * images of the class), or a file of one number a class, in the classes' order",
+        "(classes * images of the class), or a file with one number per class, in the order of the classes",
         metavar='FILE', resume='fixed', timm=ABSENT)
     train_interpolation: str = option(
         'random', 'interpolation of training images', choices=('random', *INTERPOLATIONS), metavar='NAME')
@@ -295,7 +302,7 @@ _NO_EMA = Idle('--model-ema is off', lambda o: not o.model_ema)
 class EMA:
     """Model exponential moving average parameters."""
     model_ema: bool = option(True, 'keep a moving average of the weights', timm=False, why=_PAPER, resume='fixed')
-    model_ema_force_cpu: bool = option(False, 'keep it on the CPU, where it is not evaluated', idle=(_NO_EMA,))
+    model_ema_force_cpu: bool = option(False, 'keep the average on the CPU and do not evaluate it', idle=(_NO_EMA,))
     model_ema_decay: Inside01 = option(0.9998, 'decay of the average', idle=(_NO_EMA,))
     model_ema_warmup: bool = option(
         True, 'let the decay grow with the updates', timm=False,
@@ -310,56 +317,58 @@ class Output:
     """Output parameters."""
     quiet: bool = option(False, 'print warnings and errors only', how=True, recipe=False, timm=ABSENT)
     no_progress: bool = option(
-        False, 'print no bars on a terminal, but lines as elsewhere', how=True, recipe=False, timm=ABSENT)
+        False, 'print log lines instead of progress bars on a terminal', how=True, recipe=False, timm=ABSENT)
 
 
 @dataclass(frozen=True)
 class Run(Output):
     """Miscellaneous parameters."""
     config: str | None = option(
-        None, 'recipe: a YAML file of options, or the name of one that the package carries (the command line wins over '
-        'it)', '-c', metavar='FILE', how=True, recipe=False)
+        None, 'recipe: a YAML file of options, or the name of a recipe in the package (the command line takes '
+        'precedence)', '-c', metavar='FILE', how=True, recipe=False)
     resume: str = option(
-        '', 'continue the run of this checkpoint, or of this folder, from its newest one; auto: the newest one of '
-        '--experiment, if it has one', metavar='PATH', how=True, recipe=False)
+        '', 'continue from this checkpoint, or from the newest one in this folder; auto: from the newest one of '
+        '--experiment, if any', metavar='PATH', how=True, recipe=False)
     no_resume_opt: bool = option(False, 'do not resume the state of the optimizer', how=True, recipe=False)
     accept_data_change: bool = option(
-        False, 'let a resumed run go on with other images of the same classes', how=True, recipe=False, timm=ABSENT)
-    start_epoch: Whole | None = option(None, 'first epoch, for a restart by hand', how=True, recipe=False)
-    stop_epoch: Count | None = option(None, 'end after so many completed epochs, on the schedule of --epochs', how=True)
+        False, 'let a resumed run continue with other images of the same classes', how=True, recipe=False, timm=ABSENT)
+    start_epoch: Whole | None = option(None, 'first epoch, for a manual restart', how=True, recipe=False)
+    stop_epoch: Count | None = option(None, 'stop after this many epochs, on the schedule of --epochs', how=True)
     seed: Whole = option(42, 'random seed', how=True, resume='fixed', card=True)
     deterministic: bool = option(
-        False, 'let a GPU compute the same bits each time, at some cost', how=True, resume='warned', timm=ABSENT)
+        False, 'use deterministic algorithms on a GPU, which may be slower', how=True, resume='warned', timm=ABSENT)
     log_interval: Count = option(50, 'updates between two log lines', how=True)
     log_grad_terms: Whole = option(
-        0, 'updates between two measures of the gradient that each term gives each branch', shown='none', how=True,
+        0, "updates between two measurements of each term's gradient in each branch", shown='none', how=True,
         timm=ABSENT)
     val_interval: Count = option(1, 'epochs between two validations', how=True, resume='warned')
     recovery_interval: Whole = option(0, 'updates between two recovery checkpoints', shown='none', how=True)
     recovery_minutes: NonNegative = option(
         0., 'minutes between two recovery checkpoints', shown='none', how=True, timm=ABSENT)
     on_nonfinite: str = option(
-        'stop', 'what to do when a loss or gradient is not finite: end the run, or leave the update out',
+        'stop', 'what to do when a loss or gradient is not finite: stop the run, or skip the update',
         choices=('stop', 'skip'), how=True, timm=ABSENT)
-    nonfinite_limit: Count = option(10, 'updates in a row that --on-nonfinite skip leaves out', how=True, timm=ABSENT)
+    nonfinite_limit: Count = option(
+        10, 'maximum number of updates in a row that --on-nonfinite skip may skip', how=True, timm=ABSENT)
     hang_timeout: NonNegative = option(
         1800., 'seconds without an update after which a process prints all its stacks and ends; 0 for never', how=True,
         timm=ABSENT)
     checkpoint_hist: Count = option(10, 'checkpoints to keep', how=True)
     save_epochs: tuple[Count, ...] | None = option(None, 'completed epochs after which to keep a checkpoint', how=True)
     save_images: bool = option(False, 'save the first images of each log interval', how=True)
-    traceback: bool = option(False, 'print the traceback of an error, which else goes to a file', how=True, timm=ABSENT)
+    traceback: bool = option(
+        False, 'print the traceback of an error, too; by default it only goes to a file', how=True, timm=ABSENT)
     output: str = option('', 'folder of all runs', shown='output/train', metavar='PATH', how=True, recipe=False)
     experiment: str = option(
         '', "name of the run's folder", shown='from the time and the models', metavar='NAME', how=True)
     eval_metric: str = option(
-        'top1', 'what the best checkpoint is best in: top1 (mean of the branches) or a column of the summary',
+        'top1', 'metric of the best checkpoint: top1 (mean of the branches) or a column of the summary',
         metavar='METRIC', how=True, resume='fixed')
     export: bool = option(True, 'export each branch, from its best epoch, at the end of the run', how=True, timm=ABSENT)
     curves: bool = option(True, 'draw curves.png after each validation (extra: plot)', how=True, timm=ABSENT)
     log_tensorboard: bool = option(
         False, 'write TensorBoard event files to the folder of the run (extra: tensorboard)', how=True, timm=ABSENT)
     log_wandb: bool = option(False, 'log to Weights & Biases (extra: wandb)', how=True)
-    wandb_project: str | None = option(None, 'name of the project there', metavar='NAME', how=True, idle=(_NO_WANDB,))
-    wandb_tags: tuple[str, ...] = option((), 'tags of the run there', metavar='TAG', how=True, idle=(_NO_WANDB,))
-    wandb_resume_id: str = option('', 'run to continue there', metavar='ID', how=True, recipe=False, idle=(_NO_WANDB,))
+    wandb_project: str | None = option(None, 'W&B project', metavar='NAME', how=True, idle=(_NO_WANDB,))
+    wandb_tags: tuple[str, ...] = option((), 'W&B tags of the run', metavar='TAG', how=True, idle=(_NO_WANDB,))
+    wandb_resume_id: str = option('', 'W&B run to continue', metavar='ID', how=True, recipe=False, idle=(_NO_WANDB,))

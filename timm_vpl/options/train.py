@@ -1,7 +1,7 @@
-"""The options of a training run: from the command line and its recipe to sections that are checked.
+"""The options of a training run: from the command line and its recipe to checked sections.
 
 `parse_args` parses the command line, then the recipe that it names, lets the command line win, resolves the options of
-each branch, and checks. Nothing heavy is imported, so that `--help` and a mistake answer at once.
+each branch, and checks. Nothing heavy is imported, so that `--help` and errors are fast.
 """
 import contextlib
 import copy
@@ -36,9 +36,9 @@ class Options:
     Attributes:
         method: Name of the method.
         own: Options of the method: an instance of its `options`.
-        branches: Options of each branch that there is, by side.
+        branches: Options of each branch, by side.
         data: Where the images are; the further sections likewise.
-        command: What the command line was: (program, options that it gave).
+        command: The command line: (program, options that were given).
     """
     method: str
     own: Any
@@ -57,7 +57,7 @@ class Options:
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """The branches that there are."""
+        """The branches."""
         return tuple(self.branches)
 
     def flat(self) -> dict[str, Any]:
@@ -70,16 +70,16 @@ class Options:
         return values
 
 
-# The sections that are there once, by name.
+# The sections that are not per branch, by name.
 _PLAIN: dict[str, Any] = {name: kind for name, kind in get_type_hints(Options).items() if is_dataclass(kind)}
 
 
 def make_options(values: Mapping[str, Any], command: tuple[str, dict[str, Any]] = ('', {})) -> Options:
-    """Return the options that hold: what is given by dest, for a branch else what is given for both, else the default.
+    """Return the options in effect: the given value, else for a branch that of both branches, else the default.
 
     Args:
         values: What is given.
-        command: What the command line was.
+        command: The command line, as in `Options`.
     """
     def make(section):
         return section(**{field.name: values[field.name] for field in fields(section) if field.name in values})
@@ -120,8 +120,8 @@ METHOD_OPTIONS = sorted({field.name for method in METHODS.values() for field in 
 
 
 @contextlib.contextmanager
-def mistakes_end(prog: str) -> Iterator[None]:
-    """End a command that reads its options wrong: one line on stderr, exit status 2."""
+def exit_on_usage_error(prog: str) -> Iterator[None]:
+    """End the command after a usage error: one line on stderr, exit status 2."""
     try:
         yield
     except UsageError as error:
@@ -133,14 +133,15 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = 'train_vpl.py') ->
     """Return the options of a run, checked (`read_args`).
 
     Raises:
-        SystemExit: With status 2 after one line (`mistakes_end`) where the input is wrong; with 0 after `--help`.
+        SystemExit: With status 2 after one line (`exit_on_usage_error`) where the input is wrong; with 0 after
+            `--help`.
     """
-    with mistakes_end(prog):
+    with exit_on_usage_error(prog):
         return take_args(argv, prog)
 
 
 def take_args(argv: Sequence[str] | None, prog: str) -> Options:
-    """Return the options of a run, checked (`read_args`), after a warning of those without effect.
+    """Return the options of a run, checked (`read_args`); warn of those without effect.
 
     Raises:
         UsageError: The input is wrong.
@@ -181,16 +182,16 @@ def read_args(argv: Sequence[str], prog: str = 'train_vpl.py') -> tuple[Options,
 
 
 def _continue_in(folder: str, command_line: dict[str, Any]) -> None:
-    """Make a run go on in a folder, whatever its recipe calls it."""
+    """Let a run continue in its folder, even if the recipe gives other names."""
     for dest, place in zip(('output', 'experiment'), os.path.split(os.path.realpath(folder)), strict=True):
         named = command_line.get(dest, place)
         if (os.path.realpath(named) if dest == 'output' else named) != place:
-            raise UsageError(f'--resume {folder}: goes on in that folder, {flag_of(dest)} {named} is another')
+            raise UsageError(f'--resume {folder}: the run continues in that folder, but {flag_of(dest)} is {named}')
         command_line[dest] = place
 
 
 def resume_command(options: Options, folder: str) -> str:
-    """Return the command that goes on with a run in its folder: what was given, but for where it starts."""
+    """Return the command that resumes a run in its folder: the given options, without those for the start."""
     prog, given = options.command
     entries = build_parser().entries
     tokens = [
@@ -202,7 +203,7 @@ def resume_command(options: Options, folder: str) -> str:
 
 
 def train_command(values: Mapping[str, Any]) -> str:
-    """Return the command that trains by these options, as args.yaml holds them; what is at its default is left out."""
+    """Return the command that trains by these options, as in args.yaml, without those at their defaults."""
     tokens = []
     for dest, value in values.items():
         entry = build_parser().entries.get(dest)
@@ -213,7 +214,7 @@ def train_command(values: Mapping[str, Any]) -> str:
 
 
 def _as_text(value: Any) -> Any:
-    """Return a value as a recipe would hold it."""
+    """Return a value as in a recipe."""
     if isinstance(value, (list, tuple)):
         return [str(item) for item in value]
     return value if isinstance(value, (bool, dict)) else '' if value is None else str(value)
@@ -225,7 +226,7 @@ def name_data_dir(given: dict[str, Any]) -> dict[str, Any]:
     if data is None:
         return given
     if given.get('data_dir', data) != data:
-        raise UsageError(f"DIR {data} and --data-dir {given['data_dir']} differ, one is enough")
+        raise UsageError(f"DIR {data} and --data-dir {given['data_dir']} differ; give only one of them")
     return {**given, 'data_dir': data}
 
 
@@ -243,7 +244,7 @@ def recipe_values(options: Options) -> dict[str, Any]:
 
 
 def changed_options(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return what changes between two starts of a run: lines that refuse to go on, and lines that warn.
+    """Return the options that changed between two starts of a run: lines of refused and of warned changes.
 
     Args:
         then: `recipe_values` of the first start.
@@ -264,7 +265,7 @@ def changed_options(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[li
 
 
 def idle_options(options: Options) -> dict[str, list[str]]:
-    """Return the options that have no effect beside the others, whatever their value, by the reason."""
+    """Return the options that have no effect because of the others, by the reason."""
     view = SimpleNamespace(**{
         **options.flat(), 'sides': options.sides, 'branch': options.branches.__getitem__,
         'augmentation': options.augmentation})
@@ -280,7 +281,7 @@ def idle_options(options: Options) -> dict[str, list[str]]:
 def _why_idle(options: Options, view: Any, entry: Entry) -> str | None:
     places = [view]
     if entry.side is None and not hasattr(view, entry.dest):
-        return f'--method {options.method} does not read it'
+        return f'--method {options.method} does not use it'
     if entry.side is not None:
         places = [branch for side, branch in options.branches.items() if entry.side in (side, 'both')]
     if not places:

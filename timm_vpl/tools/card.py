@@ -1,4 +1,4 @@
-"""The model card of an exported branch: its README.md with the Hub's metadata, from figures that its run measured."""
+"""The model card of an exported branch: its README.md with the Hub's metadata, from the figures of its run."""
 import hashlib
 import math
 import os
@@ -16,7 +16,7 @@ from ..text import code, code_block, markdown, one_line
 from .runs import COLUMNS, VALIDATION, number, short_name
 from .tables import markdown_table, read_csv
 
-MARK = '\n<!-- made by timm-vpl '  # before what tells whether somebody has edited a card
+MARK = '\n<!-- made by timm-vpl '  # before the hash that shows whether a card was edited
 _SETS = {'real': 'ReaL labels', 'v2': 'ImageNet-V2'}
 
 
@@ -26,7 +26,7 @@ def model_card(trained: TrainedModel, name: str, repo_id: str, license: str = 'u
     Args:
         trained: The branch.
         name: Name of the model.
-        repo_id: What `hf-hub:` loads it by.
+        repo_id: Its name for `hf-hub:`.
         license: Identifier of its licence on the Hub.
     """
     args = trained.checkpoint.get('args', {})
@@ -39,7 +39,7 @@ def model_card(trained: TrainedModel, name: str, repo_id: str, license: str = 'u
         eval_results=[
             EvalResult(
                 task_type='image-classification', task_name='Image Classification',
-                dataset_type=hub_id or 'imagefolder',  # what the Hub calls data that it does not have
+                dataset_type=hub_id or 'imagefolder',  # the Hub's name for data that it does not have
                 dataset_name=f'{data_name} ({subset})',
                 dataset_split=subset,  # results of one split share the name of the first
                 metric_type='accuracy', metric_name=metric, metric_value=value)
@@ -52,12 +52,12 @@ def model_card(trained: TrainedModel, name: str, repo_id: str, license: str = 'u
 
 
 def _seal(text: str) -> str:
-    """Return a card with a last line that tells whether somebody has edited it since."""
+    """Return a card with a last line that shows whether it was edited since."""
     return f'{text}{MARK}{hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n'
 
 
 def is_unedited(card: str) -> bool:
-    """Return whether a card is as `model_card` made it."""
+    """Return whether a card is unchanged since `model_card` made it."""
     text, mark, _ = card.rpartition(MARK)
     return bool(mark) and _seal(text) == card
 
@@ -127,7 +127,7 @@ def _text(trained, args, results, name, repo_id, data_name) -> str:
         lines += ['', '## Results', '', *markdown_table(('set', 'weights', 'top-1', 'top-5'), (
             (markdown(subset), markdown(weights), *(f'{figure:.3f}' for figure in figures))
             for (subset, weights), figures in results.items()))]
-        lines.append('In percent, as measured by the run. A best epoch is chosen by its figures on validation.')
+        lines.append('In percent, as measured by the run. A best epoch is selected by its results on validation.')
     lines.append(_USAGE.format(repo_id=repo_id, mode=mode))
     recipe = _recipe(args)
     if recipe:
@@ -140,7 +140,7 @@ def _text(trained, args, results, name, repo_id, data_name) -> str:
 
 
 def _facts(trained, args, method, data_name) -> list[str]:
-    """Return what the model is and how it was trained, a fact a line."""
+    """Return the facts about the model and its training, one per line."""
     _, height, width = trained.data_config['input_size']
     parameters = sum(parameter.numel() for parameter in trained.model.parameters())
     facts = [
@@ -161,7 +161,7 @@ def _facts(trained, args, method, data_name) -> list[str]:
 
 
 def _recipe(args: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that say what was trained, without the files of a machine."""
+    """Return the options of what was trained, without local files."""
     entries = build_parser().entries
     return {
         key: short_name(value) if key in ('model_a', 'model_b')

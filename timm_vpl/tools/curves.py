@@ -1,4 +1,4 @@
-"""Curves as data: what curves.png, the figures of a report and its page show, from the numbers of summary.csv."""
+"""Curves as data: the curves of curves.png, reports and their pages, from summary.csv."""
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -8,14 +8,14 @@ from typing import Any
 from ..core.names import SIDES
 from .runs import data_title, number, short_name
 
-# Okabe and Ito: told apart by the colour-blind too. Their yellow is too pale for a line on white.
+# Okabe and Ito: safe for the colour-blind. Their yellow is too pale for a line on white.
 INK, BLUE, RED, GREEN, ORANGE, PURPLE, SKY = (
     '#000000', '#0072B2', '#D55E00', '#009E73', '#E69F00', '#CC79A7', '#56B4E9')
 BRANCH = {'a': BLUE, 'b': RED}
 ROWS = (INK, BLUE, RED, GREEN, ORANGE, PURPLE, SKY)
 BAND = (
-    "A line is the mean of a row's runs (of so many), its band goes from the lowest of them to the highest. Low values "
-    'of the first half of the epochs may lie below what is shown.')
+    "A line is the mean of a row's runs (their number in brackets); its band is their range. Low values "
+    'of the first half of the epochs may be cut off.')
 DASHES = ('', '6 2', '2 1.5', '7 2 1.5 2')  # lengths of line and gap
 
 
@@ -29,10 +29,10 @@ class Line:
         y: A value each.
         color: Its colour.
         dash: One of DASHES.
-        thin: Whether it stands behind others.
+        thin: Whether it is drawn thin, behind others.
         low: Lower edge of its band; [] for no band.
         high: Upper edge.
-        runs: Number of runs that it is the mean of.
+        runs: Number of runs in its mean.
     """
     label: str
     x: list[int]
@@ -58,9 +58,9 @@ class Panel:
         title: What they are of.
         unit: What y is.
         lines: The lines, each with a value at least.
-        spans: (first epoch, last epoch, what is learnt) of each stage.
+        spans: (first epoch, last epoch, its terms) of each stage.
         format: Of a value.
-        late: Whether the low values of the lines' first halves need not be seen.
+        late: Whether low values in the lines' first halves may be cut off.
     """
     title: str
     unit: str
@@ -71,7 +71,7 @@ class Panel:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The lowest value that is to be seen, and the highest."""
+        """The lowest value to show, and the highest."""
         lists = [ys for line in self.lines for ys in (line.y, line.low, line.high)]
         shown = [y for ys in lists for y in ys if y is not None]
         bottom, top = min(shown), max(shown)
@@ -82,7 +82,7 @@ class Panel:
 
     @property
     def is_log(self) -> bool:
-        """Whether y is better seen on a logarithmic scale: all is positive, some lines far above others."""
+        """Whether y needs a logarithmic scale: all values are positive, and some lines are far above others."""
         values = [[y for y in line.y if y is not None] for line in self.lines]
         tops = [max(ys) for ys in values]
         return min(map(min, values)) > 0 and max(tops) > 10.5 * min(tops)
@@ -102,7 +102,7 @@ def run_panels(rows: Iterable[Mapping[str, Any]], options: Mapping[str, Any]) ->
     terms = {name: columns[column] for column in columns if (name := _term(column))}
     spans = _stages(columns.get('stage', {}), terms, list(by_epoch), options)
 
-    def top1(column: str, label: str, side: str, thin: bool) -> Line:  # an epoch may just not have been validated
+    def top1(column: str, label: str, side: str, thin: bool) -> Line:  # an epoch may not be validated yet
         found = {epoch: cell for epoch, cell in columns[column].items() if cell is not None}
         return Line(label, list(found), list(found.values()), BRANCH.get(side, INK), thin=thin)
 
@@ -151,7 +151,7 @@ def _learner(term: str, options: Mapping[str, Any]) -> str:
 
 def _stages(stages: Mapping[int, Any], terms: Mapping[str, Mapping[int, Any]], epochs: list[int],
             options: Mapping[str, Any]) -> list[tuple[int, int, str]]:
-    """Return the spans of epochs with the same terms beside the labels' own; [] for a run that never has any."""
+    """Return the spans of epochs with the same terms besides the labels' loss; [] for a run that never has any."""
     def at(epoch: int) -> str:
         on = [name for name, cells in terms.items() if cells[epoch] is not None]
         pair = ', '.join(_directed(name, options) for name in on if not name.startswith('ce_'))
@@ -167,7 +167,7 @@ def _directed(term: str, options: Mapping[str, Any]) -> str:
 
 
 def group_panels(groups: Sequence[Any], further: bool = False) -> list[Panel]:
-    """Return panels in which the rows of a report lie over each other: the mean of a row's runs, and their range.
+    """Return panels with the curves of a report's rows: the mean of a row's runs, and their range.
 
     Args:
         groups: Groups of finished runs (`make_groups`).
@@ -199,7 +199,7 @@ def group_panels(groups: Sequence[Any], further: bool = False) -> list[Panel]:
 
 
 def _row_label(group: Any, index: int, rows: Sequence[tuple[Any, int]]) -> str:
-    """Return the name of a row, and what else tells it from the others of that name."""
+    """Return the name of a row, and what distinguishes it from others of that name."""
     def models(group: Any) -> str:
         return ' + '.join(str(group.run.options.get(f'model_{side}')) for side in SIDES)
 

@@ -1,4 +1,4 @@
-"""Export: each branch of a pair as a folder that timm loads by itself, on the Hub too, and as ONNX."""
+"""Export: each branch of a pair as a folder that timm loads without this package, also on the Hub and as ONNX."""
 import logging
 import os
 import re
@@ -28,10 +28,10 @@ ONNX_TOLERANCE = 1e-4
 
 
 def export_branches(options: Export) -> list[Path]:
-    """Export as the options of `timm-vpl export` say, and return the folders.
+    """Export by the options of `timm-vpl export`, and return the folders.
 
     Raises:
-        UsageError: The options and the checkpoint do not go together, or a folder is not free.
+        UsageError: The options do not fit the checkpoint, or a folder exists already.
         RunError: Something can't be read, written or uploaded.
     """
     trained = load_branches(options.source, None if options.branch == 'both' else options.branch, options.ema)
@@ -46,12 +46,12 @@ def export_branches(options: Export) -> list[Path]:
     out = Path(options.out or os.path.join(run_dir, EXPORT))
     folders = {side: out / name for side, name in names.items()}
     for folder in folders.values():
-        with refusing(f'--out {out}: can not be read', OSError, ValueError):
+        with refusing(f'--out {out}: cannot be read', OSError, ValueError):
             free = not folder.exists() or (
                 _is_export(folder) if options.overwrite else options.out is None and _is_ours(folder))
         if not free:
             found = 'is not an export of timm-vpl' if options.overwrite else 'exists; --overwrite replaces it'
-            raise UsageError(f'--out {out}: {folder} {found}, another --out keeps it')
+            raise UsageError(f'--out {out}: {folder} {found}; another --out keeps it')
     for branch in trained:
         export_branch(branch, folders[branch.side], repo_ids.get(branch.side), options.license, options.onnx)
         print(f'{branch.label}: {folders[branch.side]}')
@@ -61,19 +61,19 @@ def export_branches(options: Export) -> list[Path]:
 
 
 def _is_export(folder: Path) -> bool:
-    """Return whether an export made a folder, whatever was added or edited since."""
+    """Return whether an export made a folder, even if it was edited since."""
     card = folder / 'README.md'
     return card.is_file() and (folder / 'config.json').is_file() and MARK in card.read_text(encoding='utf-8')
 
 
 def _is_ours(folder: Path) -> bool:
-    """Return whether a folder is as an export left it."""
+    """Return whether a folder is unchanged since its export."""
     return _is_export(folder) and {path.name for path in folder.iterdir()} <= FILES and is_unedited(
         (folder / 'README.md').read_text(encoding='utf-8'))
 
 
 def missing_exports(run_dir: str) -> list[tuple[TrainedModel, Path]]:
-    """Return each branch of a run whose export does not hold its best epoch, averaged or raw, and its folder."""
+    """Return each branch of a run whose export is not of its best epoch, averaged or raw, and its folder."""
     sides = ''.join(side for side in SIDES if os.path.exists(os.path.join(run_dir, f'best_{side}.pth.tar')))
     if not sides:
         return []
@@ -96,7 +96,7 @@ def _equal(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bo
 
 
 def branch_names(trained: list[TrainedModel], given: dict[str, str | None] | None = None) -> dict[str, str]:
-    """Return a name for each branch: as given, or the method and the architecture.
+    """Return a name for each branch: the given one, or method and architecture.
 
     Raises:
         UsageError: A name that is not one of a folder, or two equal ones.
@@ -108,7 +108,7 @@ def branch_names(trained: list[TrainedModel], given: dict[str, str | None] | Non
         if architectures.count(branch.architecture) > 1:
             parts.append(branch.side)
         name = (given or {}).get(branch.side) or '-'.join(str(part) for part in parts if part)
-        # It becomes part of a path, and may come from a checkpoint of somebody else.
+        # It becomes part of a path, and may come from an untrusted checkpoint.
         if not re.fullmatch(r'\w[\w.-]{,95}', name, re.ASCII):
             raise UsageError(f'--name-{branch.side} {name!r}: expected at most 96 letters, digits, ".", "-" and "_"')
         names[branch.side] = name
@@ -126,15 +126,15 @@ def export_branch(
 
     Args:
         trained: The branch.
-        folder: Where to; a folder that is there is replaced.
-        repo_id: What `hf-hub:` will load it by, for the card.
+        folder: The folder; an existing one is replaced.
+        repo_id: Its future name for `hf-hub:`, for the card.
         license: Identifier of its licence on the Hub.
         onnx: Write model.onnx too.
 
     Raises:
-        RunError: It can't be written, or what was written does not give the same model.
+        RunError: It can't be written, or the written files do not give the same model.
     """
-    model = trained.model.to(memory_format=torch.contiguous_format)  # safetensors takes no other layout
+    model = trained.model.to(memory_format=torch.contiguous_format)  # safetensors supports no other layout
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}-') as work:
@@ -153,7 +153,7 @@ def export_branch(
                 os.replace(folder, Path(work) / 'replaced')
             os.replace(part, folder)
     except (OSError, SafetensorError) as e:
-        raise RunError(f'{folder}: can not be written: {getattr(e, "strerror", None) or first_line(e)}') from e
+        raise RunError(f'{folder}: cannot be written: {getattr(e, "strerror", None) or first_line(e)}') from e
 
 
 @torch.inference_mode()
@@ -166,9 +166,9 @@ def _check_reload(trained: TrainedModel, folder: Path) -> None:
         logging.disable(logging.NOTSET)
     state, input = trained.model.state_dict(), example_images(trained, 1)
     if not all(tensor.isfinite().all() for tensor in state.values() if tensor.is_floating_point()):
-        _logger.warning(f'{folder.name}: weights that are not finite')
+        _logger.warning(f'{folder.name}: some weights are not finite')
     elif not (_equal(state, reloaded.state_dict()) and torch.equal(trained.model(input), reloaded(input))):
-        raise RunError(f'{folder.name}: the exported model, loaded back, is not the trained one')
+        raise RunError(f'{folder.name}: the exported model differs from the trained one after loading')
 
 
 def example_images(trained: TrainedModel, count: int) -> torch.Tensor:
@@ -195,40 +195,41 @@ def export_onnx(trained: TrainedModel, path: Path) -> None:
             differences.append((logits - torch.from_numpy(onnx_forward(str(path), images))).abs().max().item())
     except ImportError as e:
         raise UsageError(f"--onnx: {first_line(e)} (pip install 'timm-vpl[onnx]')") from e
-    except Exception as e:  # the exporter and the runtime raise errors of their own, of many classes
-        raise RunError(f'--onnx: {trained.architecture} can not be exported: {first_line(e)}') from e
+    except Exception as e:  # the exporter and the runtime raise errors of many classes
+        raise RunError(f'--onnx: {trained.architecture} cannot be exported: {first_line(e)}') from e
     if not all(difference <= ONNX_TOLERANCE for difference in differences):
         raise RunError(f'--onnx: {trained.architecture} differs from torch by {max(differences):.2g}, more than '
                        f'{ONNX_TOLERANCE:g}')
 
 
 def push(folder: Path, repo_id: str, private: bool = False) -> str:
-    """Upload a folder to the Hub and return its address; the repository is created if need be.
+    """Upload a folder to the Hub and return its address; create the repository if necessary.
 
     Raises:
-        RunError: No token, no rights, no network, or a public repository where a private one is wanted.
+        RunError: No token, no rights, no network, or a public repository instead of a private one.
     """
     api = HfApi(library_name='timm-vpl')
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.model_info(repo_id).private:
-            raise RunError(f'{repo_id}: exists and is public, nothing was uploaded; {folder} is kept')
+            raise RunError(f'{repo_id}: exists and is public, so nothing was uploaded; {folder} is kept')
         return api.upload_folder(  # without a model.onnx of earlier weights, where these have none
             repo_id=repo_id, folder_path=str(folder), commit_message=f'Upload {folder.name}',
             delete_patterns='model.onnx')
     except (HTTPError, OSError, RuntimeError, ValueError) as e:  # the Hub's errors, the connection's, an upload's
-        raise RunError(f'{repo_id}: not uploaded, {folder} is kept; it needs a connection and a token that may write '
-                       f'there (`hf auth login`, or HF_TOKEN): {" ".join(str(e).split())[:200]}') from e
+        raise RunError(
+            f'{repo_id}: not uploaded, {folder} is kept; it needs a connection and a token with write access (`hf auth '
+            f'login`, or HF_TOKEN): {" ".join(str(e).split())[:200]}') from e
 
 
 class ExportObserver:
     """Exports each branch of a run from its best epoch when the run ends."""
 
     def start(self, run) -> None:
-        """Build the model and the card of each branch as an export will, writing nothing.
+        """Build the model and the card of each branch as for an export, but write nothing.
 
         Raises:
-            UsageError: It can't be exported, which would else show at the end.
+            UsageError: It can't be exported, which would otherwise only show at the end.
         """
         checkpoint = {'state_dict': run.pair.state_dict(), 'branches': run.saver.branches, 'args': run.saver.args}
         path = os.path.join(run.output_dir, 'last.pth.tar')
@@ -241,15 +242,15 @@ class ExportObserver:
             raise UsageError(f'{e}; --no-export trains without an export') from e
 
     def finished(self, folder: str) -> bool:
-        """Return whether a run's folder holds the exports."""
+        """Return whether a run's folder contains the exports."""
         return not missing_exports(folder)
 
     def end(self, run) -> None:
-        """Export what is missing, but for what somebody edited; where that fails, say so: what was trained is kept."""
+        """Export what is missing, except edited exports; log an error if that fails, and keep what was trained."""
         try:
             for branch, folder in missing_exports(run.output_dir):
                 if folder.exists() and not _is_ours(folder):
-                    _logger.error(f'Not exported: {folder} is not as an export left it, and is kept')
+                    _logger.error(f'Not exported: {folder} was changed after its export, and is kept')
                     continue
                 export_branch(branch, folder)
                 _logger.info(f"Exported {branch.label}: timm.create_model('local-dir:{folder}', pretrained=True)")

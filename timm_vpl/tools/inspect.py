@@ -70,10 +70,10 @@ class Disagreements:
         self.kept: list[torch.Tensor] = []  # confidence, or -1 where they agree; index; images
 
     def add(self, input: Any, first: torch.Tensor, second: torch.Tensor) -> None:
-        """Look at a batch: images [N, C, H, W], or those of each side, and the logits [N, classes] of both models."""
+        """Take a batch: images [N, C, H, W], or those of each side, and the logits [N, classes] of both models."""
         images = input[self.side] if isinstance(input, dict) else input
-        (sure, said), (other_sure, other) = (logits.softmax(dim=-1).max(dim=-1) for logits in (first, second))
-        score = torch.minimum(sure, other_sure).masked_fill(said == other, -1)
+        (sure, prediction), (other_sure, other) = (logits.softmax(dim=-1).max(dim=-1) for logits in (first, second))
+        score = torch.minimum(sure, other_sure).masked_fill(prediction == other, -1)
         found = self._best([score, torch.arange(len(score), device=score.device) + self.seen, images])
         self.kept = self._best([torch.cat(parts) for parts in zip(self.kept, found, strict=False)] or found)
         self.seen += len(score)
@@ -91,13 +91,13 @@ class Disagreements:
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
-    """Return an image of TILE x TILE; a small one shows its pixels."""
+    """Return an image of TILE x TILE; a small one is enlarged."""
     small = max(image.size) < TILE
     return ImageOps.pad(image, (TILE, TILE), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
 
 
 def contact_sheet(title: str, tiles: list[Tile], columns: int = 6) -> Image.Image:
-    """Return images with their lines, side by side below a title; a line that is too long loses its middle."""
+    """Return images with their lines, side by side below a title; a line that is too long is cut in the middle."""
     columns, height = min(columns, len(tiles)), TILE + (1 + len(tiles[0][1])) * LINE + GAP
     sheet = Image.new('RGB', (GAP + columns * (TILE + GAP), LINE + GAP - len(tiles) // -columns * height), 'white')
     _write(sheet, title, (GAP, GAP // 2), sheet.width - GAP)
@@ -120,19 +120,19 @@ def _write(image: Image.Image, line: str, place: tuple[int, int], width: int) ->
 
 
 def inspect_models(options: Inspect) -> list[Row]:
-    """Compare two models as the options of `timm-vpl inspect` say; print and write what is found.
+    """Compare two models by the options of `timm-vpl inspect`; print and write the results.
 
     Returns:
-        The accuracy of each class that the data has.
+        The accuracy of each class in the data.
 
     Raises:
-        UsageError: The options, the models and the data do not go together.
-        RunError: Something can't be read or written, or an output is no number.
+        UsageError: The options, the models and the data do not fit together.
+        RunError: Something can't be read or written, or an output is NaN.
     """
     processes = start_alone(options)
     models = load_sides(options, options.models)
     if len(models) < 2:
-        raise UsageError(f'{options.models[0]}: holds one model, name a second one to compare it with')
+        raise UsageError(f'{options.models[0]}: contains one model; name a second one to compare it with')
     data = open_data(options, models['a'])
     configs = {side: trained.data_config for side, trained in models.items()}
     loader = create_eval_loaders(loader_options(options), data.images, configs, processes)
@@ -151,12 +151,13 @@ def inspect_models(options: Inspect) -> list[Row]:
             after_batch=shown.update)
     for side, trained in models.items():
         if not math.isfinite(figures[side]['loss']):
-            raise RunError(f'{trained.source}: {trained.label}: the loss is not finite, so there is nothing to compare')
+            raise RunError(
+                f'{trained.source}: {trained.label}: the loss is not finite, so the models cannot be compared')
     warn_of_replaced(data.name, int(loader.dataset.replaced.sum()))
     replaced = [] if isinstance(data.images, StreamImages) else data.images.replaced.nonzero().flatten().tolist()
     found = Comparison(figures, [data.class_names.get(index, str(index)) for index in range(classes)])
     tiles = [
-        (image, found.said_of(index, data.images.name(index) or f'index {index}'))
+        (image, found.lines_of(index, data.images.name(index) or f'index {index}'))
         for index, image in disagreements.images() if index not in replaced]
     names = [f'{side}: {trained.label}, {trained.source}' for side, trained in models.items()]
     title = f'{data.name}: {figures["a"]["images"]} images'
@@ -176,7 +177,7 @@ def inspect_models(options: Inspect) -> list[Row]:
 
 
 class Comparison:
-    """What two models, and the average of their probabilities, say of the same images.
+    """Predictions of two models, and of the average of their probabilities, on the same images.
 
     Args:
         figures: What `evaluate` counted of 'a', 'b' and 'ens', by class and by image.
@@ -185,10 +186,10 @@ class Comparison:
 
     def __init__(self, figures: dict[Any, dict[str, Any]], labels: list[str]):
         self.figures, self.labels = figures, labels
-        self.target = figures['a']['said'][0]
-        self.said, self.sure = ({name: figures[name]['said'][i] for name in figures} for i in (1, 2))
-        self.right = {name: said == self.target for name, said in self.said.items()}
-        self.classes: list[Row] = []  # those that the data has
+        self.target = figures['a']['predictions'][0]
+        self.predictions, self.sure = ({name: figures[name]['predictions'][i] for name in figures} for i in (1, 2))
+        self.right = {name: prediction == self.target for name, prediction in self.predictions.items()}
+        self.classes: list[Row] = []  # those in the data
         for label, *counts in zip(labels, *(figures[name]['classes'].tolist() for name in figures), strict=True):
             images = counts[0][0]
             if images:
@@ -196,17 +197,18 @@ class Comparison:
                 difference = row['top1_b'] - row['top1_a']
                 self.classes.append({'class': label, 'images': images, 'difference': difference, **row})
 
-    def said_of(self, index: int, name: str) -> list[str]:
-        """Return the lines of an image of this name: its class, what each model takes it for and how sure it is."""
-        said = [f'{side}: {self.labels[self.said[side][index]]} {self.sure[side][index]:.2f}' for side in SIDES]
-        return [f'true: {self.labels[self.target[index]]}', *said, name]
+    def lines_of(self, index: int, name: str) -> list[str]:
+        """Return the lines of an image of this name: its class, the prediction of each model and its probability."""
+        lines = [
+            f'{side}: {self.labels[self.predictions[side][index]]} {self.sure[side][index]:.2f}' for side in SIDES]
+        return [f'true: {self.labels[self.target[index]]}', *lines, name]
 
     def parts(self, names: list[str], safe: Callable[[Any], str], limit: int | None = None) -> Iterator[Part]:
-        """Yield all that is told, of so many classes.
+        """Yield all results, for a limited number of classes.
 
         Args:
-            names: What a and b are.
-            safe: Makes text of others safe where it is shown.
+            names: Names of the two models.
+            safe: Escapes foreign text for display.
             limit: Number of classes, None for all.
         """
         def percent(part):
@@ -219,7 +221,8 @@ class Comparison:
              f'{calibration_error(self.sure[name], self.right[name]):.2f}') for name, each in self.figures.items()])
         a, b = (self.right[side] for side in SIDES)
         shares = {'both right': a & b, 'only a': a & ~b, 'only b': b & ~a, 'neither': ~(a | b)}
-        yield 'p', (f'The models agree on {percent(self.said["a"] == self.said["b"])} of the images; ' + ', '.join(
+        agreement = percent(self.predictions['a'] == self.predictions['b'])
+        yield 'p', (f'The models agree on {agreement} of the images; ' + ', '.join(
             f'{name} {percent(share)}' for name, share in shares.items()) + '.')
         better = max(SIDES, key=lambda side: self.figures[side]['top1'])
         gain = self.figures['ens']['top1'] - self.figures[better]['top1']
@@ -234,6 +237,6 @@ class Comparison:
         labels = [safe(one_line(label, 40)) for label in self.labels]
         for side in SIDES:
             yield 'h2', f'Confusions of {side}'
-            yield 'table', (['class', 'taken for', 'images', '% of class'], [
-                (labels[true], labels[said], count, f'{100 * count / int((self.target == true).sum()):.1f}')
-                for true, said, count in confusions(self.target, self.said[side])[:SHOWN]])
+            yield 'table', (['class', 'predicted as', 'images', '% of class'], [
+                (labels[true], labels[prediction], count, f'{100 * count / int((self.target == true).sum()):.1f}')
+                for true, prediction, count in confusions(self.target, self.predictions[side])[:SHOWN]])

@@ -1,4 +1,4 @@
-"""One HTML page that stands alone, with its curves and images in it: nothing is fetched, text of others stays text."""
+"""One self-contained HTML page, with its curves and images: it loads nothing, and foreign text is escaped."""
 import base64
 import hashlib
 import io
@@ -31,7 +31,7 @@ $body
 ''')
 _CURVES = Template('''<p class="soft">$about</p>
 <div id="curves"></div>
-<noscript><p>The curves need JavaScript, which this page carries itself.</p></noscript>
+<noscript><p>The curves need JavaScript, which is part of this page.</p></noscript>
 $body
 <script type="application/json" id="data">$data</script>
 <script>$script</script>''')
@@ -44,7 +44,7 @@ def make_page(title: str, parts: Iterable[Part], panels: Sequence[Panel] = (), a
         title: Title of it.
         parts: Its parts, in HTML.
         panels: The curves, above the parts.
-        about: What is said above the curves, in HTML.
+        about: Text above the curves, in HTML.
     """
     style, script = (_ASSETS.joinpath(f'page.{kind}').read_text(encoding='utf-8') for kind in ('css', 'js'))
     body = '\n'.join(map(_html, parts))
@@ -59,7 +59,7 @@ def make_page(title: str, parts: Iterable[Part], panels: Sequence[Panel] = (), a
 
 
 def _hash(text: str) -> str:
-    """Return what the Content-Security-Policy calls the one style, the one script that may be."""
+    """Return the source expression that the Content-Security-Policy allows for the style or script."""
     return f'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'
 
 

@@ -36,13 +36,13 @@ def draw(panels: Sequence[Panel], file: IO[bytes], format: str, title: str, capt
 
     Args:
         panels: The panels.
-        file: Where to.
+        file: The file.
         format: 'png' or 'svg'.
         title: Title of the figure.
         caption: A line below it.
     """
     import matplotlib
-    from matplotlib.figure import Figure  # without pyplot: no window, no state that is kept
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
     labels = [[_label(line, panel) for line in panel.lines] for panel in panels]
     right = _SWATCH + 0.1 + _LETTER * max(len(text) for each in labels for label in each for text in label)
     heights = [max(2.6 if panel.late or panel is panels[0] else 1.3, 0.2 + sum(map(len, each)) * _LINE)
@@ -53,7 +53,7 @@ def draw(panels: Sequence[Panel], file: IO[bytes], format: str, title: str, capt
     width, foot = WIDTH - LEFT - right, FOOT + (0.1 + _LINE * (caption.count('\n') + 1) if caption else 0)
     height = TOP + sum(heights) + sum(strips) + GAP * len(panels) + foot
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of letters that the font lacks, in names
+        warnings.simplefilter('ignore')  # about glyphs that the font lacks, in names
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
         figure = Figure(figsize=(WIDTH, height), dpi=125)
@@ -73,7 +73,7 @@ def draw(panels: Sequence[Panel], file: IO[bytes], format: str, title: str, capt
 
 
 def draw_file(panels: Sequence[Panel], path: str, title: str, caption: str = '') -> None:
-    """Draw into a PNG or SVG file, by its name; an old one stays until it is whole.
+    """Draw into a PNG or SVG file, by its name; an old one stays until the new one is complete.
 
     Raises:
         RunError: It can't be written.
@@ -141,7 +141,7 @@ def _style(line: Line) -> dict[str, Any]:
 
 
 def _write_labels(axes: Any, panel: Panel, labels: list[list[str]], width: float, height: float) -> None:
-    """Write the labels to the right of the lines' ends, none over another, each joined to its end; sizes in inches."""
+    """Write the labels to the right of the lines' ends, without overlap, each joined to its end; sizes in inches."""
     ends = [(max(x for x, y in zip(line.x, line.y, strict=True) if y is not None), line.last) for line in panel.lines]
     to_fraction = axes.transAxes.inverted()
     places = [to_fraction.transform(axes.transData.transform(end)) for end in ends]
@@ -158,7 +158,7 @@ def _write_labels(axes: Any, panel: Panel, labels: list[list[str]], width: float
 
 
 def spread(centres: Sequence[float], heights: Sequence[float], low: float, high: float) -> list[float]:
-    """Return centres moved so that none of the heights lies over another: up, and down again from the highest place.
+    """Return centres moved so that no heights overlap: up, and down again from the top.
 
     Args:
         centres: Wanted centres.

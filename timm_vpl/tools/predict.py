@@ -1,4 +1,4 @@
-"""The command `timm-vpl predict`: what trained models see in images."""
+"""The command `timm-vpl predict`: classification of images with trained models."""
 import csv
 import os
 import sys
@@ -27,14 +27,14 @@ Row = dict[str, Any]  # of an image and a rank: the label and the probability of
 
 
 def predict_images(options: Predict) -> int:
-    """Predict as the options of `timm-vpl predict` say; print or write the results.
+    """Predict by the options of `timm-vpl predict`; print or write the results.
 
     Returns:
         The exit status: 1 where an image could not be read.
 
     Raises:
-        UsageError: The options, the models and the images do not go together.
-        RunError: Something can't be read or written, or an output is no number.
+        UsageError: The options, the models and the images do not fit together.
+        RunError: Something can't be read or written, or an output is NaN.
     """
     processes = start_alone(options)
     paths = [path for each in options.images for path in find_images(each, 'IMAGE')]
@@ -61,7 +61,7 @@ def predict_images(options: Predict) -> int:
     for index, rows in enumerate(_predict(forward, autocast, loader, topk, labels, parts)):
         rows = [{'file': paths[index], 'rank': rank, **row} for rank, row in enumerate(rows, start=1)]
         if images.replaced[index]:
-            print(one_line(f'{paths[index]}: can not be read ({images.failure(index)})'), file=sys.stderr)
+            print(one_line(f'{paths[index]}: cannot be read ({images.failure(index)})'), file=sys.stderr)
         elif options.results_file:
             results += rows
         elif as_csv:
@@ -76,7 +76,7 @@ def predict_images(options: Predict) -> int:
 
 
 def _labels(trained: TrainedModel, names: dict[int, str]) -> list[str]:
-    """Return what to call each class of a model: ImageNet's by what they are."""
+    """Return the name of each class of a model, for ImageNet's wnids their descriptions."""
     known: Any = ImageNetInfo(infer_imagenet_subset(trained.model) or 'imagenet-1k').label_descriptions(as_dict=True)
     labels = [names.get(index, str(index)) for index in range(trained.model.num_classes)]
     return [known.get(label, label) for label in labels]
@@ -94,7 +94,7 @@ def _predict(
             columns: list[list[list]] = []
             for name, (probabilities, indices) in top.items():
                 if not probabilities.isfinite().all():
-                    raise RunError(f'the outputs of branch {name or "the model"} are no numbers')
+                    raise RunError(f'the outputs of branch {name or "the model"} are NaN')
                 columns.append([[labels[index] for index in row] for row in indices.tolist()])
                 columns.append([[round(value, 6) for value in row] for row in probabilities.tolist()])
             for of_image in zip(*columns, strict=True):

@@ -1,4 +1,4 @@
-"""How far a run is: bars on a terminal, lines elsewhere."""
+"""The progress of a run: bars on a terminal, lines elsewhere."""
 import contextlib
 import logging
 from typing import Any
@@ -16,7 +16,7 @@ def _terms(figures: dict[str, float]) -> list[str]:
 
 
 def _show(shown, parts: list[str]) -> None:
-    """Show parts behind a bar; the last ones are left out where the terminal is too narrow."""
+    """Show parts behind a bar, without the last ones if the terminal is too narrow."""
     shown.set_postfix_str('', refresh=False)
     room = (shown.format_dict['ncols'] or 1000) - len(str(shown))
     while parts and len('  '.join(['', *parts])) > room:
@@ -25,7 +25,7 @@ def _show(shown, parts: list[str]) -> None:
 
 
 class Lines:
-    """Logs each update that is looked at on a line, as timm's script does, with the time that is left of the run."""
+    """Logs a line per log interval, as timm's script does, with the time left of the run."""
 
     def log(self, run, figures: dict[str, float]) -> None:
         """Log the mean losses of an update."""
@@ -38,12 +38,12 @@ class Lines:
 
 
 class Bars:
-    """Draws a bar of the epoch, one of the run and a line of losses on a terminal; log lines stand above them."""
+    """Draws bars of the epoch and the run and a line of losses on a terminal, below the log lines."""
 
     _top1: list[str] = []
 
     def start(self, run) -> None:
-        """Draw them, as far as the run has come."""
+        """Draw them at the progress of the run."""
         self._closing = contextlib.ExitStack()
         self._epoch, self._run, self._losses = (
             self._closing.enter_context(bar(what, '', total, initial=done, position=place, bar_format=format))
@@ -65,7 +65,7 @@ class Bars:
         self._epoch.update()
 
     def log(self, run, figures: dict[str, float]) -> None:
-        """Show the mean losses of an update, the pace, and the time that is left."""
+        """Show the mean losses of an update, the speed, and the time left."""
         waiting = 100 * figures['data_seconds'] / figures['seconds']
         _show(self._epoch, [f'{figures["images_per_second"]:.0f} images/s', f'data {waiting:.0f} %'])
         self._show_left(run)

@@ -25,24 +25,24 @@ from .tables import Part, markdown_page
 
 METRICS = {'top1': 'top-1', 'top5': 'top-5'}
 _SET_TITLES = {'real': 'ReaL', 'v2': 'V2'}
-COLLAPSED = 2 / 3  # of the median of its row: below that a run has collapsed
+COLLAPSED = 2 / 3  # of the median of its row: a run below it counts as collapsed
 SAME_COST = 0.1  # relative difference of FLOPs that counts as the same
 
 
 def make_report(run_dirs: Sequence[str], format: str = 'md', plot: str | None = None, html: str | None = None) -> str:
     """Return the comparison of runs as text, and draw it.
 
-    Runs that agree in all options that count are a group, averaged over its runs. Unfinished runs are listed and never
-    averaged in. Paths of the same run, and copies of it, count once.
+    Runs that agree in all options that count are a group and averaged. Unfinished runs are listed, but not averaged.
+    Paths of the same run, and copies of it, count once.
 
     Args:
         run_dirs: Folders of runs.
         format: 'md'; or 'json' for a record a branch of a group, with numbers that are not rounded.
         plot: PNG or SVG file for the curves: those of the groups; of one run alone, as its curves.png.
-        html: HTML file for all of it.
+        html: HTML file for all results.
 
     Raises:
-        UsageError: A folder is not that of a run, or none is there; matplotlib is missing.
+        UsageError: A folder is not that of a run, or none is given; matplotlib is missing.
         RunError: A file can't be read or written.
     """
     if plot and not can_plot():
@@ -94,22 +94,22 @@ def read_runs(run_dirs: Sequence[str]) -> list[Run]:
 
 @dataclass
 class Group:
-    """Finished runs of one recipe; `name` tells it from the other groups of the same models, data and epochs."""
+    """Finished runs of one recipe; `name` distinguishes it from other groups of the same models, data and epochs."""
     runs: list[Run]
     name: str = ''
 
     def __post_init__(self):
-        self.run = self.runs[0]  # what it says of its recipe holds for all
+        self.run = self.runs[0]  # its recipe is that of all
         self.method = self.run.options['method']
         self.place = self.run.framework, self.run.models, self.run.recipe['data'], self.run.num_epochs
 
     def total(self, cost: str) -> Any:
-        """Return the mean over the runs of what they cost; None where one does not tell."""
+        """Return the mean cost of the runs; None if one is not known."""
         return _mean([run.total(cost) for run in self.runs])
 
 
 def make_groups(runs: Iterable[Run], names: Mapping[str, str] = MappingProxyType({})) -> list[Group]:
-    """Return the groups of runs in the order of the report; those that would look the same are named by what differs.
+    """Return the groups of runs in the order of the report; equal names are completed by the options that differ.
 
     Args:
         runs: The runs.
@@ -125,16 +125,16 @@ def make_groups(runs: Iterable[Run], names: Mapping[str, str] = MappingProxyType
     for group in groups:
         run = group.run
         alike = [other.run.recipe for other in groups if other.place == group.place]
-        # What another option switches off is not told, where that one tells the groups apart.
-        told = {name for name in differing(*alike)
-                if len({repr(recipe[name]) for recipe in alike if name in recipe}) > 1}
-        shown = [{name: recipe.get(name) for name in told} for recipe in alike]
+        # Options that another one switches off are left out, if that one distinguishes the groups.
+        named = {name for name in differing(*alike)
+                 if len({repr(recipe[name]) for recipe in alike if name in recipe}) > 1}
+        shown = [{name: recipe.get(name) for name in named} for recipe in alike]
         if any(shown.count(each) > 1 for each in shown):
-            told = {*differing(*alike)}
+            named = {*differing(*alike)}
         values = {**run.recipe, 'teacher': run.options.get('teacher')}
         parts = ', '.join(
             f'{name}={show(values.get(name))}'
-            for name in sorted({*own_options(run), *told}.difference(terms_off(run))))
+            for name in sorted({*own_options(run), *named}.difference(terms_off(run))))
         group.name = names.get(str(run.path)) or (f'{run.framework} ({parts})' if parts else run.framework)
     order = {method: i for i, method in enumerate(dict.fromkeys(['solo', *METHODS]))}
     return sorted(groups, key=lambda group: (
@@ -145,7 +145,7 @@ def make_groups(runs: Iterable[Run], names: Mapping[str, str] = MappingProxyType
 
 
 def _baselines(group: Group, index: int, groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
-    """Return what a branch is compared with: solo runs of the same epochs, and of the same training FLOPs.
+    """Return the baselines of a branch: solo runs of the same epochs, and of the same training FLOPs.
 
     They have the same model and data; of several groups, the one with the fewest further options that differ, and of
     the same FLOPs (within SAME_COST, whatever the epochs) the nearest.
@@ -181,11 +181,11 @@ def _baseline(group: Group, index: int, differs: list[str], solo: Group) -> dict
         seeds = [{str(run.options.get('seed')) for run in each.runs} for each in (group, solo)]
         listed = ' and '.join(', '.join(sorted(each)) for each in seeds)
         return {**found, 'reason': f'no common seed ({listed})' if not seeds[0] & seeds[1] else (
-            'environment or data of the seeds that both have differ, or are not known')}
+            'environment or data of the common seeds differ, or are not known')}
     gains = [_last(run, side) - _last(alone) for run, side, alone in pairs]
     target = fmean(_last(alone) for *_, alone in pairs)
     means = {epoch: [run.figure(side, epoch) for run, side, _ in pairs] for epoch in pairs[0][0].rows}
-    # After what cost the mean of the branches reaches that of their models alone at the end.
+    # The cost until the mean of the branches reaches the final mean of their models alone.
     reached = next((
         epoch + 1 for epoch, values in means.items() if None not in values and fmean(values) >= target - 1e-9), None)
     difference = paired_difference(gains)
@@ -264,7 +264,7 @@ def report_parts(
     Args:
         records: The records.
         unfinished: Runs that are not finished.
-        safe: Makes text of others safe in the page's format.
+        safe: Escapes foreign text in the page's format.
     """
     records = [_safe(record, safe) for record in records]
     for data, of_data in groupby(records, key=lambda r: r['data']):  # which they are sorted by
@@ -272,7 +272,7 @@ def report_parts(
         yield 'h2', data
         yield from _tables(groups, [r for branches in groups for r in branches], safe)
     if unfinished:
-        yield 'h2', 'Unfinished, in no average of this report'
+        yield 'h2', 'Unfinished, not in any average of this report'
         yield 'table', (['Run', 'Framework', 'Models', 'Progress'], [
             (*map(safe, (run.path, run.framework, ' + '.join(run.models))), run.progress) for run in unfinished])
     if records:
@@ -333,7 +333,7 @@ def _costs(branches: list[dict[str, Any]]) -> tuple:
 
 _NOTES = (
     'The best epoch (counted from 0, as in summary.csv) has the highest top-1 on the evaluation set itself, which '
-    'flatters it: compare last epochs.',
+    'overestimates it: compare last epochs.',
     f'Collapsed: below {COLLAPSED:.0%} of the median of its row.',
     'FLOPs: forward and backward of training as torch counts them, with the forward of a frozen teacher, without its '
     'training. An image-pass is one image through one network, forward, whatever its size.',
@@ -346,7 +346,7 @@ _NOTES = (
 
 
 def _notes(r: dict[str, Any], safe: Callable[[Any], str]) -> Iterator[str]:
-    """Yield what is to be noted of a record."""
+    """Yield the notes on a record."""
     what = f'{r["framework"]}, {r["model"]}, {r["num_epochs"]} epochs'
     for kind, baseline in r['baselines'].items():
         name, differs = safe(baseline['name']), ', '.join(baseline['differs'])
@@ -363,13 +363,13 @@ def _notes(r: dict[str, Any], safe: Callable[[Any], str]) -> Iterator[str]:
 
 
 def _run_parts(groups: Sequence[Group], runs: Sequence[Run]) -> Iterator[Part]:
-    """Yield in HTML what the tables do not show: options that differ, the command and the environment of each run."""
-    told = [name for name in differing(*(group.run.recipe for group in groups)) if name not in ('data', 'teacher')]
-    if told:
+    """Yield in HTML the details: options that differ, the command and the environment of each run."""
+    named = [name for name in differing(*(group.run.recipe for group in groups)) if name not in ('data', 'teacher')]
+    if named:
         yield 'h2', 'Options that differ'
-        yield 'table', (['Framework', 'Epochs', *map(as_html, told)], [
+        yield 'table', (['Framework', 'Epochs', *map(as_html, named)], [
             (as_html(group.name), group.run.num_epochs,
-             *(as_html(show(group.run.recipe[name])) if name in group.run.recipe else None for name in told))
+             *(as_html(show(group.run.recipe[name])) if name in group.run.recipe else None for name in named))
             for group in groups])
     yield 'h2', 'Commands'
     yield 'p', 'Options at their defaults are left out.'
@@ -386,7 +386,7 @@ def _run_parts(groups: Sequence[Group], runs: Sequence[Run]) -> Iterator[Part]:
 
 
 def _command(run: Run) -> str:
-    """Return the command that repeats a run: with its options, or its args.yaml where one of them can't be told."""
+    """Return the command that repeats a run: with its options, or its args.yaml if one of them is not known."""
     try:
         return train_command(run.options)
     except UsageError:

@@ -1,4 +1,4 @@
-"""Runs as their folders tell of them: options, epochs, figures, and what makes two of them alike."""
+"""Runs, read from their folders: options, epochs, figures, and which runs belong together."""
 import math
 import os
 from dataclasses import dataclass, fields
@@ -14,7 +14,7 @@ from ..options.train import METHOD_OPTIONS, build_parser, idle_options, make_opt
 from ..text import one_line
 from .tables import read_csv
 
-VALIDATION = 'validation.csv'  # where `timm-vpl validate` leaves its figures, in the folder of a run
+VALIDATION = 'validation.csv'  # where `timm-vpl validate` writes its figures, in the folder of a run
 COLUMNS = (
     'model', 'epoch', 'branch', 'weights', 'data', 'set', 'images', 'loss', 'top1', 'top5', 'img_size', 'crop_pct',
     'interpolation', 'images_per_second')
@@ -31,9 +31,9 @@ class Run:
         options: Options of the run.
         rows: Numbers of `summary.csv` by epoch, in order, and the costs; None for an empty cell.
         measured: Figures of `validation.csv` by (epoch, branch, weights, set, metric).
-        data: Identity of the training and of the validation images; {} where the folder does not tell.
-        environment: What it was trained on; [] where the folder does not tell.
-        teacher: The run that its frozen teacher, another run's, is from; None for no such teacher.
+        data: Identity of the training and of the validation images; {} if it is not known.
+        environment: What it was trained on; [] if it is not known.
+        teacher: The run of its frozen teacher; None if there is none.
     """
     path: Path
     options: dict[str, Any]
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def progress(self) -> str:
-        """What there is of an unfinished run; '' for a finished one."""
+        """The progress of an unfinished run; '' for a finished one."""
         done = f'{len(self.rows)} of {self.num_epochs} epochs'
         if not self.rows or len(self.rows) < self.num_epochs:
             return done
@@ -71,7 +71,7 @@ class Run:
 
     @property
     def pairing(self) -> str | None:
-        """What two runs must have in common, beside the number of the seed, for it to be one; None if not known."""
+        """What two runs must have in common, besides the seed, to be paired; None if not known."""
         return repr((self.data, self.environment)) if self.data and self.environment else None
 
     @property
@@ -95,7 +95,7 @@ class Run:
         return max(evaluated, key=lambda epoch: self.figure(side, epoch))
 
     def total(self, cost: str, epochs: int | None = None) -> Any:
-        """Return what the first epochs cost (default: all); None where a row lacks it."""
+        """Return the cost of the first epochs (default: all); None if a row lacks it."""
         values = [row.get(cost) for row in list(self.rows.values())[:epochs]]
         return None if None in values else sum(values)
 
@@ -131,15 +131,15 @@ def read_run(path: Path, taught: bool = True) -> Run:
         for cells in read_csv(path / VALIDATION, COLUMNS) for metric in ('top1', 'top5')}
     data, environment = (_read_facts(path / f'{name}.yaml') for name in ('data', 'environment'))
     if data:
-        data.pop('contents', None)  # what is not read makes no other data
+        data.pop('contents', None)  # unread files do not change the data
     teacher = _read_teacher(options['teacher'], path) if taught and options.get('teacher') else None
     return Run(path, options, dict(sorted(rows.items())), measured, data or {}, environment or [], teacher)
 
 
 def _read_teacher(teacher: Any, path: Path) -> Run | None:
-    """Return the run that a teacher, a run's folder or a checkpoint in it, is from; None if of none.
+    """Return the run of a teacher that is a run's folder or a checkpoint in it, else None.
 
-    A folder that is not there any more is looked for beside the student's.
+    If its folder no longer exists, it is searched for beside the student's.
 
     Args:
         teacher: The option --teacher.
@@ -163,14 +163,14 @@ def short_name(model: Any) -> str:
 
 
 def read_options(path: Path) -> dict[str, Any] | None:
-    """Return the options of the run in this folder, or None where it is not one."""
+    """Return the options of the run in this folder, or None if it is not one."""
     try:
         options = read_yaml(path / 'args.yaml')
     except (OSError, UsageError, ValueError):
         return None
     if not isinstance(options.get('method'), str):
         return None
-    # Where the report expects one value, there is one.
+    # The report needs a value here.
     return {name: str(value) if name in _SINGLE and isinstance(value, (dict, list)) else value
             for name, value in options.items()}
 
@@ -182,11 +182,11 @@ def _read_facts(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, yaml.YAMLError) as e:
-        raise RunError(f'{path}: can not be read ({first_line(e)})') from e
+        raise RunError(f'{path}: cannot be read ({first_line(e)})') from e
 
 
 def number(value: Any) -> float | None:
-    """Return a number, None for what is none: NaN and infinity are no results."""
+    """Return a number, None for anything else: NaN and infinity are not results."""
     try:
         number = float(value)
     except (OverflowError, TypeError, ValueError):
@@ -204,10 +204,10 @@ def _product(*factors: Any) -> Any:
 
 
 def make_recipe(options: dict[str, Any], sides: tuple[str, ...], teacher: Run | None = None) -> dict[str, Any]:
-    """Return the options that say what these branches learn; those of one branch without its letter.
+    """Return the options of what these branches learn; those of one branch without its letter.
 
-    A teacher that is from a run's folder counts by the recipe of that run, not by its path: students of several seeds,
-    each with a teacher of its own, are one group.
+    A teacher from a run's folder counts by the recipe of that run, not by its path: students of several seeds with one
+    teacher each are one group.
 
     Args:
         options: Options of a run.
@@ -225,7 +225,7 @@ def make_recipe(options: dict[str, Any], sides: tuple[str, ...], teacher: Run | 
         name[:-2] if len(sides) == 1 and name.endswith(f'_{sides[0]}') else name: value
         for name, value in options.items()
         if value is not None and name not in idle and not name.endswith(absent)
-        # What was given for both branches; their own values count.
+        # Values for both branches; the branches' own values count.
         and not any(f'{name}_{side}' in options for side in SIDES)
     }
     if len(sides) == 1 and method in METHODS and METHODS[method].teacher != 'never':
@@ -243,7 +243,7 @@ def differing(*recipes: dict[str, Any]) -> list[str]:
 
 
 def _data(run: Run) -> tuple:
-    """Return what runs of one row have in common of their data; their training images may be several subsets."""
+    """Return what runs of one row share of their data; their training images may be several subsets."""
     dataset, folder = str(run.options.get('dataset') or ''), str(run.options.get('data_dir') or '')
     if run.data:
         train, held_out = run.data['train'], run.data['validation']
@@ -253,7 +253,7 @@ def _data(run: Run) -> tuple:
 
 
 def data_title(run: Run) -> str:
-    """Return what the data of a run are called."""
+    """Return the name of the data of a run."""
     dataset, folder = str(run.options.get('dataset') or ''), str(run.options.get('data_dir') or '')
     if not run.data or dataset:
         return dataset or os.path.normpath(folder)

@@ -72,7 +72,7 @@ class PlannedRun:
 
     @property
     def log(self) -> Path:
-        """File of what the run prints, beside its folder."""
+        """File of the run's output, beside its folder."""
         return self.folder.with_name(f'{self.folder.name}.log')
 
     def finished(self) -> Run | None:
@@ -91,7 +91,7 @@ def read_plan(path: Path, data_dir: str | None, output: Path, processes: int = 1
     """Return the runs of a plan: a seed has all rows before the next begins, a teacher comes before its students.
 
     Raises:
-        UsageError: The plan, or the command line that comes of a row, is wrong.
+        UsageError: The plan, or the command line of a row, is wrong.
     """
     plan: Any = read_recipe(path)
     for key in plan:
@@ -118,10 +118,10 @@ def read_plan(path: Path, data_dir: str | None, output: Path, processes: int = 1
     try:
         order = list(TopologicalSorter(teachers).static_order())
     except CycleError as e:
-        raise UsageError(f'{path}: {e.args[1][0]}: its teacher is taught by itself') from None
+        raise UsageError(f'{path}: {e.args[1][0]}: its teacher depends on itself') from None
     runs: dict[tuple[str, str], PlannedRun] = {}
     for seed, name in product(seeds, order):
-        own = ('name', 'teacher') if teachers[name] else ('name',)  # what is no option of its command
+        own = ('name', 'teacher') if teachers[name] else ('name',)  # which are not options of its command
         given = {**common, **{key: value for key, value in by_name[name].items() if key not in own}}
         runs[seed, name] = PlannedRun(
             name, seed, output / f'{name}-seed-{seed}',
@@ -147,14 +147,14 @@ def _tokens(given: dict[str, Any], where: str) -> list[str]:
 
 
 def check_plan(runs: Iterable[PlannedRun]) -> None:
-    """Refuse a command line that `timm-vpl train` would refuse, and a finished run of other options.
+    """Refuse a command line that `timm-vpl train` would refuse, and a finished run with other options.
 
     Raises:
         UsageError: With the row and the seed.
     """
     for run in runs:
         run.folder.parent.mkdir(parents=True, exist_ok=True)
-        # A teacher's folder may not be there yet.
+        # A teacher's folder may not exist yet.
         teacher = run.teacher and replace(run.teacher, folder=run.folder.parent)
         try:
             options, _ = read_args(replace(run, teacher=teacher).command)
@@ -165,21 +165,22 @@ def check_plan(runs: Iterable[PlannedRun]) -> None:
         then, now = read_options(run.folder) or {}, recipe_values(options)
         for dest, entry in build_parser().entries.items():
             before, after = then.get(dest, entry.default), now.get(dest, entry.default)
-            told = dest == 'seed' or not (entry.row.how or dest == 'teacher' or entry.side == 'both')
-            if told and show(before) != show(after):  # '' and none are alike
-                raise UsageError(f'{run.folder}: is finished with {dest} {show(before)}, the plan says {show(after)}; '
-                                 f'name the row otherwise, or move the folder away')
+            is_compared = dest == 'seed' or not (entry.row.how or dest == 'teacher' or entry.side == 'both')
+            if is_compared and show(before) != show(after):  # '' and none are alike
+                raise UsageError(
+                    f'{run.folder}: was finished with {dest} {show(before)}, but the plan has {show(after)}; '
+                    f'rename the row, or move the folder away')
 
 
 def run_study(options: Study) -> int:
-    """Do the runs of a plan that are not done, as the options of `timm-vpl study` say, and print the comparison.
+    """Train the remaining runs of a plan by the options of `timm-vpl study`, and print the comparison.
 
     Returns:
         Exit status: 0, 1 where a run failed, 128 + N after signal N.
 
     Raises:
         UsageError: The plan is wrong, or a finished run has other options.
-        RunError: Another study is at work in this folder.
+        RunError: Another study is running in this folder.
     """
     plan = Path(options.plan)
     output = Path(options.output or Path('output', 'study', plan.stem))
@@ -187,7 +188,7 @@ def run_study(options: Study) -> int:
     runs = read_plan(plan, options.data_dir, output, options.nproc_per_node)
     check_plan(runs)
     left = [run for run in runs if run.finished() is None]
-    # A run whose weights are gone is done again for the sake of its students.
+    # A run whose weights are gone is repeated for its students.
     again = {run.teacher for run in left if run.teacher and not run.teacher.has_weights()}
     left = [run for run in runs if run in left or run in again]
     if options.print_commands:
@@ -197,7 +198,7 @@ def run_study(options: Study) -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RunError(f'{output}: another study, or a run that it started, is at work here') from None
+            raise RunError(f'{output}: another study, or a run of one, is running here') from None
         if options.dry_run:
             print('\n'.join(dry_run(runs, left)))
             return 0
@@ -217,7 +218,7 @@ class Runner:
         runs: All runs of the study.
         waiting: Those to do.
         options: Options of the study.
-        lock: File descriptor that the runs inherit, so that a study is at work while one of them is.
+        lock: File descriptor that the runs inherit, so that the folder stays locked while one of them runs.
         shown: Bar of the runs.
     """
     runs: Sequence[PlannedRun]
@@ -227,7 +228,7 @@ class Runner:
     shown: Any
     active: dict[PlannedRun, tuple[float, subprocess.Popen]] = field(default_factory=dict)
     failed: dict[PlannedRun, str] = field(default_factory=dict)
-    left_out: list[PlannedRun] = field(default_factory=list)  # since they would not end in time
+    left_out: list[PlannedRun] = field(default_factory=list)  # since they would not finish in time
 
     def train_all(self) -> list[str]:
         """Train all; return a line for each run that failed."""
@@ -247,7 +248,7 @@ class Runner:
         return list(self.failed.values())
 
     def _start(self, run: PlannedRun, end: float) -> None:
-        """Start a run, unless its teacher failed, its row can't be trained or the time would not do."""
+        """Start a run, unless its teacher failed, its row can't be trained or the time is too short."""
         try:
             if run.teacher in self.failed:
                 raise RunError(f'{run.folder.name}: its teacher {run.teacher.folder.name} failed')
@@ -258,7 +259,7 @@ class Runner:
             return
         if is_late:
             self.left_out.append(run)
-            self.shown.write(f'{run.folder.name}: not started, it would not end in time')
+            self.shown.write(f'{run.folder.name}: not started, since it would not finish in time')
             return
         with open(run.log, 'ab') as log:
             self.active[run] = time.time(), subprocess.Popen(
@@ -294,7 +295,7 @@ def _last_line(text: str) -> str:
 
 
 def expected_seconds(run: PlannedRun, runs: Iterable[PlannedRun]) -> float:
-    """Return the seconds that a run would take: by a finished run of its row, or else by an epoch, done on trial.
+    """Return the seconds that a run would take: by a finished run of its row, or else by a trial of one epoch.
 
     Raises:
         RunError: The trial failed.
@@ -304,7 +305,7 @@ def expected_seconds(run: PlannedRun, runs: Iterable[PlannedRun]) -> float:
 
 
 def _seconds(run: Run) -> float:
-    """Return what all epochs of a run take, at the pace of those that it has done."""
+    """Return the seconds of all epochs of a run, at the speed of those that it has done."""
     rows, epochs = run.rows.values(), run.num_epochs
     evaluations = [row['eval_seconds'] for row in rows if row.get('eval_seconds')]
     share = -(-epochs // int(run.options['val_interval'])) if evaluations else 0
@@ -316,7 +317,7 @@ _scratch = functools.cache(tempfile.TemporaryDirectory)  # of all trials, remove
 
 @functools.cache
 def trial(run: PlannedRun) -> tuple[Run, float]:
-    """Train a run for an epoch in another folder, its teacher too where that has no weights yet.
+    """Train a run for an epoch in another folder, and its teacher if that has no weights yet.
 
     Returns:
         The run, and how many cores it kept busy.
@@ -339,7 +340,7 @@ def trial(run: PlannedRun) -> tuple[Run, float]:
 
 
 def dry_run(runs: Sequence[PlannedRun], left: Sequence[PlannedRun]) -> list[str]:
-    """Return a table of what the runs that are left would take, by an epoch of each row; a row that fails says so."""
+    """Return a table of the estimated time of the remaining runs, by an epoch of each row; it names rows that fail."""
     table: list[tuple] = []
     broken: list[str] = []
     hours = core_hours = 0.
@@ -358,7 +359,7 @@ def dry_run(runs: Sequence[PlannedRun], left: Sequence[PlannedRun]) -> list[str]
 
 
 def conclusion(runs: Sequence[PlannedRun]) -> str:
-    """Return the report of the finished runs and, for each model, a sentence that says what to run."""
+    """Return the report of the finished runs and, for each model, a sentence on what to run."""
     finished = {run: done for run in runs if (done := run.finished())}
     if not finished:
         return 'No run is finished.'
@@ -376,7 +377,7 @@ def conclusion(runs: Sequence[PlannedRun]) -> str:
 def _verdict(model: str, records: list[dict[str, Any]], commands: dict[str, str]) -> str:
     """Return which row is best for a model, by how much, at what cost, and what to run.
 
-    The interval holds for the best of all rows that were compared (Bonferroni).
+    The interval is valid for the best of all compared rows (Bonferroni).
     """
     found = []
     for record in records:
@@ -385,7 +386,7 @@ def _verdict(model: str, records: list[dict[str, Any]], commands: dict[str, str]
         if len(by_kind.get(kind, {}).get('gains', ())) > 1:
             found.append((record, by_kind[kind], kind.replace('flops', 'FLOPs')))
     if not found:
-        return f'- {model}: the seeds do not tell: no row has two seeds in common with the model alone.'
+        return f'- {model}: not decided: no row has two seeds in common with the model alone.'
     record, baseline, kind = max(found, key=lambda item: item[1]['mean'])
     gain = paired_difference(baseline['gains'], 1 - 0.05 / len(found))
     flops = record['flops'], baseline['solo_flops']
@@ -394,4 +395,4 @@ def _verdict(model: str, records: list[dict[str, Any]], commands: dict[str, str]
             f'{baseline["num_epochs"]} epochs){cost}; the interval is that of the best of {len(found)} rows')
     if gain.low is not None and gain.low > 0:
         return f'- {model}: {text}. Run: {commands[record["framework"]]}'
-    return f'- {model}: the seeds do not tell: at best {text}. Cheapest: {commands[baseline["name"]]}'
+    return f'- {model}: not decided by these seeds: at best {text}. Cheapest: {commands[baseline["name"]]}'

@@ -11,7 +11,7 @@ from ..files import writing
 
 # A page: its parts as (kind, content), where a heading ('h2', 'h3') or a paragraph ('p') is text, a list ('ul') lines,
 # a table (header, rows); in HTML also code ('pre') and images ('figures': an image and the lines below it, each). All
-# text is as the page's format wants it.
+# text is escaped for the page's format.
 Part = tuple[str, Any]
 
 
@@ -49,7 +49,7 @@ def markdown_table(header: Sequence, rows: Iterable[Iterable]) -> list[str]:
 
 
 def screen_table(header: Iterable, rows: Iterable[Iterable]) -> list[str]:
-    """Return the lines of a table in columns, those of numbers to the right."""
+    """Return the lines of a table in columns, numbers aligned to the right."""
     lines, numbers = cells_of(header, rows)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ['  '.join(
@@ -58,7 +58,7 @@ def screen_table(header: Iterable, rows: Iterable[Iterable]) -> list[str]:
 
 
 def read_csv(path: str | Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Return the rows of a CSV file, none of one that is not there.
+    """Return the rows of a CSV file, [] if it does not exist.
 
     Args:
         path: The file.
@@ -74,21 +74,21 @@ def read_csv(path: str | Path, columns: Sequence[str] = ()) -> list[dict[str, st
     except FileNotFoundError:
         return []
     except (OSError, ValueError, csv.Error) as e:
-        raise RunError(f'{path}: can not be read ({first_line(e, 80)})') from e
+        raise RunError(f'{path}: cannot be read ({first_line(e, 80)})') from e
     if columns and tuple(reader.fieldnames or ()) != tuple(columns):
-        raise RunError(f'{path}: not a file of results of timm-vpl validate, move it away; expected the columns '
+        raise RunError(f'{path}: not a results file of timm-vpl validate, move it away; expected the columns '
                        f'{", ".join(columns)}')
     return rows
 
 
 def write_rows(path: str | Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
-    """Write these columns of rows as CSV, or as JSON to a file of that name; an old file stays until it is whole.
+    """Write these columns of rows as CSV, or as JSON by the file's name; replace an old file when complete.
 
     Raises:
         RunError: It can't be written.
     """
     rows = [{column: row[column] for column in columns if column in row} for row in rows]
-    with writing(path, newline='', encoding='utf-8', errors='backslashreplace') as file:  # names that are no text
+    with writing(path, newline='', encoding='utf-8', errors='backslashreplace') as file:  # names that are not text
         if str(path).lower().endswith('.json'):
             file.write(json.dumps(rows, indent=2) + '\n')
         else:

@@ -1,4 +1,4 @@
-"""One model, or two side by side, over the same images: how `predict` and `inspect` run them."""
+"""One model, or two side by side, on the same images, for `predict` and `inspect`."""
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,10 +15,10 @@ from .validate import create_forward, model_classes, prepare
 
 
 def start_alone(options: Forward) -> Processes:
-    """Start a command that is one process."""
+    """Start a command that runs in one process."""
     set_output(options.quiet, options.no_progress)
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        raise UsageError('this command is one process, start it without torchrun')
+        raise UsageError('this command runs in one process; start it without torchrun')
     return init_device(options.device, options.workers)
 
 
@@ -27,17 +27,18 @@ def load_sides(options: Forward, sources: Sequence[str]) -> dict[str, TrainedMod
 
     Args:
         options: Options.
-        sources: What holds them: a pair, or two models; a branch has averaged weights where they were evaluated.
+        sources: Their sources: a pair, or two models; a branch has averaged weights if these were evaluated.
 
     Raises:
-        UsageError: They are more, or take other channels or other numbers of classes.
+        UsageError: They are more than two, or differ in channels or number of classes.
     """
     found = [prepare(trained, options) for source in sources for trained in load_trained(source)]
     if len(found) == 1:
         return {found[0].side or '': found[0]}
     if len(found) > 2:
         raise UsageError(
-            f'{" ".join(sources)}: hold {len(found)} models; name a pair, or two (one of a pair: its export/NAME)')
+            f'{" ".join(sources)}: contain {len(found)} models; name a pair, or two models (of a pair: its '
+            f'export/NAME)')
     numbers = {
         'channels': [trained.data_config['input_size'][0] for trained in found],
         'classes': [trained.model.num_classes for trained in found]}
@@ -58,7 +59,7 @@ def _class_order(models: dict[str, TrainedModel], names: dict[int, str], classes
     order = [indices.get(names.get(index, ''), -1) for index in range(first.model.num_classes)]
     if -1 in order:
         name = names.get(order.index(-1), order.index(-1))
-        raise UsageError(f'{second.source}: does not know the class {name!r}, which {first.source} has')
+        raise UsageError(f'{second.source}: does not have the class {name!r} of {first.source}')
     return order
 
 
@@ -73,10 +74,10 @@ def forward_together(
         models: One model or two, by side; they are moved.
         device: Where the batches are: images [N, C, H, W], or those of each side.
         names: Classes of the first by its indices, which are those of all logits.
-        classes: Those of the data, whose indices a model has that does not name its own.
+        classes: Those of the data, whose indices are used by a model without class names.
 
     Raises:
-        UsageError: Two models know other classes.
+        UsageError: Two models have different classes.
     """
     order = _class_order(models, names, classes or ()) if len(models) > 1 else None
     forward, autocast = create_forward(options, models, device)

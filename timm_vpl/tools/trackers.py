@@ -1,4 +1,4 @@
-"""Observers of a run: what else hears of it beside its folder."""
+"""Observers of a run: where its figures go besides its folder."""
 import contextlib
 import logging
 import os
@@ -19,21 +19,21 @@ _logger = logging.getLogger('train')
 
 
 class Tracker:
-    """Sends figures to a tracker: of updates that are looked at as `train/NAME`, of epochs as `epoch/NAME`.
+    """Sends figures to a tracker: of logged updates as `train/NAME`, of epochs as `epoch/NAME`.
 
-    Both over the number of optimizer updates. A run that goes on tells all its epochs again: one may have been killed
-    after it had saved an epoch and before it could tell. A tracker that fails is left alone, with a warning.
+    Both over the number of optimizer updates. A resumed run sends all its epochs again, since it may have been killed
+    after it saved an epoch and before it sent it. A tracker that fails gets nothing more, after a warning.
 
     Args:
         name: Its name.
-        open: Begins for a run, or goes on; returns how to send figures of a kind at an update, and how to end.
+        open: Starts or resumes for a run; returns functions that send figures of a kind at an update, and that close.
     """
 
     def __init__(self, name: str, open: Callable[[Any], tuple[Callable, Callable]]):
         self._name, self._open = name, open
 
     def start(self, run) -> None:
-        """Begin, or go on where the run goes on."""
+        """Start, or resume with a resumed run."""
         with self._unless_it_fails():
             self._send, self._finish = self._open(run)
         for row in run.rows:
@@ -61,15 +61,15 @@ class Tracker:
             yield
         except Exception as e:
             self._send = self._finish = lambda *args: None
-            _logger.warning(f'{self._name}: {first_line(e, 200)}; the run goes on without it')
+            _logger.warning(f'{self._name}: {first_line(e, 200)}; the run continues without it')
 
 
 def open_tensorboard(run) -> tuple[Callable, Callable]:
     """Write event files to the folders `tensorboard/train` and `tensorboard/epoch` of the run.
 
-    Two folders, since a reader hides what was written before by its step alone, and the last update of an epoch, which
-    a run that goes on may keep, has the step of the epoch, which it may have to do again. Hidden are the updates that
-    are done again, and all epochs, which are told again.
+    Two folders, since a reader hides earlier entries by their step alone. The last update of an epoch, which a resumed
+    run may keep, has the step of the epoch, which it may have to repeat. Repeated updates and all epochs, which are
+    sent again, hide their earlier entries.
     """
     from torch.utils.tensorboard import SummaryWriter
     closing = contextlib.ExitStack()
@@ -80,13 +80,13 @@ def open_tensorboard(run) -> tuple[Callable, Callable]:
     def send(kind: str, numbers: dict[str, float], updates: int) -> None:
         for name, value in numbers.items():
             writers[kind].add_scalar(f'{kind}/{name}', value, updates)
-        writers[kind].flush()  # before a checkpoint that comes after it
+        writers[kind].flush()  # before a later checkpoint
 
     return send, closing.close
 
 
 def open_wandb(run) -> tuple[Callable, Callable]:
-    """Send to a run of Weights & Biases, that of the folder if there is one; WANDB_MODE=offline keeps all there."""
+    """Send to a run of Weights & Biases, that of the folder if any; WANDB_MODE=offline keeps all data there."""
     os.environ.setdefault('WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL', '1')  # seconds that a kill may cost; else 15
     import wandb
     asked, file = run.options.run, Path(run.output_dir, 'wandb_id')
@@ -99,15 +99,15 @@ def open_wandb(run) -> tuple[Callable, Callable]:
     there.define_metric('*', step_metric='update')
 
     def send(kind: str, numbers: dict[str, float], updates: int) -> None:
-        step = 2 * updates - (kind == 'train')  # its own steps tell an update and its epoch apart
-        if step >= there.step:  # else it has them
+        step = 2 * updates - (kind == 'train')  # its own steps distinguish an update from its epoch
+        if step >= there.step:  # else it has them already
             named = {f'{kind}/{name}': value for name, value in numbers.items()}
             there.log({**named, 'update': updates}, step=step, commit=True)
 
     return send, there.finish
 
 
-# By the option that asks for it: its name, how it begins, and the package that it needs.
+# By its option: its name, how it starts, and the package that it needs.
 TRACKERS = {
     'log_tensorboard': ('TensorBoard', open_tensorboard, 'tensorboard'), 'log_wandb': ('W&B', open_wandb, 'wandb')}
 
@@ -116,10 +116,10 @@ class CurvesObserver:
     """Draws curves.png in the folder of a run: after each validation, and when it ends."""
 
     def start(self, run) -> None:
-        """Import what draws, which takes longer than a picture, or say that there will be none."""
+        """Import matplotlib, which takes longer than drawing, or log that there will be no curves."""
         try:
             import matplotlib.figure  # noqa: F401
-        except Exception:  # also of one that is installed by half
+        except Exception:  # also of an incomplete installation
             _logger.info(f'No {CURVES}: it needs matplotlib ({INSTALL})')
 
     def validated(self, run, row: dict[str, Any]) -> None:
@@ -128,28 +128,28 @@ class CurvesObserver:
             self.end(run)
 
     def end(self, run) -> None:
-        """Draw all epochs; where that fails, say so."""
+        """Draw all epochs; warn if that fails."""
         try:
             if can_plot() and run.rows:
                 draw_run(run.output_dir, run.rows, run.options.flat())
-        except Exception as e:  # a picture is no reason to end a run, whatever failed
-            _logger.warning(f'{CURVES}: can not be drawn ({first_line(e)})')
+        except Exception as e:  # a missing picture must not end a run
+            _logger.warning(f'{CURVES}: cannot be drawn ({first_line(e)})')
 
 
 def observers_of(options: Options) -> list[Any]:
-    """Return the observers that the options ask for; on a terminal bars show how far the run is.
+    """Return the observers that the options ask for; on a terminal bars show the progress of the run.
 
     Raises:
-        UsageError: A tracker's package is not there.
+        UsageError: A tracker's package is missing.
     """
     run = options.run
     trackers = []
     for flag, (name, open, package) in TRACKERS.items():
         if getattr(run, flag):
             spec = find_spec(package)
-            if spec is None or spec.loader is None:  # without a loader it is a mere folder of that name
+            if spec is None or spec.loader is None:  # without a loader it is just a folder of that name
                 raise UsageError(f'{flag_of(flag)}: needs the package {package} (pip install {package})')
             trackers.append(Tracker(name, open))
     bars = sys.stderr.isatty() and not (run.quiet or run.no_progress)
-    return [  # bars below what the others say when they start
+    return [  # last, so that bars are below the others' lines at the start
         *[ExportObserver()] * run.export, *[CurvesObserver()] * run.curves, *trackers, Bars() if bars else Lines()]

@@ -45,7 +45,7 @@ Row = dict[str, Any]  # of the results, by column
 
 
 def model_classes(trained: TrainedModel) -> dict[str, int]:
-    """Return a model's classes with their indices: those that it names, or ImageNet's if it has as many, or none."""
+    """Return a model's classes with their indices: those that it names, else those of ImageNet if it has as many."""
     names = trained.class_names
     if names:
         by_index = names.items() if isinstance(names, dict) else enumerate(names)
@@ -63,14 +63,14 @@ def target_indices(trained: TrainedModel, names: list[str] | None, data: str) ->
         data: Name of the data set.
 
     Raises:
-        UsageError: A class of the data is none of the model's, or neither names nor numbers tell.
+        UsageError: A class of the data is not one of the model's, or neither names nor numbers decide.
     """
     classes, count = model_classes(trained), trained.model.num_classes
     missing = [name for name in names or () if name not in classes]
     if names is None or (missing and not trained.class_names and len(names) == count):
         return None
     if missing:
-        what = (f'{len(missing)} of the {len(names)} classes of {data} are none of its {count} '
+        what = (f'{len(missing)} of the {len(names)} classes of {data} are not among its {count} '
                 f'({", ".join(missing[:3])});' if trained.class_names else
                 f'does not name its {count} classes, and {data} has {len(names)};')
         raise UsageError(f'{trained.source}: {what} --class-map FILE says which is which')
@@ -82,7 +82,7 @@ def target_indices(trained: TrainedModel, names: list[str] | None, data: str) ->
 
 
 def _imagenet_v2_names(names: list[str], data: str) -> list[str]:
-    """Return the wnid of each folder of ImageNet-V2, whose names are numbers of classes."""
+    """Return the wnid of each folder of ImageNet-V2, whose names are class numbers."""
     wnids = ImageNetInfo().label_names()
     for name in names:
         if not (name.isascii() and name.isdecimal() and int(name) < len(wnids)):
@@ -98,7 +98,7 @@ def _file_names(dataset: Split, flag: str) -> list[str]:
     with suppress(KeyError, TypeError):  # None for a name
         if not isinstance(dataset, StreamImages):
             return [os.path.normpath(name) for name in dataset.reader.filenames()]
-    raise UsageError(f'{flag}: needs a folder or .tar of images, this data set does not name its files')
+    raise UsageError(f'{flag}: needs a folder or .tar of images, since this data set does not name its files')
 
 
 def real_label_sets(dataset: Images, path: str, trained: TrainedModel, names: list[str] | None = None) -> torch.Tensor:
@@ -106,7 +106,7 @@ def real_label_sets(dataset: Images, path: str, trained: TrainedModel, names: li
 
     Args:
         dataset: The images, or some of them.
-        path: JSON file of the labels of all 50,000 images, '' for those that timm has.
+        path: JSON file of the labels of all 50,000 images, '' for timm's.
         trained: The model whose class indices to return.
         names: Classes of the data in order of the model's indices, for a model that does not name its own.
 
@@ -114,15 +114,15 @@ def real_label_sets(dataset: Images, path: str, trained: TrainedModel, names: li
         Sets of labels [images, labels], padded with -1.
 
     Raises:
-        UsageError: An image that is none of the 50,000, a file of something else, or classes that are not ImageNet's.
+        UsageError: An image that is not one of the 50,000, an invalid file, or classes that are not ImageNet's.
     """
     wnids, classes = ImageNetInfo().label_names(), model_classes(trained)
     if not classes and names and len(names) == trained.model.num_classes:
         classes = {name: index for index, name in enumerate(names)}
     if not classes or not classes.keys() & set(wnids):
         raise UsageError(f"--real-labels: {trained.source} does not name its classes by ImageNet's wnids "
-                         f"(n01440764, ...), so that it is not known which of them are meant")
-    images = [f'ILSVRC2012_val_{i:08d}.JPEG' for i in range(1, _IMAGENET_VAL + 1)]  # timm insists on all of them
+                         f"(n01440764, ...), so its classes cannot be matched")
+    images = [f'ILSVRC2012_val_{i:08d}.JPEG' for i in range(1, _IMAGENET_VAL + 1)]  # timm requires all of them
     files = [os.path.basename(name) for name in _file_names(dataset, '--real-labels')]
     try:
         labels = RealLabelsImagenet(images, real_json=path or None).real_labels
@@ -133,7 +133,7 @@ def real_label_sets(dataset: Images, path: str, trained: TrainedModel, names: li
                          f'({str(e) or "another number of them"})') from e
     missing = [name for name in files if name not in sets]
     if missing:
-        raise UsageError(f"--real-labels: {len(missing)} of {len(files)} images are none of ImageNet's validation set, "
+        raise UsageError(f"--real-labels: {len(missing)} of {len(files)} images are not in ImageNet's validation set, "
                          f"{missing[0]}")
     width = max([1, *(len(sets[name]) for name in files)])
     return torch.tensor([sets[name] + [PAD] * (width - len(sets[name])) for name in files])
@@ -143,7 +143,7 @@ def real_label_sets(dataset: Images, path: str, trained: TrainedModel, names: li
 
 
 class Data(NamedTuple):
-    """A split with the labels that a model has for its classes."""
+    """A split with a model's labels for its classes."""
     images: Any
     name: str
     classes: list[str] | None  # in the order of their indices in the data
@@ -151,7 +151,7 @@ class Data(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """Models that share one pass over the data, and the data as they need it."""
+    """Models that share one pass over the data, and the data for them."""
     models: list[TrainedModel]
     loader: Any
     data: Data
@@ -160,10 +160,10 @@ class Pass(NamedTuple):
 
 @peers.together()
 def validate_models(options: Validate) -> list[Row]:
-    """Validate as the options of `timm-vpl validate` say; print the results, write them, and return them.
+    """Validate by the options of `timm-vpl validate`; print, write and return the results.
 
     Raises:
-        UsageError: The options, the model and the data do not go together.
+        UsageError: The options, the model and the data do not fit together.
         RunError: Something can't be read or written.
     """
     set_output(options.quiet, options.no_progress)
@@ -191,7 +191,7 @@ def validate_models(options: Validate) -> list[Row]:
             shared = shared_images(*splits)
             count = len({index for index, _ in shared})
             split = options.check_data
-            print(f'{passes[0].data.name}: {count} of {len(splits[0])} images lie in the split {split!r} too')
+            print(f'{passes[0].data.name}: {count} of {len(splits[0])} images are also in the split {split!r}')
             for index, twin in shared:
                 print(one_line(f'{files[0][index]} is {split}/{files[1][twin]}'))
     return rows
@@ -210,7 +210,7 @@ def load_all(source: str) -> list[TrainedModel]:
 def prepare(trained: TrainedModel, options: Forward) -> TrainedModel:
     """Return a model with the data configuration that it has under the options, and resized for it if need be.
 
-    Without options it is that of timm's validate script: a model's images in testing may be larger than in training.
+    Without options it is that of timm's validate script: test images may be larger than training images.
     """
     model, built_for = trained.model, trained.data_config['input_size']
     if model.num_classes < 1:
@@ -221,7 +221,7 @@ def prepare(trained: TrainedModel, options: Forward) -> TrainedModel:
     for name in ('mean', 'std'):
         values = getattr(options, name)
         if values and len(values) not in (1, size[0]):
-            raise UsageError(f'--{name}: {len(values)} values, the images of {trained.architecture} have {size[0]} '
+            raise UsageError(f'--{name}: {len(values)} values, but the images of {trained.architecture} have {size[0]} '
                              f'channels')
     given = {name: getattr(options, name) for name in ('crop_pct', 'mean', 'std', 'interpolation')}
     config = resolve_data_config({**given, 'input_size': size}, pretrained_cfg=own)
@@ -238,7 +238,7 @@ def prepare(trained: TrainedModel, options: Forward) -> TrainedModel:
 
 
 def open_data(options: Evaluation, trained: TrainedModel) -> Data:
-    """Open the split that the options name, or the part of it that they list.
+    """Open the split that the options name.
 
     Args:
         options: Options.
@@ -281,7 +281,7 @@ def _create_pass(options: Validate, models: list[TrainedModel], processes: Proce
 
 
 def create_forward(options: Forward, models: dict[Any, TrainedModel], device: Any) -> tuple[Callable, Callable]:
-    """Return a forward pass, which gives the logits of each model by name, and its autocast, as the options say.
+    """Return a forward pass, which gives the logits of each model by name, and its autocast, by the options.
 
     Args:
         options: Options.
@@ -300,7 +300,7 @@ def create_forward(options: Forward, models: dict[Any, TrainedModel], device: An
 
 
 def _run_pass(options: Validate, each: Pass, processes: Processes) -> list[tuple[list[Row], list[Row]]]:
-    """Evaluate the models of a pass and return of each its rows of the results, and of the results by class."""
+    """Evaluate the models of a pass; return the rows of results of each, and its results by class."""
     forward, autocast = create_forward(options, dict(enumerate(each.models)), processes.device)
     per_class = None if options.per_class is None else each.models[0].model.num_classes
     started = time.perf_counter()
@@ -317,7 +317,7 @@ def _run_pass(options: Validate, each: Pass, processes: Processes) -> list[tuple
 def warn_of_replaced(data: str, number: int, real_labels: bool = False) -> None:
     """Warn where images of the data were replaced."""
     if number:
-        _logger.warning(f'{data}: {number} images could not be read; others took their places'
+        _logger.warning(f'{data}: {number} images could not be read; others replaced them'
                         f'{", and their ReaL labels" if real_labels else ""}')
 
 
@@ -327,7 +327,7 @@ def _rows(
     """Return the rows of the results of a model, one for each set of labels, and those of its classes."""
     if not math.isfinite(figures['loss']):
         figures = {'images': figures['images']}
-        _logger.warning(f'{trained.source}: {trained.label}: the loss is not finite, so there is no figure')
+        _logger.warning(f'{trained.source}: {trained.label}: the loss is not finite, so there are no figures')
     config = trained.data_config
     height, width = config['input_size'][-2:]
     model = {
@@ -369,10 +369,10 @@ def _table(rows: list[Row]) -> list[str]:
 
 
 def write_results(options: Validate, rows: list[Row]) -> None:
-    """Write the results to --results-file, or else add them to those in the folder of the run, if it is one.
+    """Write the results to --results-file, or else append them to those in the folder of a run.
 
     Raises:
-        RunError: The file can't be written, or is none of this command.
+        RunError: The file can't be written, or is not a results file.
     """
     path = options.results_file
     if not path:
