@@ -242,7 +242,7 @@ def test_workers_outlive_signals_that_are_not_for_them(digits_folder):
     loader = train_loader(digits_folder, '-j', 2, '--reprob', '0.5')
     batches = loader.epoch(0)
     next(batches), next(batches)  # one of each worker
-    workers = multiprocessing.active_children()
+    workers = loader.loader._iterator._workers  # not those of other tests' loaders
     for name in ('INT', 'TERM', 'USR1'):
         subprocess.run(['kill', f'-{name}', *(str(worker.pid) for worker in workers)], check=True)
     time.sleep(0.3)
@@ -252,7 +252,7 @@ def test_workers_outlive_signals_that_are_not_for_them(digits_folder):
     workers[0].join(3)
     assert workers[0].exitcode == 0
     del loader, batches  # the other at once: it is in no cycle of references
-    assert not multiprocessing.active_children()
+    assert not workers[1].is_alive()
 
 
 EXIT = """

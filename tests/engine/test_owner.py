@@ -115,7 +115,7 @@ def test_an_owner_that_was_taken_for_dead_leaves(tmp_path):
     one = Owner()
     one.claim(str(tmp_path))
     elsewhere(tmp_path)
-    with pytest.raises(RunError, match='process 4194305 on node7 is training there now'):
+    with pytest.raises(RunError, match='process 4194305 on node7 trains there now'):
         one.check()
     one.release()
     assert (tmp_path / FILE).exists()

@@ -121,7 +121,8 @@ def run(name: str, processes: str, folder: Path) -> None:
 
     scenario.become, scenario.log_each = become, nodes
     pids = scenario.start('run')
-    logs = [folder / f'run{rank}.log' for rank in range(world)] if nodes else [folder / 'run.log']
+    ranks = [rank for rank in range(world) if (name, rank) != ('lost', failing)]  # a killed process prints nothing
+    logs = [folder / f'run{rank}.log' for rank in ranks] if nodes else [folder / 'run.log']
 
     def text(log):
         return log.read_text() if log.exists() else ''
