@@ -2,7 +2,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = '0.1.0.dev0'
+__version__ = '0.1.0'
 
 # Imported on first use, so that `timm-vpl --help` does not wait for torch.
 _HOMES = {
