@@ -1,4 +1,5 @@
 """Loaders, with real files and real workers: order and draws, what is counted, workers that die."""
+import gc
 import itertools
 import multiprocessing
 import os
@@ -239,6 +240,7 @@ def test_a_worker_that_dies_while_it_is_awaited(loader):
 
 
 def test_workers_outlive_signals_that_are_not_for_them(digits_folder):
+    gc.collect()  # loaders of other tests: collected in a worker, they would start threads there that take signals
     loader = train_loader(digits_folder, '-j', 2, '--reprob', '0.5')
     batches = loader.epoch(0)
     next(batches), next(batches)  # one of each worker
