@@ -179,8 +179,7 @@ def map_distances(
 
     'layer': both by LayerNorm over the channels of a position (Bootstrapping ViTs, arXiv 2112.03552, eq. 3);
     'batch': the leader's by channel, over the images and positions of the batch; 'none': as they are (locality
-        guidance,
-    arXiv 2207.10026, eq. 4).
+    guidance, arXiv 2207.10026, eq. 4).
 
     Args:
         maps: Of the learner, with the leader's width.
