@@ -130,7 +130,7 @@ def test_no_host_read_between_log_lines(digits_folder, tmp_path, device, options
     loader = training.loader_train
 
     class Guarded:
-        skipped, watched = 0, 0
+        skipped, watched, images = 0, 0, loader.images
 
         def __len__(self):
             return len(loader)
