@@ -1,5 +1,4 @@
 """Loaders, with real files and real workers: order and draws, what is counted, workers that die."""
-import gc
 import itertools
 import multiprocessing
 import os
@@ -7,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -240,10 +240,12 @@ def test_a_worker_that_dies_while_it_is_awaited(loader):
 
 
 def test_workers_outlive_signals_that_are_not_for_them(digits_folder):
-    gc.collect()  # loaders of other tests: collected in a worker, they would start threads there that take signals
+    early = [threading.Thread(target=time.sleep, args=(60,), daemon=True)]  # in a worker, before it is set up
+    os.register_at_fork(after_in_child=lambda: early and early.pop().start())
     loader = train_loader(digits_folder, '-j', 2, '--reprob', '0.5')
     batches = loader.epoch(0)
     next(batches), next(batches)  # one of each worker
+    early.clear()
     workers = loader.loader._iterator._workers  # not those of other tests' loaders
     for name in ('INT', 'TERM', 'USR1'):
         subprocess.run(['kill', f'-{name}', *(str(worker.pid) for worker in workers)], check=True)

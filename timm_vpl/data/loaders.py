@@ -30,8 +30,7 @@ def init_worker(worker_id: int) -> None:
     for name in ('SIGINT', 'SIGUSR1'):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, 'sigwaitinfo'):
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    if hasattr(signal, 'sigwaitinfo'):  # SIGTERM is blocked, see Batches
         threading.Thread(target=_end_with_main, daemon=True).start()
 
 
@@ -43,8 +42,21 @@ def _end_with_main() -> None:
     os._exit(0)
 
 
-def _batches(loader: Loader, dataset: Dataset, **kwargs) -> DataLoader:
-    return DataLoader(
+class Batches(DataLoader):
+    """torch's loader, whose workers are started with SIGTERM blocked in all their threads, the first ones too."""
+
+    def __iter__(self):
+        if not hasattr(signal, 'sigwaitinfo'):
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _batches(loader: Loader, dataset: Dataset, **kwargs) -> Batches:
+    return Batches(
         dataset,
         num_workers=loader.workers,
         pin_memory=loader.pin_mem,
