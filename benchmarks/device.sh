@@ -37,7 +37,7 @@ limit() {
 # shellcheck disable=SC2086  # OPTIONS and TESTS are several words
 case $call in
 tests)
-    limit tests 520 "$python" -m pytest -n 0 -v -m cuda tests/engine/test_cuda.py ${TESTS:-}
+    limit tests 520 "$python" -m pytest -n 0 -vv -m cuda tests/engine/test_cuda.py ${TESTS:-}
     ;;
 rates)
     set -- --device "$device" ${OPTIONS:-}
